@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP application that Ray Serve hosts."""

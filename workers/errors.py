@@ -1,0 +1,57 @@
+"""The exceptions of Penstock, one small tree; every room above `kernels` raises from it.
+
+    PenstockError
+    ├── ConfigError          a wrong flag, key, or combination; the process does not start
+    ├── ModelError           a model directory that cannot be served; names the file and the key
+    ├── WireError            bytes from another process that do not decode to a known message
+    ├── RequestError         the caller's request is wrong; names the field (HTTP 400 family)
+    └── RefusedError         the request was fine, but cannot be served (now); carries a FailureCode
+
+The module knows nothing of HTTP: `cluster/ingress/errors.py` holds the one table from these to status codes.
+"""
+
+from __future__ import annotations
+
+from penstock.workers.protocol import FailureCode
+
+
+class PenstockError(Exception):
+    """Root of every error Penstock raises on purpose."""
+
+
+class ConfigError(PenstockError):
+    """A setting is wrong. `key` is the dotted configuration key or flag at fault."""
+
+    def __init__(self, message: str, key: str | None = None) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+class ModelError(PenstockError):
+    """A model directory cannot be served. `path` names the file at fault."""
+
+    def __init__(self, message: str, path: str | None = None) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class WireError(PenstockError):
+    """Bytes from a peer are not a message this version understands."""
+
+
+class RequestError(PenstockError):
+    """The caller's request is at fault; sending it again unchanged cannot help."""
+
+    def __init__(self, message: str, field: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+        self.code = code
+
+
+class RefusedError(PenstockError):
+    """A correct request that is not (or no longer) served; `code` says why, `retry_after_s` when to come back."""
+
+    def __init__(self, code: FailureCode, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.retry_after_s = retry_after_s

@@ -1,0 +1,1 @@
+"""Model directories, weights, and the decoder families."""

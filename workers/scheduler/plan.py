@@ -1,0 +1,90 @@
+"""What the scheduler decides for one step, and what the runner answers: `StepPlan` out, `StepResult` in.
+
+Plain numpy, no torch: the scheduling half of a worker runs without it, and a plan can cross to other ranks as is.
+A plan is self-contained: a runner needs nothing but the plan, its weights and its KV storage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.workers.kv.layout import KVLayout
+
+I32 = NDArray[np.int32]
+F32 = NDArray[np.float32]
+U64 = NDArray[np.uint64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SamplingBatch:
+    """Sampling parameters of the S rows that end this step with a new token, in row order."""
+
+    temperature: F32  # 0 = greedy
+    top_k: I32  # 0 = all
+    top_p: F32
+    min_p: F32
+    seed: U64
+    choice: I32
+    position: I32  # absolute position of the token being sampled = context length
+    logprobs: I32  # -1 = off, else the number of alternatives wanted
+
+    def __len__(self) -> int:
+        return len(self.temperature)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepPlan:
+    """N rows, one per scheduled sequence; rows `[0, num_decode)` compute one token each, then come prefill chunks.
+
+    Row i feeds tokens `token_ids[offsets[i]:offsets[i+1]]` at positions `starts[i]...`; their KV goes to slots
+    `block_tables[i, pos // block_size]`, and they attend to positions `[0, starts[i] + count)`.
+    """
+
+    step: int
+    slots: I32  # [N] rows of the sequence table, for the commit
+    starts: I32  # [N] tokens whose KV is already there
+    offsets: I32  # [N + 1] into token_ids
+    token_ids: I32  # [total]
+    block_tables: I32  # [N, widest]; unused entries are 0
+    sample_rows: I32  # [S] indices of rows whose last token's logits are sampled
+    sampling: SamplingBatch
+    num_decode: int
+    copies: I32 = field(default_factory=lambda: np.zeros((0, 2), np.int32))  # [(src, dst)] block copies before the run
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed by this step."""
+        return int(self.offsets[-1])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SampledLogprobs:
+    """Logprobs of the S sampled tokens; rows that did not ask hold NaN and no alternatives."""
+
+    chosen: F32  # [S]
+    top_counts: I32  # [S]
+    top_ids: I32  # [S, K], K the widest ask; entries past top_counts are 0
+    top_logprobs: F32  # [S, K]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepResult:
+    """One sampled token per entry of `StepPlan.sample_rows`."""
+
+    token_ids: I32  # [S]
+    logprobs: SampledLogprobs | None = None
+
+
+class Runner(Protocol):
+    """The half of a worker that owns weights and writes KV blocks."""
+
+    @property
+    def layout(self) -> KVLayout: ...
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Copy blocks, compute every row, write its KV and sample. Returns when the KV bytes are in the storage."""
+        ...

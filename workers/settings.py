@@ -1,0 +1,103 @@
+"""Everything a worker process is told at start, as one tree of frozen values; `cluster/config.py` builds it.
+
+Workers read no files, flags or environment for their configuration: the tree arrives as JSON (`to_json`) and is
+passed down in the smallest piece that serves. Units are in the names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from penstock.workers.errors import ConfigError
+from penstock.workers.protocol import Role
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerSettings:
+    """Limits of one step and of the queue before it."""
+
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 512
+    long_prefill_token_threshold: int = 0  # most tokens of one prompt per step; 0 = only the budget limits
+    max_model_len: int = 4096
+    max_waiting: int = 1024  # bound of the waiting queue
+    reserve_tokens: int = 256  # growth reserved beyond the context at admission
+    max_preemptions: int = 3  # after so many a sequence gets its whole remainder reserved
+    watermark: float = 0.01  # share of blocks kept for sequences already running
+
+
+@dataclass(frozen=True, slots=True)
+class KVSettings:
+    """The block pool."""
+
+    block_size: int = 16
+    num_blocks: int = 0  # 0 = as many as fit in memory_bytes
+    memory_bytes: int = 1 << 30
+    prefix_caching: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class TransferSettings:
+    """KV transfer between workers."""
+
+    transport: str = "auto"  # auto | shared_memory | tcp; auto = shared memory when both ends share a host
+    host: str = "127.0.0.1"
+    lease_s: float = 10.0
+    digest_sample: float = 1.0  # share of fragments whose payload digest is sent and checked; 1 = all
+    max_frame_bytes: int = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerSettings:
+    """What computes: a model directory, or the oracle whose next token is a keyed hash of its KV blocks."""
+
+    kind: str = "model"  # model | oracle
+    model_dir: str = ""
+    dtype: str = "auto"  # auto | float32 | bfloat16 | float16
+    device: str = "cpu"
+    threads: int = 1
+    oracle_vocab: int = 32000
+    oracle_step_s: float = 0.0  # least duration of an oracle step, to pace tests
+    oracle_token_s: float = 0.0  # added per token computed in an oracle step
+    oracle_block_bytes: int = 0  # oracle KV bytes per block; 0 = just what it needs
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """One worker process."""
+
+    worker_id: str
+    role: Role = Role.MIXED
+    incarnation: int = 1  # grows with every restart of the same worker id
+    cluster_id: str = "local"
+    cluster_key: str = ""  # hex; authenticates worker-to-worker frames and streams
+    host: str = "127.0.0.1"
+    port: int = 0  # 0 = any
+    heartbeat_s: float = 0.5
+    router_lease_s: float = 10.0
+    parent_pid: int = 0  # end when this process is gone; 0 = nobody watches
+    scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
+    kv: KVSettings = field(default_factory=KVSettings)
+    transfer: TransferSettings = field(default_factory=TransferSettings)
+    runner: RunnerSettings = field(default_factory=RunnerSettings)
+
+    def to_json(self) -> str:
+        """Inverse of `from_json`."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> WorkerSettings:
+        """Raises ConfigError on unknown keys."""
+        raw: dict[str, Any] = json.loads(text)
+        try:
+            raw["role"] = Role(raw.get("role", "mixed"))
+            raw["scheduler"] = SchedulerSettings(**raw.get("scheduler", {}))
+            raw["kv"] = KVSettings(**raw.get("kv", {}))
+            raw["transfer"] = TransferSettings(**raw.get("transfer", {}))
+            raw["runner"] = RunnerSettings(**raw.get("runner", {}))
+            return WorkerSettings(**raw)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"worker settings: {error}") from error

@@ -1,0 +1,1 @@
+"""KV transfer between workers: sessions, and the transports behind one interface."""
