@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# The test command: lint, types, tests. `bash tests/run.sh [pytest arguments]`; `-m slow` runs what is left out here.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+cd "$root"
+. deploy/environment.sh
+penstock_environment "$root"
+export PATH="$root/.venv/bin:$PATH" RAY_USAGE_STATS_ENABLED=0 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+echo "== lint"
+ruff check .
+ruff format --check .
+echo "== types"
+# mypy does not see setuptools' editable mapping: a link farm shows it the package as users import it
+mkdir -p .types/penstock
+for room in kernels workers router cluster; do ln -sfn "../../$room" ".types/penstock/$room"; done
+MYPYPATH=.types mypy -p penstock.kernels -p penstock.workers -p penstock.router -p penstock.cluster
+echo "== tests"
+exec pytest "${@:-tests}" -m "not slow"
