@@ -1,0 +1,286 @@
+"""gRPC carriage of wire messages: one bidirectional stream per (router, worker) pair, and a unary status call.
+
+`service.py` serves with `RpcServer`; `cluster/links.py` calls with `WorkerClient`. Both run on an asyncio loop; no
+protobuf, the payload is `wire.py`'s bytes. Knows when a peer is gone (reset, or no answer to a ping) and who may call
+(cluster key), not what messages mean.
+
+Client:
+
+    client = WorkerClient("127.0.0.1:7001", cluster_key)
+    stream = await client.attach(Hello(...))       # RefusedError: WORKER_LOST or INCOMPATIBLE
+    stream.send(Generate(...))                     # never waits
+    async for message in stream: ...               # ends with RefusedError(WORKER_LOST), or quietly after close()
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from penstock.workers.errors import ConfigError, RefusedError, WireError
+from penstock.workers.protocol import FailureCode, Hello, ToRouter, ToWorker, Welcome
+from penstock.workers.wire import MAX_MESSAGE_BYTES, decode_to_router, decode_to_worker, encode
+
+log = logging.getLogger(__name__)
+
+_SERVICE = "penstock.Worker"
+_ATTACH = f"/{_SERVICE}/Attach"
+_STATUS = f"/{_SERVICE}/Status"
+_TOKEN_HEADER = "penstock-token"  # metadata key, not a secret
+_MAX_UNSENT_BYTES = 4 * MAX_MESSAGE_BYTES
+_MAX_CALLS = 1024  # streams and status calls at once, per worker
+_PING_EVERY_MS = 2000  # a peer that answers no ping for as long again is gone
+_OPTIONS: list[tuple[str, int]] = [
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", _PING_EVERY_MS),
+    ("grpc.keepalive_timeout_ms", _PING_EVERY_MS),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+_SERVER_OPTIONS = [*_OPTIONS, ("grpc.so_reuseport", 0), ("grpc.http2.min_ping_interval_without_data_ms", 500)]
+_CLIENT_OPTIONS = [
+    *_OPTIONS,
+    ("grpc.enable_http_proxy", 0),  # workers are addressed directly, whatever the environment says
+    ("grpc.use_local_subchannel_pool", 1),  # a new client starts without another one's connection back-off
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+_EOF: object = grpc.aio.EOF  # type: ignore[attr-defined]  # grpc-stubs does not know it
+_LASTING = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.FAILED_PRECONDITION)
+
+
+def call_token(cluster_key: str, method: str) -> str:
+    """What a caller shows to prove that it knows the cluster key, without sending the key."""
+    return hmac.new(cluster_key.encode(), method.encode(), hashlib.sha256).hexdigest()
+
+
+# --- server -------------------------------------------------------------------------------------------------------
+
+
+class Conversation:
+    """The worker's end of one attached stream."""
+
+    def __init__(self, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        self._context = context
+        self.peer = context.peer()
+
+    async def read(self) -> ToWorker | None:
+        """The next message; `None` once the router has closed its side. Raises WireError."""
+        data = await self._context.read()
+        return None if data is _EOF else decode_to_worker(data)
+
+    async def write(self, data: bytes) -> None:
+        """Send encoded bytes; waits while the reader's window is full."""
+        await self._context.write(data)
+
+
+class RpcServer:
+    """Listens for routers. `on_attach` runs once per stream and ends it by returning; RefusedError names the cause."""
+
+    def __init__(
+        self,
+        on_attach: Callable[[Conversation], Awaitable[None]],
+        on_status: Callable[[], dict[str, Any]],
+        cluster_key: str = "",
+    ) -> None:
+        self._on_attach = on_attach
+        self._on_status = on_status
+        self._tokens = {m: call_token(cluster_key, m) for m in (_ATTACH, _STATUS)} if cluster_key else {}
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self, host: str, port: int) -> str:
+        """Bind and serve; the address with the port really taken. Raises ConfigError when it is not free."""
+        server = grpc.aio.server(options=_SERVER_OPTIONS, maximum_concurrent_rpcs=_MAX_CALLS)
+        handlers = {
+            "Attach": grpc.stream_stream_rpc_method_handler(self._attach),
+            "Status": grpc.unary_unary_rpc_method_handler(self._status),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, handlers),))
+        try:
+            bound = server.add_insecure_port(f"{host}:{port}")
+        except RuntimeError as error:
+            raise ConfigError(f"cannot listen on {host}:{port}: {error}", "port") from error
+        await server.start()
+        self._server = server
+        return f"{host}:{bound}"
+
+    async def stop(self, grace_s: float = 0.0) -> None:
+        """Take no new streams; the open ones are cut after `grace_s`."""
+        if self._server is not None:
+            await self._server.stop(grace_s)
+
+    async def _attach(self, _: Any, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        await self._authenticate(context, _ATTACH)
+        try:
+            await self._on_attach(Conversation(context))
+        except RefusedError as error:
+            lasting = error.code is FailureCode.INCOMPATIBLE
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION if lasting else grpc.StatusCode.ABORTED, str(error))
+        except WireError as error:
+            log.warning("router at %s sent bytes that are no message: %s", context.peer(), error)
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+
+    async def _status(self, _: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+        await self._authenticate(context, _STATUS)
+        return json.dumps(self._on_status()).encode()
+
+    async def _authenticate(self, context: grpc.aio.ServicerContext[bytes, bytes], method: str) -> None:
+        if not self._tokens:
+            return
+        metadata = {str(key): value for key, value in context.invocation_metadata() or ()}
+        shown = metadata.get(_TOKEN_HEADER, "")
+        shown = shown if isinstance(shown, bytes) else shown.encode()
+        if not hmac.compare_digest(shown, self._tokens[method].encode()):
+            log.warning("refused a caller at %s: wrong cluster key", context.peer())
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "wrong cluster key")
+
+
+# --- client -------------------------------------------------------------------------------------------------------
+
+
+class WorkerClient:
+    """One worker as seen from a router's process; must be used on one asyncio loop."""
+
+    def __init__(self, address: str, cluster_key: str = "") -> None:
+        self.address = address
+        self._key = cluster_key
+        self._channel = grpc.aio.insecure_channel(address, options=_CLIENT_OPTIONS)
+        self._attach = self._channel.stream_stream(_ATTACH, bytes, bytes)
+        self._status = self._channel.unary_unary(_STATUS, bytes, bytes)
+
+    async def attach(self, hello: Hello, timeout_s: float = 10.0) -> AttachedStream:
+        """Open the stream and say hello. RefusedError: INCOMPATIBLE (key, version, epoch) or WORKER_LOST."""
+        stream = AttachedStream(self._open(), self.address)
+        stream.send(hello)
+        try:
+            welcome = await asyncio.wait_for(stream.read(), timeout_s)
+        except TimeoutError:
+            await stream.close()
+            raise RefusedError(FailureCode.WORKER_LOST, f"worker at {self.address}: no welcome") from None
+        except (RefusedError, WireError):
+            await stream.close()
+            raise
+        if not isinstance(welcome, Welcome):
+            await stream.close()
+            raise WireError(f"worker at {self.address} began with {type(welcome).__name__} instead of Welcome")
+        stream.welcome = welcome
+        return stream
+
+    async def status(self, timeout_s: float = 2.0) -> dict[str, Any]:
+        """What the worker says about itself, as plain JSON values. RefusedError when it does not answer."""
+        try:
+            data = await self._status(b"", timeout=timeout_s, metadata=self._metadata(_STATUS))
+        except grpc.aio.AioRpcError as error:
+            raise _refusal(error.code(), error.details(), self.address) from error
+        return dict(json.loads(data))
+
+    async def close(self) -> None:
+        """Drop the connection and every stream on it."""
+        await self._channel.close(None)
+
+    def _open(self) -> grpc.aio.StreamStreamCall[bytes, bytes]:
+        call: grpc.aio.StreamStreamCall[bytes, bytes] = self._attach(None, metadata=self._metadata(_ATTACH))
+        return call
+
+    def _metadata(self, method: str) -> tuple[tuple[str, str], ...]:
+        return ((_TOKEN_HEADER, call_token(self._key, method)),) if self._key else ()
+
+
+class AttachedStream:
+    """The router's end of one stream: `send` never waits, iteration gives what the worker says.
+
+    The end is told once, by the iteration: RefusedError(WORKER_LOST) when the worker or the connection went away,
+    StopAsyncIteration after a local `close`.
+    """
+
+    def __init__(self, call: grpc.aio.StreamStreamCall[bytes, bytes], address: str) -> None:
+        self.welcome: Welcome
+        self.address = address
+        self._call = call
+        self._unsent: deque[bytes] = deque()
+        self._unsent_bytes = 0
+        self._wake = asyncio.Event()
+        self._closed = False
+        self._writer = asyncio.create_task(self._write())
+
+    @property
+    def closed(self) -> bool:
+        """Nothing more can be sent."""
+        return self._closed or self._call.done()
+
+    def send(self, message: ToWorker) -> bool:
+        """Queue a message. False when the stream is over: its end is told by the iteration, so ignore it freely.
+
+        A worker that stops reading is cut off once 256 MB wait for it. Raises WireError for an oversize message.
+        """
+        if self.closed:
+            return False
+        data = encode(message)
+        if self._unsent_bytes + len(data) > _MAX_UNSENT_BYTES:
+            log.warning("worker at %s does not read; cutting its stream", self.address)
+            self._call.cancel()
+            return False
+        self._unsent.append(data)
+        self._unsent_bytes += len(data)
+        self._wake.set()
+        return True
+
+    async def read(self) -> ToRouter | None:
+        """The next message; `None` after a local `close`. RefusedError when the worker is gone, WireError."""
+        data: object
+        try:
+            data = await self._call.read()
+        except grpc.aio.AioRpcError as error:
+            if self._closed:
+                return None
+            raise _refusal(error.code(), error.details(), self.address) from error
+        except asyncio.CancelledError:
+            if self._call.cancelled():  # by close(), or by send() above: the task itself goes on
+                data = _EOF
+            else:
+                raise
+        if isinstance(data, bytes):
+            return decode_to_router(data)
+        if self._closed:
+            return None
+        raise RefusedError(FailureCode.WORKER_LOST, f"worker at {self.address} closed the stream")
+
+    async def __aiter__(self) -> AsyncIterator[ToRouter]:
+        while (message := await self.read()) is not None:
+            yield message
+
+    async def close(self) -> None:
+        """Cut the stream; the worker ends everything that ran for it."""
+        self._closed = True
+        self._call.cancel()
+        self._wake.set()
+        self._writer.cancel()
+        await asyncio.gather(self._writer, return_exceptions=True)
+
+    async def _write(self) -> None:
+        try:
+            while not self._closed:
+                while self._unsent:
+                    data = self._unsent.popleft()
+                    self._unsent_bytes -= len(data)
+                    await self._call.write(data)
+                self._wake.clear()
+                await self._wake.wait()
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
+            self._unsent.clear()  # the reading side tells the end
+
+
+def _refusal(code: grpc.StatusCode, details: str | None, address: str) -> RefusedError:
+    failure = FailureCode.INCOMPATIBLE if code in _LASTING else FailureCode.WORKER_LOST
+    return RefusedError(failure, f"worker at {address}: {code.name.lower()}: {details or 'no details'}")

@@ -1,0 +1,196 @@
+"""Message <-> bytes: `[WIRE_VERSION, tag, field, ...]` in msgpack, checked field by field on the way in.
+
+Called by `rpc.py` and `service.py` on both ends of a stream. Knows the shape of every message of `protocol.py` (one
+schema table, derived from the dataclasses' annotations) and nothing of who sends it or what it means.
+
+Token tuples travel as little-endian int32 bytes, generations as uint64, numpy columns as their raw bytes. Sizes are
+checked before anything is allocated for the value (`field_codecs.py`); every refusal is a `WireError` that names
+message and field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, get_args
+
+import msgpack
+
+from penstock.workers import protocol
+from penstock.workers.errors import WireError
+from penstock.workers.field_codecs import (
+    Codec,
+    choice,
+    column,
+    exactly,
+    integer,
+    integers,
+    octets,
+    optional,
+    real,
+    unchanged,
+    unpack_text,
+)
+from penstock.workers.protocol import WIRE_VERSION, FailureCode, Role, ToRouter, ToWorker
+
+MAX_MESSAGE_BYTES = 64 << 20
+_MAX_ARRAY_LEN = 32  # no message has more fields; nested lists only hold nested messages
+
+Message = ToWorker | ToRouter
+
+
+_ANY_SIZE = integer(0, 2**63 - 1)
+_ANY_TIME = real(0.0, 1e9)
+_BY_ANNOTATION: dict[str, Codec] = {
+    "int": _ANY_SIZE,
+    "float": _ANY_TIME,
+    "float | None": optional(_ANY_TIME),
+    "bool": Codec(unchanged, lambda value: exactly(bool, value)),
+    "str": Codec(unchanged, unpack_text),
+    "bytes": octets(1),
+    "Tokens": integers("i", "tokens"),
+    "tuple[int, ...]": integers("Q", "generations"),
+    "Role": choice(Role),
+    "FailureCode": choice(FailureCode),
+} | {f"NDArray[np.{name}]": column(name) for name in ("uint8", "uint16", "uint32", "int32", "float32")}
+
+# Fields whose honest range is narrower or wider than their type's.
+_BY_FIELD: dict[tuple[str, str], Codec] = {
+    ("SamplingParams", "max_tokens"): integer(1, 2**31 - 1),
+    ("SamplingParams", "temperature"): real(0.0, 1e6),
+    ("SamplingParams", "top_k"): integer(0, 2**31 - 1),
+    ("SamplingParams", "top_p"): real(0.0, 1.0),
+    ("SamplingParams", "min_p"): real(0.0, 1.0),
+    ("SamplingParams", "seed"): integer(0, 2**64 - 1),
+    ("SamplingParams", "choice"): integer(0, 2**31 - 1),
+    ("SamplingParams", "logprobs"): optional(integer(0, 20)),
+    ("GenerateRequest", "prefix_root"): octets(1, exact=protocol.DIGEST_BYTES),
+    ("GenerateRequest", "prefix_digests"): octets(protocol.DIGEST_BYTES),
+    ("GenerateRequest", "priority"): integer(-(2**31), 2**31 - 1),
+    ("Grant", "session_id"): octets(1, exact=16),
+    ("KVEvents", "stored"): octets(8),
+    ("KVEvents", "evicted"): octets(8),
+    ("KVSnapshot", "digests"): octets(8),
+}
+_UINT32 = integer(0, 2**32 - 1)
+_UINT16 = integer(0, 2**16 - 1)
+
+
+def _check_grant(grant: protocol.Grant) -> None:
+    if len(grant.blocks) != len(grant.generations):
+        raise WireError("Grant.generations: not one per block")
+
+
+def _check_token_frame(frame: protocol.TokenFrame) -> None:
+    rows, tokens = len(frame.slots), len(frame.tokens)
+    for name in ("attempts", "starts", "counts", "ends"):
+        if len(getattr(frame, name)) != rows:
+            raise WireError(f"TokenFrame.{name}: not one per row")
+    if int(frame.counts.sum()) != tokens:
+        raise WireError("TokenFrame.counts: do not add up to the tokens")
+    if rows and int(frame.ends.max()) > protocol.EndReason.LENGTH:
+        raise WireError("TokenFrame.ends: unknown end reason")
+    if len(frame.logprobs) not in (0, tokens):
+        raise WireError("TokenFrame.logprobs: neither empty nor one per token")
+    if len(frame.top_counts) not in (0, tokens):
+        raise WireError("TokenFrame.top_counts: neither empty nor one per token")
+    alternatives = int(frame.top_counts.sum())
+    if len(frame.top_ids) != alternatives or len(frame.top_logprobs) != alternatives:
+        raise WireError("TokenFrame.top_ids: do not match top_counts")
+
+
+_CHECKS: dict[type, Callable[[Any], None]] = {
+    protocol.Grant: _check_grant,
+    protocol.TokenFrame: _check_token_frame,
+}
+
+
+class _Schema:
+    """The fields of one dataclass in order, each with its codec."""
+
+    def __init__(self, kind: type, nested: dict[str, _Schema]) -> None:
+        self.kind = kind
+        self.check = _CHECKS.get(kind)
+        self.names = tuple(field.name for field in dataclasses.fields(kind))
+        self.codecs = tuple(self._codec(field, nested) for field in dataclasses.fields(kind))
+        self.plan = tuple(zip(self.names, (codec.pack for codec in self.codecs), strict=True))
+
+    def _codec(self, field: dataclasses.Field[Any], nested: dict[str, _Schema]) -> Codec:
+        annotation = str(field.type)  # annotations are strings: every module defers their evaluation
+        special = _BY_FIELD.get((self.kind.__name__, field.name))
+        if special is not None:
+            return special
+        if annotation == "int" and field.name in ("slot", "attempt"):
+            return _UINT32 if field.name == "slot" else _UINT16
+        schema = nested.get(annotation.removesuffix(" | None"))
+        if schema is None:
+            return _BY_ANNOTATION[annotation]
+        codec = Codec(schema.pack, schema.unpack)
+        return optional(codec) if annotation.endswith("| None") else codec
+
+    def pack(self, value: Any) -> list[Any]:
+        return [pack(getattr(value, name)) for name, pack in self.plan]
+
+    def unpack(self, values: Any) -> Any:
+        if type(values) is not list or len(values) != len(self.codecs):
+            raise WireError(f"{self.kind.__name__}: expected a list of {len(self.codecs)} fields")
+        fields = []
+        for name, codec, value in zip(self.names, self.codecs, values, strict=True):
+            try:
+                fields.append(codec.unpack(value))
+            except ValueError as error:
+                raise WireError(f"{self.kind.__name__}.{name}: {error}") from error
+        message = self.kind(*fields)
+        if self.check is not None:
+            self.check(message)
+        return message
+
+
+def _build_schemas() -> tuple[_Schema, ...]:
+    nested: dict[str, _Schema] = {}
+    for part in (protocol.SamplingParams, protocol.GenerateRequest, protocol.Grant):
+        nested[part.__name__] = _Schema(part, nested)
+    return tuple(_Schema(kind, nested) for kind in (*get_args(ToWorker), *get_args(ToRouter)))
+
+
+_SCHEMAS = _build_schemas()  # a message's tag is its index here
+_TAGS = {schema.kind: tag for tag, schema in enumerate(_SCHEMAS)}
+_FIRST_TO_ROUTER = len(get_args(ToWorker))
+
+
+def encode(message: Message) -> bytes:
+    """The message as bytes. Raises WireError when it would be larger than a peer accepts."""
+    tag = _TAGS[type(message)]
+    data: bytes = msgpack.packb([WIRE_VERSION, tag, *_SCHEMAS[tag].pack(message)])
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise WireError(f"{type(message).__name__}: {len(data)} bytes are more than {MAX_MESSAGE_BYTES}")
+    return data
+
+
+def decode_to_worker(data: bytes) -> ToWorker:
+    """The router's message in `data`. Raises WireError."""
+    message: ToWorker = _decode(data, 0, _FIRST_TO_ROUTER)
+    return message
+
+
+def decode_to_router(data: bytes) -> ToRouter:
+    """The worker's message in `data`. Raises WireError."""
+    message: ToRouter = _decode(data, _FIRST_TO_ROUTER, len(_SCHEMAS))
+    return message
+
+
+def _decode(data: bytes, first_tag: int, end_tag: int) -> Any:
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise WireError(f"message of {len(data)} bytes is larger than {MAX_MESSAGE_BYTES}")
+    try:
+        values = msgpack.unpackb(data, max_array_len=_MAX_ARRAY_LEN, max_map_len=0, max_ext_len=0, strict_map_key=True)
+    except (ValueError, TypeError) as error:  # msgpack's own errors are ValueErrors
+        raise WireError(f"not a message: {error}") from error
+    if type(values) is not list or len(values) < 2:
+        raise WireError("not a message: expected a list of version, tag and fields")
+    version, tag = values[0], values[1]
+    if version != WIRE_VERSION or type(version) is not int:
+        raise WireError(f"wire version {version!r}; this side speaks {WIRE_VERSION}")
+    if type(tag) is not int or not first_tag <= tag < end_tag:
+        raise WireError(f"unknown message tag {tag!r}")
+    return _SCHEMAS[tag].unpack(values[2:])
