@@ -4,6 +4,8 @@
     ├── ConfigError          a wrong flag, key, or combination; the process does not start
     ├── ModelError           a model directory that cannot be served; names the file and the key
     ├── WireError            bytes from another process that do not decode to a known message
+    ├── IntegrityError       a check of our own bookkeeping failed: a defect of Penstock, never the caller's fault
+    ├── DeviceError          the accelerator or the runner is gone for good; the worker process ends, quickly
     ├── RequestError         the caller's request is wrong; names the field (HTTP 400 family)
     └── RefusedError         the request was fine, but cannot be served (now); carries a FailureCode
 
@@ -37,6 +39,14 @@ class ModelError(PenstockError):
 
 class WireError(PenstockError):
     """Bytes from a peer are not a message this version understands."""
+
+
+class IntegrityError(PenstockError):
+    """Blocks, queues or sequences do not add up; raised by `check_integrity` and by misuse of the block pool."""
+
+
+class DeviceError(PenstockError):
+    """Steps cannot be computed any more; the worker ends so that its requests go on elsewhere."""
 
 
 class RequestError(PenstockError):

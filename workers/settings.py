@@ -78,6 +78,7 @@ class WorkerSettings:
     port: int = 0  # 0 = any
     heartbeat_s: float = 0.5
     router_lease_s: float = 10.0
+    drain_s: float = 30.0  # longest wait for running work after SIGTERM
     parent_pid: int = 0  # end when this process is gone; 0 = nobody watches
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
     kv: KVSettings = field(default_factory=KVSettings)

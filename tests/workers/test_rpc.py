@@ -1,0 +1,161 @@
+"""Client and server of the data plane on one loop: order, refusals, a lost peer, and a reader that stops reading."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from penstock.workers import rpc
+from penstock.workers.errors import ConfigError, RefusedError
+from penstock.workers.protocol import Cancel, FailureCode, Hello, KeepAlive, Queued, Role, Welcome
+from penstock.workers.rpc import Conversation, RpcServer, WorkerClient
+from penstock.workers.wire import encode
+
+HELLO = Hello(1, "router", 1, 5.0)
+WELCOME = Welcome(1, "w", 1, Role.MIXED, 1, 1, 16, 8, 4, 128, 64, "127.0.0.1:1", "host", "same")
+
+
+async def echo(conversation: Conversation) -> None:
+    """Answers each Cancel with a Queued that repeats its numbers."""
+    while (message := await conversation.read()) is not None:
+        if isinstance(message, Hello):
+            await conversation.write(encode(WELCOME))
+        elif isinstance(message, Cancel):
+            await conversation.write(encode(Queued(message.slot, message.attempt, 0)))
+
+
+async def serve(
+    handler: Callable[[Conversation], Awaitable[None]] = echo,
+    key: str = "",
+    status: Callable[[], dict[str, Any]] = dict,
+) -> tuple[RpcServer, str]:
+    server = RpcServer(handler, status, key)
+    return server, await server.start("127.0.0.1", 0)
+
+
+async def test_messages_arrive_in_order() -> None:
+    server, address = await serve()
+    client = WorkerClient(address)
+    stream = await client.attach(HELLO)
+    assert stream.welcome == WELCOME
+    for slot in range(500):
+        assert stream.send(Cancel(slot, 1))
+    answers = [await stream.read() for _ in range(500)]
+    assert answers == [Queued(slot, 1, 0) for slot in range(500)]
+    await stream.close()
+    assert not stream.send(KeepAlive())
+    assert [message async for message in stream] == []
+    await client.close()
+    await server.stop()
+
+
+async def test_wrong_key_is_refused_and_the_right_one_is_not() -> None:
+    server, address = await serve(key="secret", status=lambda: {"state": "ready"})
+    stranger = WorkerClient(address, "guess")
+    with pytest.raises(RefusedError, match="wrong cluster key") as refusal:
+        await stranger.attach(HELLO)
+    assert refusal.value.code is FailureCode.INCOMPATIBLE
+    with pytest.raises(RefusedError, match="wrong cluster key"):
+        await stranger.status()
+    friend = WorkerClient(address, "secret")
+    assert await friend.status() == {"state": "ready"}
+    await (await friend.attach(HELLO)).close()
+    await stranger.close()
+    await friend.close()
+    await server.stop()
+
+
+async def test_refusal_by_the_handler_is_typed() -> None:
+    async def refuse(_: Conversation) -> None:
+        raise RefusedError(FailureCode.INCOMPATIBLE, "wire version 9")
+
+    server, address = await serve(refuse)
+    client = WorkerClient(address)
+    with pytest.raises(RefusedError, match="wire version 9") as refusal:
+        await client.attach(HELLO)
+    assert refusal.value.code is FailureCode.INCOMPATIBLE
+    await client.close()
+    await server.stop()
+
+
+async def test_bytes_that_are_no_message_end_the_stream() -> None:
+    server, address = await serve()
+    client = WorkerClient(address)
+    stream = await client.attach(HELLO)
+    stream._unsent.append(b"\xc1 nonsense")
+    stream._wake.set()
+    with pytest.raises(RefusedError, match="not a message"):
+        await asyncio.wait_for(stream.read(), 5)
+    await stream.close()
+    await client.close()
+    await server.stop()
+
+
+@pytest.mark.parametrize("ending", ["stop", "return"])
+async def test_a_worker_that_goes_away_is_noticed_at_once(ending: str) -> None:
+    leave = asyncio.Event()
+
+    async def handler(conversation: Conversation) -> None:
+        await conversation.read()
+        await conversation.write(encode(WELCOME))
+        await leave.wait()
+
+    server, address = await serve(handler)
+    client = WorkerClient(address)
+    stream = await client.attach(HELLO)
+    reading = asyncio.create_task(stream.read())
+    await asyncio.sleep(0.05)
+    if ending == "return":
+        leave.set()
+    else:
+        await server.stop()
+    with pytest.raises(RefusedError) as lost:
+        await asyncio.wait_for(reading, 1)
+    assert lost.value.code is FailureCode.WORKER_LOST
+    assert stream.closed
+    assert not stream.send(KeepAlive())
+    await stream.close()
+    await client.close()
+    await server.stop()
+
+
+async def test_nobody_listens() -> None:
+    server, address = await serve()
+    await server.stop()
+    client = WorkerClient(address)
+    with pytest.raises(RefusedError) as lost:
+        await client.attach(HELLO)
+    assert lost.value.code is FailureCode.WORKER_LOST
+    with pytest.raises(RefusedError):
+        await client.status()
+    await client.close()
+
+
+async def test_a_worker_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rpc, "_MAX_UNSENT_BYTES", 1000)
+
+    async def handler(conversation: Conversation) -> None:
+        await conversation.read()
+        await conversation.write(encode(WELCOME))
+        await asyncio.sleep(30)
+
+    server, address = await serve(handler)
+    client = WorkerClient(address)
+    stream = await client.attach(HELLO)
+    sent = [stream.send(Cancel(slot, 1)) for slot in range(1000)]
+    assert sent[0]
+    assert not sent[-1]
+    with pytest.raises(RefusedError):
+        await asyncio.wait_for(stream.read(), 5)
+    await stream.close()
+    await client.close()
+    await server.stop()
+
+
+async def test_a_taken_port_is_a_config_error() -> None:
+    server, address = await serve()
+    host, port = address.rsplit(":", 1)
+    with pytest.raises(ConfigError, match="cannot listen"):
+        await RpcServer(echo, dict).start(host, int(port))
+    await server.stop()

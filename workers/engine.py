@@ -1,0 +1,299 @@
+"""The step loop of one worker: inbox -> transfer events -> plan -> run -> commit -> report.
+
+Runs on the worker's engine thread (`assembly.py` starts it); `service.py` posts what routers ask, the transfer thread
+wakes it, the heartbeat thread reads `load`. It takes its runner through a small protocol and its reporter as a
+parameter, so the whole loop runs without torch and without a network. It knows neither streams nor processes.
+
+Invariants:
+- everything but `post`, `load`, `drained` and `stop` happens on the engine thread;
+- every request that was accepted from the inbox ends in a frame with an end reason, in one `Failed`, or by `Cancel`;
+- a runner that raises costs the sequences of that step, typed, and nothing else; three times in a row end the loop.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from penstock.workers.errors import DeviceError
+from penstock.workers.frames import frame_of_ended, split_by_router
+from penstock.workers.handover import HandOver
+from penstock.workers.inbox import Attached, Detached, Drain, Inbox, Post
+from penstock.workers.kv_feed import KVEventFeed, Reporter
+from penstock.workers.leases import RouterLeases
+from penstock.workers.protocol import (
+    Cancel,
+    Failed,
+    FailureCode,
+    Generate,
+    GenerateRequest,
+    Granted,
+    KeepAlive,
+    Load,
+    Prefill,
+    Queued,
+    RequestSnapshot,
+    Reserve,
+    Started,
+)
+from penstock.workers.scheduler.events import (
+    EndedEvent,
+    GrantedEvent,
+    PreemptedEvent,
+    QueuedEvent,
+    RefusedEvent,
+    SchedulerEvent,
+    SequenceKey,
+    StartedEvent,
+    StepOutcome,
+    Work,
+)
+from penstock.workers.scheduler.plan import Runner, StepPlan
+from penstock.workers.scheduler.scheduler import Scheduler
+from penstock.workers.step_time import StepTimeModel
+
+log = logging.getLogger(__name__)
+
+_MAX_FAILED_STEPS = 3
+_IDLE_S = 0.25  # longest sleep of an idle loop: leases are looked at so often
+_STATS_EVERY_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class _Progress:
+    """Where the loop stands; `since` is when the step began, None while nothing is computed."""
+
+    step: int = 0
+    since: float | None = None
+    predicted_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """What the loop drives; each knows nothing of the others."""
+
+    scheduler: Scheduler
+    runner: Runner
+    handover: HandOver
+    feed: KVEventFeed
+    reporter: Reporter
+
+
+class Engine:
+    """One worker's step loop. `router_id` names one attached stream, never to be used again for another."""
+
+    def __init__(self, parts: EngineParts, clock: Callable[[], float], awake: threading.Event) -> None:
+        """`awake` is what the transfer thread sets when it has an event."""
+        self._scheduler = parts.scheduler
+        self._runner = parts.runner
+        self._handover = parts.handover
+        self._feed = parts.feed
+        self._reporter = parts.reporter
+        self._clock = clock
+        self._leases = RouterLeases()
+        self._step_time = StepTimeModel()
+        self._inbox = Inbox(awake)
+        self._awake = awake
+        self._stopping = False
+        self._failed_steps = 0
+        self._progress = _Progress()
+        self._stats = parts.scheduler.stats()
+        self._stats_due = 0.0
+
+    # --- any thread ---
+
+    def post(self, router_id: str, message: Post) -> bool:
+        """Hand in a message; False when the inbox is full (a stuck step), which holds for requests only."""
+        return self._inbox.put(router_id, message)
+
+    def stop(self) -> None:
+        """Leave the loop after the current step."""
+        self._stopping = True
+        self._awake.set()
+
+    @property
+    def drained(self) -> bool:
+        """New work is refused and no sequence or session is left."""
+        stats = self._stats
+        busy = stats.running + stats.waiting + stats.sending + stats.quarantined_blocks + len(self._handover)
+        return stats.draining and busy == 0
+
+    def load(self) -> Load:
+        """The heartbeat's content; figures are at most a step or 50 ms old."""
+        stats, progress = self._stats, self._progress
+        age_s = 0.0 if progress.since is None else max(0.0, self._clock() - progress.since)
+        return Load(
+            progress.step,
+            age_s,
+            progress.predicted_s,
+            stats.running,
+            stats.waiting,
+            stats.queued_prefill_tokens,
+            stats.free_blocks,
+            stats.cached_blocks,
+            stats.quarantined_blocks,
+            len(self._handover),
+            stats.preemptions,
+            stats.draining,
+        )
+
+    # --- engine thread ---
+
+    def run(self) -> None:
+        """Step until stopped; sleep while there is nothing to do."""
+        while not self._stopping:
+            self._awake.clear()
+            if not self.step():
+                self._awake.wait(self._sleep_s())
+
+    def step(self) -> bool:
+        """One turn of the loop; False when there was nothing to compute."""
+        now = self._clock()
+        self._take_inbox(now)
+        self._handover.poll(self._scheduler, now)
+        plan = self._scheduler.plan(now)
+        self._report_events()  # what was granted or started is said before its first token
+        outcome = None if plan is None else self._compute(plan)
+        if plan is not None and outcome is not None:
+            for router_id, frame in split_by_router(plan.step, outcome):
+                self._reporter.send(router_id, frame)
+            self._handover.offer(outcome.offers, outcome.sent_tails)
+            self._report_events()
+        self._feed.flush(now, idle=plan is None)
+        if plan is None or now >= self._stats_due:
+            self._stats = self._scheduler.stats()
+            self._stats_due = now + _STATS_EVERY_S
+        return plan is not None
+
+    def _sleep_s(self) -> float:
+        deadline = self._scheduler.next_deadline
+        return _IDLE_S if deadline is None else min(_IDLE_S, max(0.0, deadline - self._clock()))
+
+    def _compute(self, plan: StepPlan) -> StepOutcome | None:
+        """Run and commit; None when the runner failed and the step was undone."""
+        began = self._clock()
+        self._progress = _Progress(plan.step, began, self._step_time.predict(plan.num_tokens))
+        try:
+            result = self._runner.run(plan)
+        except DeviceError:
+            raise
+        except Exception as error:  # the edge around model code: whatever it raises costs this step's sequences only
+            log.exception("step %d failed", plan.step)
+            self._abort(plan, error)
+            return None
+        ended = self._clock()
+        self._failed_steps = 0
+        self._step_time.observe(plan.num_tokens, ended - began)
+        self._progress = _Progress(plan.step, None, self._step_time.predict(plan.num_tokens))
+        return self._scheduler.commit(plan, result, ended)
+
+    def _abort(self, plan: StepPlan, error: Exception) -> None:
+        self._progress = _Progress(plan.step, None, 0.0)
+        self._failed_steps += 1
+        for key in self._scheduler.abort_step(plan, self._clock()):
+            self._handover.drop(key, "the step failed")
+            self._fail(key, FailureCode.INTERNAL, "the step that computed this request failed")
+        if self._failed_steps >= _MAX_FAILED_STEPS:
+            raise DeviceError(f"{self._failed_steps} steps failed in a row") from error
+
+    # --- what comes in ---
+
+    def _take_inbox(self, now: float) -> None:
+        while (post := self._inbox.take()) is not None:
+            self._receive(*post, now)
+        for router_id in self._leases.expired(now):
+            log.warning("router %s did not renew its lease", router_id)
+            self._reporter.cut(router_id)
+            self._end_router(router_id, now)
+
+    def _receive(self, router_id: str, message: Post, now: float) -> None:
+        if isinstance(message, Attached):
+            self._leases.begin(router_id, message.lease_s, now)
+            return
+        if isinstance(message, Drain):
+            self._scheduler.drain()
+            return
+        if router_id not in self._leases:
+            return  # its stream ended before this was read
+        self._leases.renew(router_id, now)
+        match message:
+            case Reserve(slot, attempt, request) | Prefill(slot, attempt, request) | Generate(slot, attempt, request):
+                self._submit(SequenceKey(router_id, slot, attempt), message, request, now)
+            case Cancel(slot, attempt):
+                key = SequenceKey(router_id, slot, attempt)
+                self._scheduler.cancel(key, now)
+                self._handover.drop(key, "cancelled")
+            case RequestSnapshot():
+                self._feed.snapshot(router_id)
+            case Detached():
+                self._end_router(router_id, now)
+            case KeepAlive():
+                pass  # renewed above
+            case _:
+                log.warning("router %s sent %s in the middle of its stream", router_id, type(message).__name__)
+
+    def _submit(
+        self, key: SequenceKey, message: Reserve | Prefill | Generate, request: GenerateRequest, now: float
+    ) -> None:
+        problem = self._problem_with(key, message, request)
+        if problem is not None:
+            self._fail(key, *problem)
+            return
+        if isinstance(message, Prefill) and message.grant is not None:
+            if self._handover.open(key, message.grant):
+                first_block = message.grant.first_block
+                self._scheduler.submit(key, Work.PREFILL, request, now, sends_kv=True, first_block=first_block)
+            return
+        work = Work.RESERVE if isinstance(message, Reserve) else Work.PREFILL
+        self._scheduler.submit(key, Work.GENERATE if isinstance(message, Generate) else work, request, now)
+
+    def _problem_with(
+        self, key: SequenceKey, message: Reserve | Prefill | Generate, request: GenerateRequest
+    ) -> tuple[FailureCode, str] | None:
+        """Why the request cannot even be queued; what is left to the scheduler to judge is not asked here."""
+        vocab = self._runner.vocab_size
+        if max(request.prompt, default=0) >= vocab or max(request.emitted, default=0) >= vocab:
+            return FailureCode.BAD_REQUEST, f"prompt: a token id is not below the vocabulary size {vocab}"
+        grant = message.grant if isinstance(message, Prefill) else None
+        if grant is None:
+            return None
+        if self._handover.lingers(key):
+            return FailureCode.QUEUE_FULL, "slot and attempt still name a cancelled transfer"
+        if self._handover.taken(key, grant):
+            return FailureCode.BAD_REQUEST, "the grant is already used by another request"
+        if grant.compatibility != self._handover.compatibility:
+            return FailureCode.INCOMPATIBLE, f"KV blocks of worker {grant.worker_id} have another layout or revision"
+        return None
+
+    def _end_router(self, router_id: str, now: float) -> None:
+        self._leases.end(router_id)
+        for key in self._scheduler.cancel_router(router_id, now):
+            self._handover.drop(key, "the router is gone")
+
+    # --- what goes out ---
+
+    def _report_events(self) -> None:
+        for event in self._scheduler.take_events():
+            self._report(event)
+
+    def _report(self, event: SchedulerEvent) -> None:
+        key, send = event.key, self._reporter.send
+        match event:
+            case GrantedEvent():
+                send(key.router_id, Granted(key.slot, key.attempt, self._handover.grant(event)))
+            case StartedEvent(cached_tokens=cached_tokens):
+                send(key.router_id, Started(key.slot, key.attempt, cached_tokens))
+            case QueuedEvent(position=position):
+                send(key.router_id, Queued(key.slot, key.attempt, position))
+            case RefusedEvent(code=code, message=message, retry_after_s=retry_after_s):
+                self._handover.drop(key, message)
+                self._fail(key, code, message, retry_after_s)
+            case EndedEvent():
+                send(key.router_id, frame_of_ended(self._progress.step, event))
+            case PreemptedEvent():
+                log.info("preempted slot %d of %s", key.slot, key.router_id)
+
+    def _fail(self, key: SequenceKey, code: FailureCode, message: str, retry_after_s: float | None = None) -> None:
+        self._reporter.send(key.router_id, Failed(key.slot, key.attempt, code, message, retry_after_s))

@@ -1,0 +1,113 @@
+"""`python -m penstock.workers.process`: one worker as a plain process, with neither Ray nor torch unless it needs it.
+
+Started by `cluster/local.py` and tests. The settings (`WorkerSettings.to_json`, one line) come on stdin; one JSON line
+goes out on stdout when the worker serves: `{"address": "host:port", "pid": ..., ...}`, or `{"error": ...}` when it
+cannot. Logs go to stderr. SIGTERM or SIGINT drains and exits 0; a second one exits at once. Exit codes: 1 it could not
+start, 3 its engine failed. It ends by itself when the process named `parent_pid` ends, however that one died.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import select
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import TextIO
+
+from penstock.workers.assembly import Worker, build_worker
+from penstock.workers.errors import PenstockError
+from penstock.workers.settings import WorkerSettings
+from penstock.workers.transfer.faults import TransferFaults
+
+log = logging.getLogger(__name__)
+
+EXIT_STARTED_NOT, EXIT_ENGINE_FAILED, EXIT_ORPHANED = 1, 3, 4
+# Three threads share the interpreter: one that has work for a few microseconds must not wait the default 5 ms for it.
+SWITCH_INTERVAL_S = 0.0005
+_LOOK_EVERY_S = 0.05  # a failed engine is noticed within
+
+
+def main(faults: TransferFaults | None = None) -> int:
+    """Run one worker until it is told to end; the exit code."""
+    try:
+        settings = WorkerSettings.from_json(sys.stdin.readline())
+        _begin(settings)
+        worker = build_worker(settings, faults)
+        worker.start()
+    except (PenstockError, OSError, ValueError) as error:
+        _say(sys.stdout, {"error": type(error).__name__, "message": str(error), "key": getattr(error, "key", None)})
+        return EXIT_STARTED_NOT
+    stop = _catch_signals()
+    _say(sys.stdout, {"address": worker.address, **dataclasses.asdict(worker.facts)})
+    return _serve(worker, settings, stop)
+
+
+def _begin(settings: WorkerSettings) -> None:
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.INFO,
+        format=f"%(asctime)s %(levelname)s {settings.worker_id} %(name)s: %(message)s",
+    )
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    if settings.parent_pid:
+        watch_parent(settings.parent_pid)
+
+
+def watch_parent(pid: int) -> None:
+    """End this process as soon as `pid` ends.
+
+    A pidfd and not PR_SET_PDEATHSIG, because that fires when the *thread* that forked us ends, and parents fork from
+    short-lived threads.
+    """
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        os._exit(EXIT_ORPHANED)
+
+    def wait() -> None:
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        poll.poll()
+        log.warning("process %d, which started this worker, is gone; the worker ends", pid)
+        os._exit(EXIT_ORPHANED)  # nobody is left to whom an orderly end would matter, and streams break by it
+
+    threading.Thread(target=wait, name="parent-watch", daemon=True).start()
+
+
+def _catch_signals() -> threading.Event:
+    """Set by the first SIGTERM or SIGINT; the second ends the process at once."""
+    stop = threading.Event()
+
+    def on_signal(_: int, __: FrameType | None) -> None:
+        if stop.is_set():
+            os._exit(0)
+        stop.set()
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    return stop
+
+
+def _serve(worker: Worker, settings: WorkerSettings, stop: threading.Event) -> int:
+    while not worker.join(0) and not stop.wait(_LOOK_EVERY_S):
+        pass
+    if not worker.failed:
+        log.info("draining for at most %.0f s", settings.drain_s)
+        worker.stop(settings.drain_s)
+    else:
+        worker.stop()
+    return EXIT_ENGINE_FAILED if worker.failed else 0
+
+
+def _say(stream: TextIO, facts: dict[str, object]) -> None:
+    stream.write(json.dumps(facts) + "\n")
+    stream.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
