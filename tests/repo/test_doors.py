@@ -13,7 +13,7 @@ DOORS = {
     "fastapi": ("cluster/ingress/",),
     "starlette": ("cluster/ingress/",),
     "grpc": ("workers/rpc.py",),
-    "msgpack": ("workers/wire.py",),
+    "msgpack": ("workers/wire.py", "workers/transfer/messages.py"),
     "transformers": ("workers/model/", "cluster/text.py"),
 }
 BANNED_MODULES = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}

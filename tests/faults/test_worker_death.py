@@ -1,0 +1,139 @@
+"""Workers are killed under 200 oracle streams: with survivors nothing fails, without any every stream ends typed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from fakes.oracle_cluster import Pace, Streams, leaked_blocks, oracle_request, oracle_workers, wait_running
+
+from penstock.cluster.local import LocalCluster
+from penstock.cluster.subprocess_host import SubprocessHost
+from penstock.router.settings import RetrySettings, RouterSettings
+
+STREAMS = 200
+FAULTY_WORKER = Path(__file__).parents[1] / "fakes" / "faulty_worker.py"
+
+
+def requests(pace: Pace, output_tokens: int = 48) -> list:
+    return [oracle_request(n, 10 + n % 60, output_tokens, pace) for n in range(STREAMS)]
+
+
+async def assert_all_back(cluster: LocalCluster, streams: Streams, pids: set[int]) -> None:
+    assert await leaked_blocks(cluster) == 0
+    await cluster.stop()
+    assert [pid for pid in pids | pids_of(cluster) if alive(pid)] == []
+
+
+def pids_of(cluster: LocalCluster) -> set[int]:
+    return {pid for status in cluster.fleet.workers() for pid in status.pids}
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.timeout(90)
+@pytest.mark.parametrize("transport", ["shared_memory", "tcp"])
+@pytest.mark.parametrize("moment", ["before the first token", "after the first token", "mid-stream"])
+def test_decode_worker_killed(moment: str, transport: str, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        slow = moment == "before the first token"
+        pace = Pace(transport=transport, step_s=0.004, token_s=0.0005 if slow else 0.00002)
+        cluster = LocalCluster(oracle_workers(1, 2, pace), log_file=tmp_path / "log")
+        async with cluster:
+            pids = pids_of(cluster)
+            streams = Streams(cluster)
+            running = asyncio.ensure_future(streams.run(requests(pace)))
+            if slow:
+                held = await wait_running(cluster, "decode-0")
+                assert streams.tally.tokens < STREAMS, "most streams must still wait for their first token"
+            else:
+                await streams.until_tokens(1 if moment == "after the first token" else STREAMS * 12)
+                held = await wait_running(cluster, "decode-0")
+            killed = cluster.kill("decode-0")
+            tally = await asyncio.wait_for(running, 60)
+            print(f"{moment}, {transport}: killed {killed} holding {held} sequences; {tally.line()}")
+            assert held > 0, "the fault did not fire: the killed worker held nothing"
+            assert tally.completed == STREAMS
+            assert tally.wrong == []
+            assert await cluster.wait_ready(20)
+            await assert_all_back(cluster, streams, pids)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.timeout(90)
+@pytest.mark.parametrize("transport", ["shared_memory", "tcp"])
+@pytest.mark.parametrize("fragments", [1, 25])
+def test_prefill_worker_killed_between_two_blocks(fragments: int, transport: str, tmp_path: Path) -> None:
+    """The first incarnation of prefill-0 dies by itself once so many blocks have left it."""
+
+    async def scenario() -> None:
+        pace = Pace(transport=transport, step_s=0.004, chunk=32)
+        host = SubprocessHost(
+            tmp_path / "log", command=(sys.executable, str(FAULTY_WORKER), "prefill-0", f"die_after={fragments}")
+        )
+        cluster = LocalCluster(oracle_workers(2, 2, pace), host=host)
+        async with cluster:
+            pids = pids_of(cluster)
+            streams = Streams(cluster)
+            tally = await asyncio.wait_for(streams.run(requests(pace)), 60)
+            assert await cluster.wait_ready(20)
+            deaths = {s.id: s.restarts for s in cluster.fleet.workers()}
+            print(f"prefill died after {fragments} blocks, {transport}: restarts {deaths}; {tally.line()}")
+            assert deaths["prefill-0"] == 1, "the fault did not fire"
+            assert tally.completed == STREAMS
+            assert tally.wrong == []
+            await assert_all_back(cluster, streams, pids)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.timeout(60)
+def test_without_survivors_every_stream_ends_typed(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        pace = Pace(step_s=0.005, token_s=0.0002)
+        router = RouterSettings(retry=RetrySettings(no_worker_timeout_s=1.5))
+        cluster = LocalCluster(oracle_workers(1, 1, pace), router, restart=False, log_file=tmp_path / "log")
+        async with cluster:
+            streams = Streams(cluster)
+            running = asyncio.ensure_future(streams.run(requests(pace, 200)))
+            await streams.until_tokens(STREAMS)
+            cluster.kill("decode-0")
+            tally = await asyncio.wait_for(running, 30)
+            print(f"decode-0 killed, nobody left to decode: {tally.line()}")
+            assert sum(tally.failed.values()) > 0, "the fault did not fire"
+            assert tally.completed + sum(tally.failed.values()) == STREAMS, "a stream ended silently short"
+            assert set(tally.failed) <= {"no_worker", "worker_lost"}
+            assert tally.wrong == []
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.timeout(60)
+def test_decode_workers_go_on_without_any_prefill_worker(tmp_path: Path) -> None:
+    """A worker is a worker: with the prefill pool gone, prompts are computed where they decode."""
+
+    async def scenario() -> None:
+        pace = Pace(step_s=0.002, token_s=0.0005)
+        cluster = LocalCluster(oracle_workers(1, 1, pace), restart=False, log_file=tmp_path / "log")
+        async with cluster:
+            streams = Streams(cluster)
+            running = asyncio.ensure_future(streams.run(requests(pace)))
+            await streams.until_tokens(20)
+            cluster.kill("prefill-0")
+            assert streams.tally.completed < STREAMS // 2
+            tally = await asyncio.wait_for(running, 45)
+            print(f"prefill-0 killed, nobody left to prefill: {tally.line()}")
+            assert tally.completed == STREAMS
+            assert tally.wrong == []
+
+    asyncio.run(scenario())
