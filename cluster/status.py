@@ -1,0 +1,65 @@
+"""What one worker is doing, as `GET /status` says it and `penstock status` prints it.
+
+The ingress process fills it from the roster and the workers' heartbeats behind the `FleetView` protocol; the metrics
+page shows the same figures. Knows nothing of how they got here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from penstock.workers.protocol import Role
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """One worker. Load figures are of its last heartbeat, `age_s` seconds ago (None: it never sent one)."""
+
+    id: str
+    role: Role
+    width: int
+    pids: tuple[int, ...]
+    state: str  # a `roster.WorkerState`
+    incarnation: int = 1
+    restarts: int = 0
+    reason: str = ""
+    age_s: float | None = None
+    running: int = 0
+    waiting: int = 0
+    transfers: int = 0
+    preemptions: int = 0
+    step: int = 0
+    kv_blocks: int = 0
+    kv_free_blocks: int = 0
+    kv_cached_blocks: int = 0
+    kv_quarantined_blocks: int = 0
+
+    @property
+    def kv_use(self) -> float:
+        """Share of KV blocks that sequences hold, 0..1; cached but unowned blocks count as free."""
+        return 1 - self.kv_free_blocks / self.kv_blocks if self.kv_blocks else 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """The object `GET /status` lists."""
+        return {**dataclasses.asdict(self), "role": self.role.value, "kv_use": round(self.kv_use, 4)}
+
+    @staticmethod
+    def from_json(raw: Mapping[str, Any]) -> WorkerStatus:
+        """Inverse of `as_json`; unknown keys of a newer server are dropped."""
+        known = {f.name: raw[f.name] for f in dataclasses.fields(WorkerStatus) if f.name in raw}
+        return WorkerStatus(**{**known, "role": Role(known["role"]), "pids": tuple(known["pids"])})
+
+
+class FleetView(Protocol):
+    """The workers as this ingress process believes them to be."""
+
+    def workers(self) -> Sequence[WorkerStatus]:
+        """Every worker of the cluster, ready or not."""
+        ...
+
+    def unready(self) -> str:
+        """Why no request can be served now; empty when one can."""
+        ...

@@ -1,0 +1,145 @@
+"""Checks of a configuration that no single type can express: ranges, choices, and keys against each other.
+
+Called by `config.load_config`, once for single values and once, when everything is derived, for the whole. Raises
+ConfigError naming the key and where its value came from. Nothing is repaired silently.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+
+from penstock.cluster.settings import ClusterConfig, value_of
+from penstock.router.placement import POLICIES
+from penstock.workers.errors import ConfigError
+
+CHOICES = {
+    "runner.kind": ("model", "oracle"),
+    "runner.dtype": ("auto", "float32", "bfloat16", "float16"),
+    "transfer.transport": ("auto", "shared_memory", "tcp"),
+    "router.placement.policy": tuple(POLICIES),
+}
+MAY_BE_ZERO = frozenset(
+    {
+        "scheduler.long_prefill_token_threshold",
+        "scheduler.reserve_tokens",
+        "scheduler.max_preemptions",
+        "scheduler.watermark",
+        "kv.num_blocks",
+        "transfer.digest_sample",
+        "runner.oracle_step_s",
+        "runner.oracle_token_s",
+        "runner.oracle_block_bytes",
+        "pools.prefill",
+        "pools.decode",
+        "pools.mixed",
+        "front.port",
+        "router.placement.local_prefill_tokens",
+        "router.placement.local_penalty",
+        "router.placement.handover_tokens",
+        "router.placement.balance",
+        "router.placement.sample",
+        "router.admission.input_weight",
+        "router.admission.output_weight",
+        "router.retry.grant_patience_s",
+        "router.retry.handover_grace_s",
+        "router.retry.sibling_wait_s",
+        "router.retry.first_backoff_s",
+        "router.retry.max_internal_failures",
+        "router.retry.poison_clear_tokens",
+        "router.index.assume_s",
+        "ray.worker_num_cpus",
+        "ray.ingress_num_cpus",
+    }
+)
+UPPER = {
+    "front.port": 65535,
+    "kv.block_size": 1024,
+    "limits.max_logprobs": 20,
+    "scheduler.watermark": 1,
+    "transfer.digest_sample": 1,
+    "pools.prefill": 1024,
+    "pools.decode": 1024,
+    "pools.mixed": 1024,
+}
+MAX_NAME_CHARS = 256
+
+
+def check_values(config: ClusterConfig, keys: list[str]) -> ClusterConfig:
+    """Each value by itself: finite, in range, one of its choices; and workers of width 1, as nothing else is built."""
+    for key in keys:
+        value = value_of(config, key)
+        if key in CHOICES and value not in CHOICES[key]:
+            raise wrong(config, key, f"{value!r} is none of {', '.join(CHOICES[key])}")
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            _number(config, key, value)
+    width = config.pools.tensor_parallel_size
+    if width > 1:
+        raise wrong(config, "pools.tensor_parallel_size", f"{width} is not supported; workers have width 1 so far")
+    return config
+
+
+def check_whole(config: ClusterConfig) -> ClusterConfig:
+    """The keys against each other, after everything has been derived."""
+    _pools(config)
+    _sizes(config)
+    _front(config)
+    return config
+
+
+def wrong(config: ClusterConfig, key: str, reason: str) -> ConfigError:
+    """The error for one key; says where the value came from."""
+    source = config.sources.get(key)
+    return ConfigError(f"{key} (from {source}): {reason}" if source else f"{key}: {reason}", key=key)
+
+
+def _number(config: ClusterConfig, key: str, value: float) -> None:
+    zero_is_fine = key in MAY_BE_ZERO
+    if not math.isfinite(value) or value < 0 or (value == 0 and not zero_is_fine):
+        raise wrong(config, key, f"{value!r} must be {'zero or more' if zero_is_fine else 'more than zero'}")
+    if value > UPPER.get(key, math.inf):
+        raise wrong(config, key, f"{value!r} is more than {UPPER[key]}")
+
+
+def _pools(config: ClusterConfig) -> None:
+    pools = config.pools
+    if pools.total == 0:
+        raise wrong(config, "pools.mixed", "there is no worker at all; ask for mixed, or for prefill and decode ones")
+    for role, other in (("prefill", "decode"), ("decode", "prefill")):
+        if getattr(pools, role) and not getattr(pools, other) and not pools.mixed:
+            raise wrong(config, f"pools.{other}", f"{role} workers need at least one {other} or mixed worker")
+
+
+def _sizes(config: ClusterConfig) -> None:
+    scheduler, kv = config.scheduler, config.kv
+    if scheduler.max_num_batched_tokens < scheduler.max_num_seqs:
+        raise wrong(
+            config,
+            "scheduler.max_num_batched_tokens",
+            f"{scheduler.max_num_batched_tokens} is less than max_num_seqs {scheduler.max_num_seqs}; a step must fit "
+            "one token of every sequence",
+        )
+    if kv.block_size & (kv.block_size - 1):
+        raise wrong(config, "kv.block_size", f"{kv.block_size} is not a power of two")
+    if kv.num_blocks and kv.num_blocks * kv.block_size < scheduler.max_model_len:
+        raise wrong(
+            config,
+            "kv.num_blocks",
+            f"{kv.num_blocks} blocks of {kv.block_size} tokens hold less than one sequence of max_model_len "
+            f"{scheduler.max_model_len}",
+        )
+    if config.health.heartbeat_s * 2 > config.health.router_lease_s:
+        raise wrong(config, "health.router_lease_s", "must be at least two heartbeats")
+
+
+def _front(config: ClusterConfig) -> None:
+    front = config.front
+    if any(not name or len(name) > MAX_NAME_CHARS or not name.isprintable() for name in front.served_model_name):
+        raise wrong(config, "front.served_model_name", f"each must be 1 to {MAX_NAME_CHARS} printable characters")
+    if front.host != "localhost":
+        try:
+            ipaddress.ip_address(front.host)
+        except ValueError as error:
+            raise wrong(config, "front.host", f"{front.host!r} is not an IP address") from error
+    if not front.api_key.isascii() or any(c.isspace() for c in front.api_key):
+        raise wrong(config, "front.api_key", "must be ASCII without spaces")
