@@ -1,0 +1,101 @@
+"""A model's own chat template, rendered in Jinja's immutable sandbox. Templates never come from a request.
+
+Used by `text.py`. Follows the conventions of Hugging Face templates: `messages`, `add_generation_prompt`,
+`bos_token`, `raise_exception`, `strftime_now`, `tojson` without escapes, trimmed blocks, loop controls.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from penstock.cluster.model_directory import read_json
+from penstock.workers.errors import ModelError, RequestError
+
+Message = Mapping[str, Any]
+MAX_REASON_CHARS = 200
+
+
+class ChatTemplate:
+    """One compiled template with the special tokens it may use."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str], path: str, max_chars: int) -> None:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise
+        environment.globals["strftime_now"] = lambda style: datetime.datetime.now().astimezone().strftime(style)
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise ModelError(f"{path}: the chat template does not compile: {error}", path=path) from error
+        self._special_tokens = dict(special_tokens)
+        self._max_chars = max_chars
+
+    def render(self, messages: Sequence[Message], **variables: Any) -> str:
+        """The prompt text. Raises RequestError with the template's own words when it refuses the messages."""
+        arguments = {**self._special_tokens, **variables, "messages": messages, "tools": None, "documents": None}
+        pieces: list[str] = []
+        size = 0
+        try:
+            for piece in self._template.generate(**arguments):
+                pieces.append(piece)
+                size += len(piece)
+                if size > self._max_chars:
+                    raise RequestError("the rendered messages are longer than the model's context", field="messages")
+        except RequestError:
+            raise
+        # A template is a program over the caller's data: whatever it raises is about that data, not about us.
+        except Exception as error:
+            reason = str(error)[:MAX_REASON_CHARS] or type(error).__name__
+            raise RequestError(f"the chat template refused the messages: {reason}", field="messages") from error
+        return "".join(pieces)
+
+
+def load_chat_template(directory: Path, max_chars: int) -> ChatTemplate | None:
+    """The directory's template (`chat_template.jinja`, else the tokenizer configuration's), or None."""
+    config_path = directory / "tokenizer_config.json"
+    config = read_json(config_path, required=False)
+    path = directory / "chat_template.jinja"
+    if path.is_file():
+        source = path.read_text(encoding="utf-8")
+    else:
+        path = config_path
+        source = _named_default(config.get("chat_template"))
+    if not source:
+        return None
+    return ChatTemplate(source, special_token_texts(directory), str(path), max_chars)
+
+
+def special_token_texts(directory: Path) -> dict[str, str]:
+    """`bos_token`, `eos_token`, … as text, from the tokenizer's configuration files."""
+    found: dict[str, str] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        for key, value in read_json(directory / name, required=False).items():
+            text = value.get("content") if isinstance(value, dict) else value
+            if key.endswith("_token") and isinstance(text, str):
+                found[key] = text
+    return found
+
+
+def _named_default(stated: object) -> str:
+    """The template text; some models state a list of named ones, of which `default` is the plain chat."""
+    if isinstance(stated, list):
+        named = {item.get("name"): item.get("template") for item in stated if isinstance(item, dict)}
+        stated = named.get("default")
+    return stated if isinstance(stated, str) else ""
+
+
+def _to_json(value: object, ensure_ascii: bool = False, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+
+
+def _raise(message: object) -> NoReturn:
+    raise jinja2.TemplateError(str(message))

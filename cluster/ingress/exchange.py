@@ -1,0 +1,221 @@
+"""One HTTP request and its answer over ASGI: bounded reading, writing, and noticing that the caller has left.
+
+Used by `app.py` and its endpoints only. Knows HTTP and limits, not what the bodies mean.
+
+Invariants: at most one answer starts; a stream either ends with its last chunk or is left unfinished on purpose, in
+which case the server closes the connection and the client sees a broken transport, never a silent end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from contextlib import suppress
+from typing import Any, NoReturn
+
+from penstock.cluster.ingress.errors import HttpProblem
+from penstock.cluster.settings import LimitSettings
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+JSON = b"application/json"
+LINGER_S = 1.0
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}\Z")
+_SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89abcdefABCDEF]")
+_STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class Disconnected(Exception):  # noqa: N818 - an event
+    """The caller closed the connection, or stopped reading from it."""
+
+
+class Exchange:
+    """State of one request and its answer."""
+
+    def __init__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send, limits: LimitSettings) -> None:
+        self.method: str = scope["method"]
+        self.path: str = scope["path"]
+        self.status = 0  # of the answer, once it has started
+        self._receive = receive
+        self._send = send
+        self._limits = limits
+        self._headers: list[tuple[bytes, bytes]] = scope["headers"]
+        self._echo: list[tuple[bytes, bytes]] = []
+        self._writing = asyncio.Lock()
+        self._write_began: float | None = None
+        self._left = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    def headers(self, name: bytes) -> list[bytes]:
+        """All values of one header (lower-case name)."""
+        return [value for key, value in self._headers if key.lower() == name]
+
+    def check_headers(self) -> None:
+        """Refuse header floods and ambiguous framing; remember a harmless request id for the answer."""
+        size = sum(len(name) + len(value) for name, value in self._headers)
+        if len(self._headers) > self._limits.max_headers or size > self._limits.max_header_bytes:
+            raise HttpProblem(431, "invalid_request_error", "the request's headers are too large", close=True)
+        if self.headers(b"content-length") and self.headers(b"transfer-encoding"):
+            raise HttpProblem(400, "invalid_request_error", "both Content-Length and Transfer-Encoding", close=True)
+        stated = self.headers(b"x-request-id")
+        if len(stated) == 1 and _REQUEST_ID.match(stated[0]):
+            self._echo = [(b"x-request-id", stated[0])]
+
+    async def read_body(self) -> bytes:
+        """The whole JSON body, within its limits of type, size and time."""
+        kinds = self.headers(b"content-type")
+        if len(kinds) != 1 or kinds[0].split(b";")[0].strip().lower() != JSON:
+            raise HttpProblem(415, "invalid_request_error", "Content-Type must be application/json")
+        if any(value.strip().lower() != b"identity" for value in self.headers(b"content-encoding")):
+            raise HttpProblem(415, "invalid_request_error", "Content-Encoding is not supported")
+        try:
+            async with asyncio.timeout(self._limits.body_timeout_s):
+                body = await self._collect()
+        except TimeoutError:
+            raise HttpProblem(408, "timeout", "the body did not arrive in time", may_retry=False, close=True) from None
+        if body is not None:
+            return body
+        await self._discard()
+        raise HttpProblem(
+            413,
+            "request_too_large",
+            f"the body is larger than {self._limits.max_body_bytes} bytes",
+            code="request_too_large",
+            may_retry=False,
+            close=True,
+        )
+
+    async def _collect(self) -> bytes | None:
+        """The body; None as soon as it is, or says that it will be, too large."""
+        for value in self.headers(b"content-length"):
+            if not value.isdigit() or len(value) > 18 or int(value) > self._limits.max_body_bytes:
+                return None
+        pieces: list[bytes] = []
+        size = 0
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise Disconnected
+            piece = message.get("body", b"")
+            size += len(piece)
+            if size > self._limits.max_body_bytes:
+                return None
+            pieces.append(piece)
+            if not message.get("more_body", False):
+                return b"".join(pieces)
+
+    async def _discard(self) -> None:
+        """Let a caller who is still sending get our answer: closing at once would reset the connection under it."""
+        discarded = 0
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_S):
+                while discarded < self._limits.max_body_bytes:
+                    message = await self._receive()
+                    discarded += len(message.get("body", b""))
+                    if not message.get("more_body", False):
+                        return
+
+    async def respond(
+        self, status: int, body: bytes, kind: bytes = JSON, extra: list[tuple[bytes, bytes]] | None = None
+    ) -> None:
+        """A whole answer."""
+        self.status = status
+        headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode()), *self._echo, *(extra or ())]
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        await self._send({"type": "http.response.body", "body": b"" if self.method == "HEAD" else body})
+
+    async def refuse(self, problem: HttpProblem) -> None:
+        """An error answer, or, when the stream has begun, its last event before the connection breaks."""
+        if not self.status:
+            await self.respond(problem.status, problem.body(), extra=problem.headers())
+        else:
+            await self.write(b"data: " + problem.body() + b"\n\n")
+
+    async def write(self, events: bytes) -> None:
+        """A piece of the stream; the first one sends the headers. Waits while the caller's buffer is full."""
+        async with self._writing:
+            self._write_began = time.monotonic()
+            if not self.status:
+                self.status = 200
+                headers = [*_STREAM_HEADERS, *self._echo]
+                await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+            await self._send({"type": "http.response.body", "body": events, "more_body": True})
+            self._write_began = None
+
+    async def run_while_connected(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run `work` to its end, or cancel it and raise Disconnected once the caller leaves or stops reading.
+
+        Call it after the body has been read.
+        """
+        task = asyncio.ensure_future(work)
+        leaving = asyncio.ensure_future(self._until_disconnect())
+        # A failure to receive means the same as leaving: nobody is there any more.
+        leaving.add_done_callback(lambda done: None if done.cancelled() else self._leave(task))
+        self._watch_writes(task)
+        try:
+            await task
+        except asyncio.CancelledError:
+            if self._left:
+                raise Disconnected from None
+            raise
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
+            leaving.cancel()
+            await asyncio.gather(leaving, return_exceptions=True)
+
+    async def _until_disconnect(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            continue
+
+    def _leave(self, task: asyncio.Future[None]) -> None:
+        self._left = not task.done()
+        task.cancel()
+
+    def _watch_writes(self, task: asyncio.Future[None]) -> None:
+        """One timer for many writes: a deadline around each would cost more than the write itself."""
+        began = self._write_began
+        if task.done():
+            return
+        if began is not None and time.monotonic() - began > self._limits.write_timeout_s:
+            self._leave(task)
+        else:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self._limits.write_timeout_s / 2, self._watch_writes, task)
+
+    async def end_stream(self) -> None:
+        """The proper end of a stream."""
+        await self._send({"type": "http.response.body", "body": b""})
+
+
+def parse_json(raw: bytes) -> dict[str, Any]:
+    """A JSON object out of a body, or a 400. NaN, deep nesting, bad UTF-8 and lone surrogates are refused."""
+    try:
+        body = json.loads(raw.decode(), parse_constant=_no_constant)
+        if _SURROGATE_ESCAPE.search(raw):
+            json.dumps(body, ensure_ascii=False).encode()
+    except RecursionError:
+        raise HttpProblem(400, "invalid_request_error", "the body is nested too deeply", code="invalid_json") from None
+    except UnicodeError:
+        raise HttpProblem(400, "invalid_request_error", "the body is not valid UTF-8", code="invalid_json") from None
+    except ValueError as error:
+        reason = str(error)[:200]
+        raise HttpProblem(
+            400, "invalid_request_error", f"the body is not JSON: {reason}", code="invalid_json"
+        ) from None
+    if not isinstance(body, dict):
+        raise HttpProblem(400, "invalid_request_error", "the body must be a JSON object", code="invalid_json")
+    return body
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")

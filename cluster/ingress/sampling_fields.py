@@ -1,0 +1,171 @@
+"""Reads the fields that completions and chat share: sampling, stops, output options, and those not built yet.
+
+Used by `completion_request.py` and `chat_request.py`. Limits come first: nothing is tokenised or allocated here.
+What this version cannot do is refused by name; what changes nothing (`penalty: 0`) is accepted, as clients send it.
+
+Meanings: temperature below 1e-5 is greedy; top_k -1 and 0 mean all; seeds are taken modulo 2^64; a request without a
+seed gets 64 random bits. `ignore_eos` runs are bounded by max_tokens and the context.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+
+from penstock.cluster.ingress.call import OutputOptions
+from penstock.cluster.ingress.errors import model_not_found
+from penstock.cluster.ingress.fields import Fields, shown
+from penstock.cluster.ingress.settings import IngressSettings
+from penstock.cluster.text import TextCodec
+from penstock.workers.errors import RequestError
+from penstock.workers.protocol import SamplingParams, Tokens
+
+GREEDY_BELOW = 1e-5
+MAX_TEMPERATURE = 100.0
+MAX_TOP_K = 1 << 31
+_SALT = re.compile(r"[A-Za-z0-9_-]{1,256}\Z")
+_UNSUPPORTED: dict[str, tuple[object, ...]] = {
+    "repetition_penalty": (1, 1.0),
+    "length_penalty": (1, 1.0),
+    "logit_bias": ({},),
+    "min_tokens": (0,),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "truncate_prompt_tokens": (),
+    "prompt_logprobs": (),
+    "use_beam_search": (False,),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "prompt_embeds": (),
+    "lora_request": (),
+    "kv_transfer_params": (),
+}
+_UNUSED = (
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "request_id",
+    "priority",
+)
+
+
+def read_model(fields: Fields, settings: IngressSettings) -> str:
+    """The model's name as the caller wrote it; absent means the one that is served."""
+    name = fields.raw("model")
+    if name is None:
+        return settings.model_names[0]
+    if not isinstance(name, str):
+        raise fields.refuse("model", f"must be a string, not {shown(name)}", "invalid_type")
+    if name not in settings.model_names:
+        raise model_not_found(name)
+    return name
+
+
+def read_sampling(fields: Fields, settings: IngressSettings, text: TextCodec, logprobs: int | None) -> SamplingParams:
+    """Sampling of choice 0, without `max_tokens` (1 stands there)."""
+    defaults = settings.defaults
+    temperature = fields.number("temperature", 0.0, MAX_TEMPERATURE, defaults.temperature)
+    top_k = fields.integer("top_k", -1, MAX_TOP_K, defaults.top_k) or 0
+    seed = fields.integer("seed", -(1 << 63), (1 << 64) - 1)
+    for name in ("presence_penalty", "frequency_penalty"):
+        if fields.number(name, -2.0, 2.0, 0.0) != 0.0:
+            raise fields.refuse(name, "penalties are not supported by this server", "unsupported_value")
+    return SamplingParams(
+        max_tokens=1,
+        temperature=0.0 if temperature < GREEDY_BELOW else temperature,
+        top_k=0 if top_k == -1 or top_k >= text.vocab_size else top_k,
+        top_p=fields.number("top_p", 0.0, 1.0, defaults.top_p, above=True),
+        min_p=fields.number("min_p", 0.0, 1.0, defaults.min_p),
+        seed=secrets.randbits(64) if seed is None else seed % (1 << 64),
+        stop_token_ids=_stop_token_ids(fields, settings, text),
+        logprobs=logprobs,
+    )
+
+
+def read_output(fields: Fields, settings: IngressSettings, text: TextCodec) -> OutputOptions:
+    """Streaming, usage, stops and the like."""
+    stream = fields.boolean("stream")
+    options = fields.child("stream_options")
+    if options is not None and not stream:
+        raise fields.refuse("stream_options", "only goes with stream: true")
+    stops = _stops(fields, settings)
+    if stops and not text.has_tokenizer:
+        raise fields.refuse("stop", "needs a tokenizer, and this server runs without one; use stop_token_ids")
+    return OutputOptions(
+        stream=stream,
+        include_usage=options.boolean("include_usage") if options else False,
+        continuous_usage=options.boolean("continuous_usage_stats") if options else False,
+        return_token_ids=fields.boolean("return_token_ids", default=not text.has_tokenizer),
+        skip_special_tokens=fields.boolean("skip_special_tokens", default=True),
+        include_stop=fields.boolean("include_stop_str_in_output"),
+        stops=stops,
+    )
+
+
+def read_salt(fields: Fields) -> str:
+    """The caller's separation of prefix caches; hashed, never used raw."""
+    salt = fields.raw("cache_salt")
+    if salt is None:
+        return ""
+    if not isinstance(salt, str) or not _SALT.match(salt):
+        raise fields.refuse("cache_salt", "must be 1 to 256 letters, digits, '-' or '_'")
+    return salt
+
+
+def refuse_unsupported(fields: Fields, settings: IngressSettings) -> None:
+    """Fields that would change the answer and are not built yet; and the size of those that change nothing."""
+    for name, harmless in _UNSUPPORTED.items():
+        fields.only(name, harmless)
+    response_format = fields.child("response_format")
+    if response_format is not None and response_format.raw("type") != "text":
+        raise fields.refuse("response_format", "only type 'text' is supported by this server", "unsupported_value")
+    for name in _UNUSED:
+        fields.sized(name, settings.limits.max_label_bytes)
+
+
+def read_max_tokens(fields: Fields, name: str, settings: IngressSettings) -> int | None:
+    """Stated bound on generated tokens; whether it fits depends on the prompt."""
+    return fields.integer(name, 1, max(settings.max_model_len, 1 << 31))
+
+
+def fit(stated: int | None, default: int | None, prompt: Tokens, settings: IngressSettings, field: str) -> int:
+    """Tokens this prompt may generate: what was stated if it fits the context, else a 400; the default is clamped."""
+    limit, used = settings.max_model_len, len(prompt)
+    if used >= limit or (stated is not None and used + stated > limit):
+        asked = f" and max_tokens asks for {stated} more" if stated is not None else ", which leaves none to generate"
+        raise RequestError(
+            f"this model's maximum context length is {limit} tokens, but the prompt has {used}{asked}",
+            field=field,
+            code="context_length_exceeded",
+        )
+    return stated if stated is not None else min(default or limit, limit - used)
+
+
+def _stop_token_ids(fields: Fields, settings: IngressSettings, text: TextCodec) -> Tokens:
+    stated = fields.raw("stop_token_ids") or ()
+    if not isinstance(stated, (list, tuple)) or len(stated) > settings.limits.max_stop_token_ids:
+        raise fields.refuse("stop_token_ids", f"must be a list of at most {settings.limits.max_stop_token_ids} ids")
+    if not all(type(token) is int and 0 <= token < text.vocab_size for token in stated):
+        raise fields.refuse("stop_token_ids", f"token ids are integers from 0 to {text.vocab_size - 1}", "out_of_range")
+    eos = () if fields.boolean("ignore_eos") else text.eos_token_ids
+    return tuple(sorted({*stated, *eos}))
+
+
+def _stops(fields: Fields, settings: IngressSettings) -> tuple[str, ...]:
+    limits = settings.limits
+    stated = fields.raw("stop")
+    items = [] if stated is None else [stated] if isinstance(stated, str) else stated
+    if not isinstance(items, list) or len(items) > limits.max_stop_strings:
+        raise fields.refuse("stop", f"must be a string or a list of at most {limits.max_stop_strings} strings")
+    for item in items:
+        if not isinstance(item, str):
+            raise fields.refuse("stop", f"holds {shown(item)}, which is not a string", "invalid_type")
+        if not item or len(item.encode()) > limits.max_stop_bytes:
+            raise fields.refuse("stop", f"each string must have 1 to {limits.max_stop_bytes} bytes", "out_of_range")
+    return tuple(dict.fromkeys(items))

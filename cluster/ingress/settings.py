@@ -1,0 +1,49 @@
+"""What the HTTP application is told: the small piece of the configuration, and of the model, that it needs.
+
+Built once by whoever starts the application (`ingress_settings`), then read only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+from penstock.cluster.model_directory import GenerationDefaults, ModelDescription
+from penstock.cluster.settings import ClusterConfig, LimitSettings
+
+CODEC = "plain"  # how KV is stored in blocks; quantised codecs get their own prefix roots
+
+
+@dataclass(frozen=True, slots=True)
+class IngressSettings:
+    """Values of one ingress process."""
+
+    model_names: tuple[str, ...]
+    max_model_len: int
+    block_size: int = 16
+    prefix_caching: bool = True
+    revision: str = ""
+    root: str = ""  # `root` of /v1/models: the model directory's name, never its path
+    api_key: str = field(default="", repr=False)
+    defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
+    limits: LimitSettings = field(default_factory=LimitSettings)
+
+    def prefix_root(self, tenant: str, cache_salt: str) -> bytes:
+        """Seed of a prompt's digest chain: equal KV content if and only if equal parts. 32 bytes."""
+        parts = (tenant, cache_salt, self.revision, CODEC)
+        return hashlib.sha256("\0".join(f"{len(part)}:{part}" for part in parts).encode()).digest()
+
+
+def ingress_settings(config: ClusterConfig, model: ModelDescription) -> IngressSettings:
+    """The application's piece of a cluster's configuration."""
+    return IngressSettings(
+        model_names=config.front.served_model_name or (model.name,),
+        max_model_len=config.scheduler.max_model_len,
+        block_size=config.kv.block_size,
+        prefix_caching=config.kv.prefix_caching,
+        revision=model.revision,
+        root=model.name,
+        api_key=config.front.api_key,
+        defaults=model.defaults,
+        limits=config.limits,
+    )

@@ -1,0 +1,144 @@
+"""Text to ids and back: tokenizer, chat template, stop tokens; one place for HTTP and handles.
+
+The ingress loads one `TextCodec` at start; workers see ids only. Knows nothing of HTTP, requests or workers.
+With `skip_tokenizer_init` the codec exists without a tokenizer: ids pass through and text is refused, typed.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from penstock.cluster.chat_template import ChatTemplate, Message, load_chat_template, special_token_texts
+from penstock.cluster.model_directory import ModelDescription
+from penstock.cluster.token_bytes import TextStream, TokenTable, token_table
+from penstock.workers.errors import ModelError, RequestError
+
+
+class TextCodec:
+    """A model's tokenizer and template. Immutable after construction; safe from several threads."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        eos_token_ids: Sequence[int],
+        tokenizer: Tokenizer | None = None,
+        table: TokenTable | None = None,
+        template: ChatTemplate | None = None,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.eos_token_ids = tuple(sorted(set(eos_token_ids)))
+        nothing = [b""] * vocab_size
+        self.table = table or TokenTable(nothing, nothing, 0)
+        self._tokenizer = tokenizer
+        self._template = template
+        self._specials = _special_texts(tokenizer)
+        self._special_pattern = re.compile("|".join(map(re.escape, self._specials))) if self._specials else None
+        self._plain = _without_specials(tokenizer) if self._specials else None
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """False: token ids only."""
+        return self._tokenizer is not None
+
+    def longest_text(self, max_tokens: int) -> int:
+        """UTF-8 bytes that `max_tokens` tokens can stand for at most; longer text need not be tokenised."""
+        return max_tokens * self.table.longest
+
+    def encode(self, text: str, field: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of `text`, in which special tokens are recognised. Raises RequestError naming `field`."""
+        return list(self._ready(field).encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def encode_chat(self, messages: Sequence[Message], **variables: Any) -> list[int]:
+        """Ids of the rendered chat. Special tokens written by a caller stay plain text: they cannot forge a role."""
+        tokenizer = self._ready("messages")
+        if self._template is None:
+            raise RequestError("this model has no chat template; use /v1/completions", field="messages")
+        mark = secrets.token_hex(8)
+        rendered = self._template.render(
+            [self._mask(message, mark) for message in messages], **self._mask(variables, mark)
+        )
+        ids: list[int] = []
+        for index, part in enumerate(re.split(f"\ue000{mark}:([0-9]+)\ue001", rendered)):
+            if index % 2:
+                ids += self._encode_plain(self._specials[int(part)])
+            elif part:
+                ids += tokenizer.encode(part, add_special_tokens=False).ids
+        return ids
+
+    def stream(self, skip_special_tokens: bool = True) -> TextStream:
+        """An incremental detokeniser for one choice."""
+        return TextStream(self.table.plain if skip_special_tokens else self.table.pieces)
+
+    def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of a whole list of ids."""
+        stream = self.stream(skip_special_tokens)
+        return stream.push(tokens) + stream.finish()
+
+    def _ready(self, field: str) -> Tokenizer:
+        if self._tokenizer is None:
+            raise RequestError("this server runs without a tokenizer: send the prompt as token ids", field=field)
+        return self._tokenizer
+
+    def _encode_plain(self, text: str) -> list[int]:
+        return list(self._plain.encode(text, add_special_tokens=False).ids) if self._plain else []
+
+    def _mask(self, values: Mapping[str, Any], mark: str) -> dict[str, Any]:
+        """The same values with every special token in their text replaced by an unguessable stand-in."""
+        pattern = self._special_pattern
+        if pattern is None:
+            return dict(values)
+
+        def stand_in(found: re.Match[str]) -> str:
+            return f"\ue000{mark}:{self._specials.index(found[0])}\ue001"
+
+        return {k: pattern.sub(stand_in, v) if isinstance(v, str) else v for k, v in values.items()}
+
+
+def load_text(model: ModelDescription, skip_tokenizer: bool, max_model_len: int) -> TextCodec:
+    """The codec of a model directory. Raises ModelError naming the file when the tokenizer is absent or unreadable."""
+    if skip_tokenizer or model.directory is None:
+        return TextCodec(model.vocab_size, model.eos_token_ids)
+    path = model.directory / "tokenizer.json"
+    if not path.is_file():
+        raise ModelError(
+            f"{path}: missing; serve with --skip-tokenizer-init to work with token ids only", path=str(path)
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    # tokenizers raises bare Exception for every kind of bad file
+    except Exception as error:
+        raise ModelError(f"{path}: not a tokenizer: {error}", path=str(path)) from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    table = token_table(tokenizer, model.vocab_size, str(path))
+    template = load_chat_template(model.directory, max_model_len * max(1, table.longest))
+    eos = {*model.eos_token_ids, *_tokenizer_eos(model.directory, tokenizer)}
+    return TextCodec(model.vocab_size, tuple(eos), tokenizer, table, template)
+
+
+def _tokenizer_eos(directory: Path, tokenizer: Tokenizer) -> list[int]:
+    text = special_token_texts(directory).get("eos_token")
+    found = tokenizer.token_to_id(text) if text else None
+    return [] if found is None else [found]
+
+
+def _special_texts(tokenizer: Tokenizer | None) -> list[str]:
+    """Longest first, so that a special token which contains another is masked whole."""
+    if tokenizer is None:
+        return []
+    added = tokenizer.get_added_tokens_decoder().values()
+    return sorted((t.content for t in added if t.special and t.content), key=len, reverse=True)
+
+
+def _without_specials(tokenizer: Tokenizer | None) -> Tokenizer | None:
+    if tokenizer is None:
+        return None
+    plain = Tokenizer.from_str(tokenizer.to_str())
+    plain.encode_special_tokens = True
+    return plain

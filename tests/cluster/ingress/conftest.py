@@ -1,0 +1,57 @@
+"""Applications over fake generators, for every test of the HTTP front."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from fakes.fake_generator import FakeFleet, FakeGenerator
+from fakes.http_server import HttpServer
+from fakes.tiny_model import CONTEXT
+
+from penstock.cluster.ingress.app import build_app
+from penstock.cluster.ingress.settings import IngressSettings
+from penstock.cluster.metrics import Metrics
+from penstock.cluster.model_directory import GenerationDefaults
+from penstock.cluster.settings import LimitSettings
+from penstock.cluster.text import TextCodec
+
+LIMITS = LimitSettings(max_body_bytes=200_000, body_timeout_s=1.0, write_timeout_s=2.0)
+
+
+@pytest.fixture
+def settings() -> IngressSettings:
+    return IngressSettings(
+        model_names=("tiny", "other-name"),
+        max_model_len=CONTEXT,
+        revision="r1",
+        root="tiny",
+        defaults=GenerationDefaults(temperature=0.7),
+        limits=LIMITS,
+    )
+
+
+Serve = Callable[..., HttpServer]
+
+
+@pytest.fixture
+def serve(codec: TextCodec, settings: IngressSettings) -> Iterator[Serve]:
+    """`serve(generator, **changed settings)` starts a server that ends with the test."""
+    with ExitStack() as stack:
+
+        def start(generator: FakeGenerator, fleet: FakeFleet | None = None, **changes: Any) -> HttpServer:
+            text = changes.pop("codec", codec)
+            http = changes.pop("http", "httptools")
+            app = build_app(replace(settings, **changes), text, generator, Metrics(), fleet or FakeFleet())
+            return stack.enter_context(_running(app, http))
+
+        yield start
+
+
+@contextmanager
+def _running(app: Any, http: str) -> Iterator[HttpServer]:
+    with HttpServer(app, http) as server:
+        yield server

@@ -1,0 +1,99 @@
+"""A `Generator` that follows a script, for tests of the HTTP front."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from penstock.cluster.status import WorkerStatus
+from penstock.router.emission import Delta, TokenLogprob
+from penstock.workers.protocol import EndReason, GenerateRequest, Role
+
+Step = Delta | Exception | float  # what to hand out, what to raise, how long to sleep
+Script = Callable[[GenerateRequest], Iterable[Step]]  # read lazily, one step per delta
+
+
+def deltas(
+    tokens: Sequence[int], end: EndReason = EndReason.LENGTH, size: int = 1, logprobs: int | None = None
+) -> list[Step]:
+    """`tokens` in deltas of `size`; the last one carries `end`."""
+    steps: list[Step] = []
+    for start in range(0, len(tokens), size):
+        piece = tuple(tokens[start : start + size])
+        entries = None
+        if logprobs is not None:
+            entries = tuple(
+                TokenLogprob(-0.5 * t, tuple((t + i, -0.5 * t - i) for i in range(logprobs))) for t in piece
+            )
+        last = start + size >= len(tokens)
+        steps.append(Delta(piece, entries, end if last else EndReason.NONE))
+    return steps
+
+
+def echo(request: GenerateRequest) -> list[Step]:
+    """The prompt backwards, over and over, up to max_tokens, each choice one further on."""
+    source = request.prompt[::-1]
+    shift = request.sampling.choice
+    tokens = [source[(i + shift) % len(source)] for i in range(request.sampling.max_tokens)]
+    return deltas(tokens, logprobs=request.sampling.logprobs)
+
+
+class FakeGeneration:
+    def __init__(self, steps: Iterable[Step], on_cancel: Callable[[], None], cached: int) -> None:
+        self._steps = iter(steps)
+        self._on_cancel = on_cancel
+        self._ended = False
+        self.cached_tokens = cached
+
+    def __aiter__(self) -> FakeGeneration:
+        return self
+
+    async def __anext__(self) -> Delta:
+        while True:
+            step = next(self._steps, None)
+            if step is None or self._ended:
+                raise StopAsyncIteration
+            if isinstance(step, float):
+                await asyncio.sleep(step)
+                continue
+            if isinstance(step, Exception):
+                self._ended = True
+                raise step
+            await asyncio.sleep(0)
+            self._ended = step.end is not EndReason.NONE
+            return step
+
+    def cancel(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._on_cancel()
+
+
+@dataclass
+class FakeGenerator:
+    script: Script = echo
+    cached: int = 0
+    submitted: list[GenerateRequest] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+
+    def submit(self, request: GenerateRequest) -> FakeGeneration:
+        self.submitted.append(request)
+        return FakeGeneration(self.script(request), lambda: self.cancelled.append(request.request_id), self.cached)
+
+
+@dataclass
+class FakeFleet:
+    reason: str = ""
+    statuses: list[WorkerStatus] = field(
+        default_factory=lambda: [
+            WorkerStatus("prefill-0", Role.PREFILL, 1, (11,), "ready", kv_blocks=100, kv_free_blocks=75, running=2),
+            WorkerStatus("decode-0", Role.DECODE, 1, (12,), "ready", kv_blocks=100, kv_free_blocks=100, age_s=0.25),
+        ]
+    )
+
+    def workers(self) -> list[WorkerStatus]:
+        return self.statuses
+
+    def unready(self) -> str:
+        return self.reason
