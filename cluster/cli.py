@@ -1,0 +1,40 @@
+"""The `penstock` command: `serve`, `status`, `bench`.
+
+`main` is the console script. Mistakes of the caller end with one line on stderr that names the flag, key or file, and
+exit status 2; a cluster that fails, with status 1. Unknown flags name the nearest known one.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import typer
+
+from penstock.cluster.commands import bench, serve, status
+from penstock.workers.errors import ConfigError, ModelError, PenstockError
+
+CALLER_AT_FAULT = 2
+FAILED = 1
+
+app = typer.Typer(
+    name="penstock",
+    help="Serves large language models with prefill and decode on separate pools of workers.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # the framed form cuts long flags at 80 columns
+)
+app.command("serve", help=serve.HELP)(serve.serve_command())
+app.command("status", help=status.HELP)(status.status)
+app.command("bench", help=bench.HELP)(bench.bench_command())
+
+
+def main() -> None:
+    """Run the command line; typed errors become one line and an exit status."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        app()
+    except PenstockError as error:
+        typer.echo(f"penstock: {type(error).__name__}: {error}", err=True)
+        sys.exit(CALLER_AT_FAULT if isinstance(error, (ConfigError, ModelError)) else FAILED)

@@ -1,0 +1,66 @@
+"""The flags of `penstock serve`: one table from flag to configuration key, spelled and meant as in `vllm serve`.
+
+`serve.py` turns it into a command line. Values stay text here; `config.load_config` parses and checks them, so that a
+flag, a YAML key and a Python value fail with the same words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from penstock.cluster.config import Sourced
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """One option. `metavar` is empty for a switch; `many`: it may be given several times."""
+
+    spelling: str  # as typer declares it, "--on/--off" for switches with two sides
+    key: str
+    help: str
+    metavar: str = ""
+    many: bool = False
+
+    @property
+    def parameter(self) -> str:
+        """The Python parameter that typer fills."""
+        return self.spelling.split("/")[0].lstrip("-").replace("-", "_")
+
+
+SERVE_FLAGS = (
+    Flag("--prefill", "pools.prefill", "Prefill workers.", "N"),
+    Flag("--decode", "pools.decode", "Decode workers.", "N"),
+    Flag("--mixed", "pools.mixed", "Workers that do both; alone they replace the split pair.", "N"),
+    Flag("--host", "front.host", "Address the HTTP server listens on.", "H"),
+    Flag("--port", "front.port", "Its port; 0 takes a free one.", "P"),
+    Flag("--served-model-name", "front.served_model_name", "Name in the API; may be repeated.", "S", many=True),
+    Flag("--dtype", "runner.dtype", "auto, float32, bfloat16 or float16.", "D"),
+    Flag("--max-model-len", "scheduler.max_model_len", "Longest sequence in tokens; takes 8k, 8K.", "L"),
+    Flag("--block-size", "kv.block_size", "Tokens per KV block.", "B"),
+    Flag("--max-num-seqs", "scheduler.max_num_seqs", "Most sequences in one step.", "S"),
+    Flag("--max-num-batched-tokens", "scheduler.max_num_batched_tokens", "Most tokens in one step.", "T"),
+    Flag(
+        "--long-prefill-token-threshold",
+        "scheduler.long_prefill_token_threshold",
+        "Most tokens of one prompt in one step; 0: the step's budget.",
+        "C",
+    ),
+    Flag("--kv-cache-memory-bytes", "kv.memory_bytes", "KV pool of each worker; takes 512M, 1G.", "BYTES"),
+    Flag("--num-gpu-blocks-override", "kv.num_blocks", "KV blocks of each worker, on any device.", "N"),
+    Flag("--enable-prefix-caching/--no-enable-prefix-caching", "kv.prefix_caching", "Reuse KV of equal prefixes."),
+    Flag("--skip-tokenizer-init", "front.skip_tokenizer_init", "Token ids in, token ids out."),
+    Flag("--tensor-parallel-size", "pools.tensor_parallel_size", "Devices per worker; only 1 so far.", "K"),
+    Flag("--address", "ray.address", "Join this Ray cluster instead of starting one.", "RAY"),
+    Flag("--api-key", "front.api_key", "Ask callers for this key; better: $PENSTOCK_API_KEY.", "K"),
+)
+
+
+def flag_values(given: Mapping[str, object]) -> dict[str, Sourced]:
+    """What was typed, as configuration keys that remember their flag."""
+    found: dict[str, Sourced] = {}
+    for flag in SERVE_FLAGS:
+        value = given.get(flag.parameter)
+        if value is not None and value != []:
+            found[flag.key] = Sourced(value, flag.spelling.split("/")[0])
+    return found

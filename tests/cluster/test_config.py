@@ -1,0 +1,197 @@
+"""One tree from file, environment, flags and Python; every mistake is named, every value knows where it came from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from penstock.cluster.config import ClusterIdentity, Sourced, known_keys, load_config, server_address, worker_settings
+from penstock.cluster.settings import ClusterConfig, value_of
+from penstock.workers.errors import ConfigError
+from penstock.workers.protocol import Role
+from penstock.workers.settings import WorkerSettings
+
+ORACLE = {"runner.kind": "oracle"}
+
+
+def load(file: Path | None = None, environment: dict[str, str] | None = None, **values: Any) -> ClusterConfig:
+    keys = {name.replace("__", "."): value for name, value in values.items()}
+    return load_config(file=file, environment=environment or {}, values={**ORACLE, **keys})
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_every_key() -> None:
+    """The whole surface. A new key is a decision: add it here, and to the README's table if users should know it."""
+    sections: dict[str, list[str]] = {}
+    for key in known_keys():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, []).append(name)
+    limits = sections.pop("limits")
+    router = sections.pop("router")
+    assert sections == {
+        "runner": (
+            "kind model_dir dtype device threads oracle_vocab oracle_step_s oracle_token_s oracle_block_bytes"
+        ).split(),
+        "scheduler": (
+            "max_num_seqs max_num_batched_tokens long_prefill_token_threshold max_model_len max_waiting "
+            "reserve_tokens max_preemptions watermark"
+        ).split(),
+        "kv": ["block_size", "num_blocks", "memory_bytes", "prefix_caching"],
+        "transfer": ["transport", "host", "lease_s", "digest_sample", "max_frame_bytes"],
+        "health": ["heartbeat_s", "router_lease_s", "drain_s"],
+        "pools": ["prefill", "decode", "mixed", "tensor_parallel_size"],
+        "front": ["host", "port", "served_model_name", "api_key", "skip_tokenizer_init"],
+        "ray": ["address", "worker_num_cpus", "ingress_num_cpus", "ingress_replicas"],
+    }
+    assert all(name.startswith("max_") or name.endswith("_timeout_s") for name in limits)
+    assert {name.split(".")[0] for name in router} == {"placement", "admission", "health", "retry", "index"}
+
+
+def test_later_layers_win_and_say_so(tmp_path: Path) -> None:
+    path = write(tmp_path, "pools: {prefill: 2, decode: 3}\nkv:\n  block_size: 32\nfront: {api_key: from-file}\n")
+    config = load_config(
+        file=path,
+        environment={"PENSTOCK_API_KEY": "from-env"},
+        flags={"pools.prefill": Sourced("4", "--prefill")},
+        values=ORACLE,
+    )
+    assert (config.pools.prefill, config.pools.decode, config.kv.block_size) == (4, 3, 32)
+    assert config.front.api_key == "from-env"
+    assert config.sources["pools.prefill"] == "--prefill"
+    assert config.sources["pools.decode"] == str(path)
+    assert config.sources["front.api_key"] == "environment PENSTOCK_API_KEY"
+    assert config.sources["runner.kind"] == "Python"
+    assert "scheduler.max_waiting" not in config.sources
+    assert "from-env" not in repr(config)
+
+
+def test_file_and_python_build_the_same(tmp_path: Path) -> None:
+    path = write(tmp_path, "router: {admission: {max_waiting: 7, tenant_weights: {a: 2}}}\npools: {mixed: 1}\n")
+    by_file = load(path)
+    by_hand = load(router__admission__max_waiting="7", router__admission__tenant_weights={"a": 2.0}, pools__mixed=1)
+    assert by_file == by_hand
+    assert by_file.router.admission.tenant_weights == {"a": 2.0}
+    assert by_file.pools.total == 1  # asking for mixed workers alone leaves out the split pair
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("kv: {blok_size: 16}", "did you mean 'kv.block_size'"),
+        ("block_size: 16", "did you mean 'kv.block_size'"),
+        ("poools: {prefill: 1}", "did you mean 'pools'"),
+        ("router: {admision: {max_waiting: 1}}", "did you mean 'router.admission"),
+        ("kv: 5", "kv: expected keys and values"),
+        ("- a", "expected keys and values"),
+        ("kv: {block_size: sixteen}", "'sixteen' is not of type int"),
+        ("kv: {block_size: 16.0}", "16.0 is not of type int"),
+        ("kv: {prefix_caching: 3}", "3 is not of type bool"),
+        ("kv: {block_size: true}", "True is not of type int"),
+        ("front: {served_model_name: [1]}", "1 is not of type str"),
+        ("a: [", "cannot be read as YAML"),
+        ("a: !!python/object/apply:os.system [ls]", "cannot be read as YAML"),
+        ("sources: {a: b}", "unknown key 'sources'"),
+    ],
+)
+def test_wrong_files(tmp_path: Path, text: str, says: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert says in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("pools.tensor_parallel_size", 2, "not supported"),
+        ("pools.prefill", 0, "decode workers need at least one prefill"),
+        ("pools.decode", 0, "prefill workers need at least one decode"),
+        ("pools.prefill", -1, "zero or more"),
+        ("kv.block_size", 0, "more than zero"),
+        ("kv.block_size", 17, "power of two"),
+        ("kv.block_size", 2048, "more than 1024"),
+        ("kv.num_blocks", 3, "less than one sequence"),
+        ("kv.memory_bytes", float("nan"), "not of type int"),
+        ("scheduler.watermark", 1.5, "more than 1"),
+        ("scheduler.watermark", float("nan"), "zero or more"),
+        ("scheduler.max_model_len", "8x", "not of type int"),
+        ("scheduler.max_model_len", 1 << 40, "longer than the model's context"),
+        ("front.port", 65536, "more than 65535"),
+        ("front.host", "example.org", "not an IP address"),
+        ("front.api_key", "two words", "without spaces"),
+        ("front.served_model_name", [""], "1 to 256"),
+        ("runner.dtype", "float8", "none of auto"),
+        ("transfer.transport", "smoke", "none of auto, shared_memory, tcp"),
+        ("router.placement.policy", "dice", "none of"),
+        ("health.router_lease_s", 0.6, "two heartbeats"),
+        ("nothing.at_all", 1, "unknown key"),
+    ],
+)
+def test_wrong_values(key: str, value: object, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(environment={}, values={**ORACLE, key: value})
+    assert says in str(caught.value)
+    assert caught.value.key == key
+
+
+def test_steps_fit_every_sequence() -> None:
+    assert load(scheduler__max_num_batched_tokens=64).scheduler.max_num_seqs == 64
+    with pytest.raises(ConfigError, match="less than max_num_seqs"):
+        load(scheduler__max_num_batched_tokens=64, scheduler__max_num_seqs=65)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("4096", 4096), ("8k", 8000), ("8K", 8192), ("1.5k", 1500), ("1G", 1 << 30), ("2m", 2_000_000), ("+5", 5)],
+)
+def test_suffixes(text: str, number: int) -> None:
+    config = load(kv__memory_bytes=text)
+    assert config.kv.memory_bytes == number
+
+
+@pytest.mark.parametrize("text", ["", "k", "1.5", "1.0001k", "0x10", "1e3", "1 k", "K8", "nan", "inf", "infk"])
+def test_what_is_no_whole_number(text: str) -> None:
+    with pytest.raises(ConfigError, match="not of type int"):
+        load(kv__memory_bytes=text)
+
+
+def test_worker_settings_survive_json() -> None:
+    config = load(kv__num_blocks=500, scheduler__max_num_seqs=8, health__heartbeat_s=0.25, runner__oracle_vocab=99)
+    identity = ClusterIdentity("c1", "ab" * 32)
+    told = worker_settings(config, Role.DECODE, 2, identity, incarnation=3, parent_pid=17)
+    assert told.worker_id == "decode-2"
+    assert (told.role, told.incarnation, told.parent_pid, told.cluster_id) == (Role.DECODE, 3, 17, "c1")
+    assert (told.kv.num_blocks, told.scheduler.max_num_seqs, told.heartbeat_s) == (500, 8, 0.25)
+    assert WorkerSettings.from_json(told.to_json()) == told
+    assert identity.key not in repr(identity)
+
+
+def test_derived_values_follow_the_model(model_dir: Path) -> None:
+    config = load_config(environment={}, values={"runner.model_dir": str(model_dir)})
+    assert config.scheduler.max_model_len == 512
+    assert config.sources["scheduler.max_model_len"] == "max_position_embeddings of the model"
+    assert config.front.served_model_name == ("tiny",)
+    assert config.scheduler.max_num_batched_tokens == 512
+    assert value_of(config, "runner.threads") >= 1
+    stated = load_config(environment={}, values={"runner.model_dir": str(model_dir), "scheduler.max_model_len": 128})
+    assert stated.scheduler.max_model_len == 128
+    with pytest.raises(ConfigError, match="context of 512"):
+        load_config(environment={}, values={"runner.model_dir": str(model_dir), "scheduler.max_model_len": 513})
+
+
+def test_server_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PENSTOCK_URL", raising=False)
+    monkeypatch.delenv("PENSTOCK_API_KEY", raising=False)
+    assert server_address() == ("http://127.0.0.1:8000", "")
+    monkeypatch.setenv("PENSTOCK_URL", "http://h:1/")
+    monkeypatch.setenv("PENSTOCK_API_KEY", "k")
+    assert server_address() == ("http://h:1", "k")
+    assert server_address("http://x", "") == ("http://x", "")
