@@ -66,6 +66,18 @@ class Channel(Protocol):
         ...
 
 
+class Signal(Protocol):
+    """One waiting request's alarm: something it waits for may have changed. Set from the same thread that waits."""
+
+    def set(self) -> None:
+        """Wake the waiter; remembered until the next `wait` returns, so that none is lost."""
+        ...
+
+    async def wait(self, timeout_s: float) -> bool:
+        """True when set (and cleared again by that), False after `timeout_s`."""
+        ...
+
+
 class Port(Protocol):
     """The world as one request path sees it."""
 
@@ -74,5 +86,7 @@ class Port(Protocol):
         ...
 
     async def sleep(self, seconds: float) -> None: ...
+
+    def signal(self) -> Signal: ...
 
     def open_channel(self, emission: Emission) -> Channel: ...

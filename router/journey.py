@@ -1,0 +1,268 @@
+"""The state of one request while the router looks after it: attempts, what it holds where, deaths, and the report.
+
+Made and advanced by `request_path.py`; decides (purely) what an interruption means. Knows no transport; the caller
+brings the time.
+
+Invariants: at most one attempt is current; each stake is closed once; the report is made once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.router.admission import Ticket, growth_of
+from penstock.router.emission import Emission
+from penstock.router.fleet import Stake
+from penstock.router.placement import Ask, Route
+from penstock.router.port import Event, Lost
+from penstock.router.prefix_index import short_digests
+from penstock.router.settings import RetrySettings
+from penstock.workers.errors import PenstockError, RefusedError, RequestError
+from penstock.workers.protocol import EndReason, Failed, FailureCode, GenerateRequest
+
+_REFUSALS = frozenset({FailureCode.QUEUE_FULL, FailureCode.DRAINING, FailureCode.TOO_LARGE})
+_FINAL = frozenset({FailureCode.BAD_REQUEST, FailureCode.DEADLINE})
+_RETRY_AFTER_S = 1.0
+COMPLETED = "completed"
+_MAX_ATTEMPT = 2**16 - 2  # attempts travel as uint16
+
+
+class AttemptError(Exception):
+    """The current attempt is over; `worker_id` is where it ended, `died` whether that worker is gone."""
+
+    def __init__(
+        self,
+        worker_id: str,
+        code: FailureCode,
+        message: str,
+        *,
+        died: bool = False,
+        moved: bool = False,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.worker_id = worker_id
+        self.code = code
+        self.message = message
+        self.died = died
+        self.moved = moved  # given up by us, for a worker with room
+        self.refusal = code in _REFUSALS  # the worker is well, it only would not take the request
+        self.retry_after_s = retry_after_s
+
+
+@dataclass(frozen=True, slots=True)
+class RequestReport:
+    """What became of one request. `terminal` is "completed" or the value of a `FailureCode`; `times` holds seconds
+    since arrival, the first time each stage was reached."""
+
+    request_id: str
+    tenant: str
+    terminal: str
+    end: EndReason
+    prompt_tokens: int
+    generated_tokens: int
+    cached_tokens: int
+    predicted_cached_tokens: int | None  # what the index promised for the first attempt
+    attempts: int
+    migrations: int  # attempts that a worker's death or failure ended
+    moves: int  # attempts given up for a worker with more room, or refused
+    recomputed_tokens: int  # context to compute again after an interruption, as the index saw it
+    prefill_worker: str | None
+    decode_worker: str | None
+    times: dict[str, float]
+
+
+@dataclass(slots=True, eq=False)
+class Journey:
+    """One request's way through the fleet."""
+
+    request: GenerateRequest
+    emission: Emission
+    ticket: Ticket
+    settings: RetrySettings
+    clock: Callable[[], float]
+    arrived: float = field(init=False)
+    digests: NDArray[np.uint64] = field(init=False)
+    attempt: int = 0
+    route: Route | None = None
+    stakes: dict[str, Stake] = field(default_factory=dict)
+    refused: dict[str, AttemptError] = field(default_factory=dict)  # workers that said no in this round
+    avoid: set[str] = field(default_factory=set)  # workers that failed this request; soft
+    deaths: int = 0  # in a row, without progress
+    alone_on: str | None = None  # worker claimed for a suspect
+    alone_until: float = 0.0  # when it no longer waits for that worker to run empty
+    internal_failures: int = 0
+    failures: int = 0
+    moves: int = 0
+    recomputed: int = 0
+    attempt_base: int = 0  # tokens emitted when the attempt began
+    backoff_s: float = 0.0
+    unserved_since: float | None = None  # nobody is left to serve it
+    predicted_cached: int | None = None  # by the index, for the first attempt
+    reported: bool = False
+    times: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.arrived = self.clock()
+        self.digests = (
+            short_digests(self.request.prefix_digests) if self.request.cache_prefix else np.zeros(0, np.uint64)
+        )
+
+    @property
+    def deadline(self) -> float:
+        """When the caller's patience ends."""
+        return self.arrived + self.settings.request_timeout_s
+
+    @property
+    def started(self) -> bool:
+        """True when tokens have come out: giving up now would break a stream."""
+        return self.emission.count > len(self.request.emitted)
+
+    @property
+    def progressed(self) -> bool:
+        """True when the current attempt got past the point where the last one ended."""
+        return self.emission.count - self.attempt_base >= self.settings.poison_clear_tokens
+
+    @property
+    def suspect(self) -> bool:
+        """True when the next attempt must run alone."""
+        return self.deaths >= self.settings.poison_deaths
+
+    def patience(self, now: float) -> float:
+        """Seconds until the caller's patience ends, zero or less when it has."""
+        return self.deadline - now
+
+    def mark(self, what: str) -> None:
+        """Remember when a stage was first reached."""
+        self.times.setdefault(what, self.clock() - self.arrived)
+
+    def raise_if_over(self, event: Event) -> None:
+        """Raises AttemptError when the event says that its worker serves this attempt no longer."""
+        body = event.body
+        if isinstance(body, Lost):
+            raise AttemptError(event.worker_id, FailureCode.WORKER_LOST, body.reason, died=True)
+        if isinstance(body, Failed):
+            raise AttemptError(event.worker_id, body.code, body.message, retry_after_s=body.retry_after_s)
+
+    def check_wait(self, serves: bool, now: float) -> None:
+        """Raises RefusedError when the request has waited too long for its turn, or for anybody who could serve it."""
+        if self.patience(now) <= 0:
+            raise RefusedError(FailureCode.DEADLINE, "the request took too long")
+        if not self.started and now - self.arrived >= self.request.queue_timeout_s:
+            raise RefusedError(FailureCode.DEADLINE, "the request waited too long for its turn", _RETRY_AFTER_S)
+        if serves:
+            self.unserved_since = None
+            return
+        self.unserved_since = now if self.unserved_since is None else self.unserved_since
+        if now - self.unserved_since >= self.settings.no_worker_timeout_s:
+            raise RefusedError(FailureCode.NO_WORKER, "no worker is left to serve the request", _RETRY_AFTER_S)
+
+    def refused_by_all(self) -> PenstockError | None:
+        """Every candidate said no: the caller's error, or None if a stream that runs already should try again."""
+        had_moved = any(cause.moved for cause in self.refused.values())
+        self.refused = {worker_id: cause for worker_id, cause in self.refused.items() if not cause.moved}
+        causes = list(self.refused.values())
+        too_large = [cause for cause in causes if cause.code is FailureCode.TOO_LARGE]
+        if causes and len(too_large) == len(causes):
+            return final_error(causes[-1])
+        if self.started or had_moved:
+            self.refused.clear()
+            return None
+        retry_after_s = max((cause.retry_after_s or _RETRY_AFTER_S for cause in causes), default=_RETRY_AFTER_S)
+        return RefusedError(FailureCode.OVERLOADED, "all workers are full", retry_after_s)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens still to come at most."""
+        return self.request.sampling.max_tokens - self.emission.count
+
+    def ask(self) -> Ask:
+        """What an attempt would need now."""
+        context = len(self.request.prompt) + self.emission.count
+        return Ask(context, growth_of(self.remaining), self.digests, single=self.remaining == 1)
+
+    def resumed(self) -> GenerateRequest:
+        """The request as the next worker must see it: with what is already out, and the time that is left."""
+        now = self.clock()
+        wait_s = self.deadline - now
+        if not self.started:
+            wait_s = min(wait_s, self.request.queue_timeout_s - (now - self.arrived))
+        return dataclasses.replace(
+            self.request, emitted=tuple(self.emission.tokens), queue_timeout_s=max(0.001, wait_s)
+        )
+
+    def survive(self, cause: AttemptError) -> None:
+        """Take note of an attempt's end. Raises the caller's error when there is no point in another one."""
+        if cause.died:
+            self._note_death(cause.worker_id)
+        if cause.code in _FINAL or self.failures >= self.settings.max_attempts or self.attempt >= _MAX_ATTEMPT:
+            raise final_error(cause)
+        if cause.refusal:
+            self.moves += 1
+            self.refused[cause.worker_id] = cause
+            return
+        self.refused.clear()
+        self.failures += 1
+        self.avoid.add(cause.worker_id)
+        if cause.code is FailureCode.INTERNAL:
+            self.internal_failures += 1
+            if self.internal_failures >= self.settings.max_internal_failures:
+                raise final_error(cause)
+
+    def _note_death(self, worker_id: str) -> None:
+        """A worker of this attempt died: was it computing this request? Raises RefusedError when it ran alone there.
+
+        Whether a queued prompt had just been started cannot be known, so whatever stood within two steps' budget of
+        the front counts; a decode worker that still waited for the KV computed nothing.
+        """
+        stake = self.stakes.get(worker_id)
+        if self.progressed:
+            self.deaths = 0
+        if stake is None or self.route is None:
+            return
+        if not stake.started:
+            receives = self.route.split and worker_id == self.route.decode
+            if receives or stake.tokens_ahead > 2 * stake.view.welcome.max_num_batched_tokens:
+                return
+        if self.alone_on == worker_id:
+            raise RefusedError(FailureCode.POISONED, "workers died whenever they computed this request")
+        self.deaths += 1
+
+    def next_backoff(self, draw: float) -> float:
+        """Exponential, jittered pause before the next attempt; none after a mere refusal while others are left."""
+        settings = self.settings
+        self.backoff_s = min(settings.max_backoff_s, max(settings.first_backoff_s, 2 * self.backoff_s))
+        return self.backoff_s * (0.5 + draw)
+
+    def report(self, terminal: str) -> RequestReport:
+        """The final account."""
+        route = self.route
+        return RequestReport(
+            request_id=self.request.request_id,
+            tenant=self.request.tenant,
+            terminal=terminal,
+            end=self.emission.end,
+            prompt_tokens=len(self.request.prompt),
+            generated_tokens=self.emission.count,
+            cached_tokens=self.emission.cached_tokens,
+            predicted_cached_tokens=self.predicted_cached,
+            attempts=self.attempt,
+            migrations=self.failures,
+            moves=self.moves,
+            recomputed_tokens=self.recomputed,
+            prefill_worker=route.computes if route else None,
+            decode_worker=route.decode if route else None,
+            times=self.times,
+        )
+
+
+def final_error(cause: AttemptError) -> PenstockError:
+    """What the caller is told when an attempt's end is the request's end."""
+    if cause.code is FailureCode.BAD_REQUEST:
+        return RequestError(cause.message)
+    return RefusedError(cause.code, cause.message, cause.retry_after_s or _RETRY_AFTER_S)

@@ -1,0 +1,157 @@
+"""The router object of one ingress process: what links feed, and what `request_path.py` asks.
+
+Links (in `cluster/`) call, always on the one thread that also runs the request paths:
+
+    worker_joined(welcome, now)             after each Welcome, also a returning worker's; send RequestSnapshot then
+    worker_lost(worker_id, reason, now)     before the link tells its channels `Lost`
+    load_arrived(worker_id, load, now)      each heartbeat
+    kv_events(worker_id, events) -> bool    True: events are missing, send RequestSnapshot
+    kv_snapshot(worker_id, snapshot)        its answer
+    overdue(now) -> [(worker_id, reason)]   ask every 0.25 s or so; break these workers' streams, report them lost
+
+The rest is for the request path. The parts decide for themselves (`fleet.py`, `prefix_index.py`, `placement.py`,
+`admission.py`, `attempts.py`, `journey.py`); this object joins their bookkeeping. Knows no transport, no
+clock of its own, no threads.
+
+Invariant: a journey that is finished holds no stake, no ticket, no claim, and has been reported once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import numpy as np
+
+from penstock.router.admission import Admission, Ticket, growth_of
+from penstock.router.attempts import DECODING, Attempts
+from penstock.router.emission import Emission
+from penstock.router.fleet import Fleet
+from penstock.router.journey import COMPLETED, Journey, RequestReport
+from penstock.router.placement import Placement
+from penstock.router.prefix_index import PrefixIndex
+from penstock.router.settings import RouterSettings
+from penstock.workers.errors import RefusedError, RequestError
+from penstock.workers.protocol import FailureCode, GenerateRequest, KVEvents, KVSnapshot, Load, Role, Welcome
+
+log = logging.getLogger(__name__)
+
+
+class Router:
+    """State shared by all requests of one ingress process.
+
+    `seed` decides ties and jitter; `observe` is told each request's one final report.
+    """
+
+    def __init__(
+        self,
+        settings: RouterSettings,
+        *,
+        seed: int = 0,
+        observe: Callable[[RequestReport], None] | None = None,
+    ) -> None:
+        draw = np.random.default_rng(seed).random
+        self.settings = settings
+        self.fleet = Fleet(settings.health, settings.placement.balance_window_s)
+        self.index = PrefixIndex(settings.index, seed)
+        self.placement = Placement(settings.placement, self.fleet, self.index, draw)
+        self.admission = Admission(settings.admission, self.fleet)
+        self.attempts = Attempts(settings.retry, self.fleet, self.index, self.placement, self.admission, draw)
+        self._observe = observe
+        self._journeys: dict[Journey, None] = {}
+
+    # --- fed by links ---------------------------------------------------------------------------------------------
+
+    def worker_joined(self, welcome: Welcome, now: float) -> None:
+        """A worker is there (again)."""
+        self.fleet.join(welcome, now)
+        self.index.track(welcome.worker_id)
+        self._fleet_changed()
+
+    def worker_lost(self, worker_id: str, reason: str, now: float) -> None:
+        """A worker is gone, whatever it held with it."""
+        view = self.fleet.lose(worker_id)
+        self.index.forget(worker_id)
+        if view is not None:
+            log.warning("lost worker %s: %s", worker_id, reason)
+            view.breaker.failed(now)
+            self._fleet_changed()
+
+    def load_arrived(self, worker_id: str, load: Load, now: float) -> None:
+        """A heartbeat."""
+        before = self.fleet.version
+        self.fleet.load_arrived(worker_id, load, now)
+        if self.fleet.version != before:
+            self._fleet_changed()
+
+    def kv_events(self, worker_id: str, events: KVEvents) -> bool:
+        """Changes of a worker's prefix cache. Returns True when a snapshot is needed."""
+        return self.index.apply_events(worker_id, events)
+
+    def kv_snapshot(self, worker_id: str, snapshot: KVSnapshot) -> None:
+        """A worker's whole prefix cache."""
+        self.index.apply_snapshot(worker_id, snapshot)
+
+    def overdue(self, now: float) -> list[tuple[str, str]]:
+        """Workers that are silent or stuck, with the reason in one short sentence."""
+        return self.fleet.overdue(now)
+
+    # --- asked by the request path --------------------------------------------------------------------------------
+
+    def begin(
+        self, request: GenerateRequest, emission: Emission, wake: Callable[[], None], clock: Callable[[], float]
+    ) -> Journey:
+        """A request arrives. It is accounted for from here on; `finish` must follow."""
+        growth = growth_of(request.remaining)
+        ticket = Ticket(request.tenant, request.priority, emission, growth, request.context_length, wake)
+        journey = Journey(request, emission, ticket, self.settings.retry, clock)
+        self._journeys[journey] = None
+        return journey
+
+    def enter(self, journey: Journey) -> None:
+        """Join the line. Raises RefusedError when it is full."""
+        journey.ticket.prefill_tokens = self.placement.uncached_anywhere(journey.ask(), journey.clock())
+        self.admission.arrive(journey.ticket)
+
+    def check_wait(self, journey: Journey) -> None:
+        """Raises RefusedError when there is no point in waiting longer."""
+        roles = (*DECODING, Role.PREFILL) if journey.remaining == 1 else DECODING
+        journey.check_wait(bool(self.fleet.alive(roles)), journey.clock())
+
+    def complete(self, journey: Journey) -> RequestReport:
+        """The choice ended well."""
+        self.attempts.succeeded(journey)
+        return self._report(journey, COMPLETED)
+
+    def fail(self, journey: Journey, error: Exception) -> None:
+        """The request ends with an error; one that is not ours is a defect."""
+        code = FailureCode.BAD_REQUEST if isinstance(error, RequestError) else FailureCode.INTERNAL
+        self._report(journey, error.code if isinstance(error, RefusedError) else code)
+
+    def finish(self, journey: Journey) -> None:
+        """Give everything back. A request that was not reported was cancelled."""
+        self.attempts.end(journey)
+        self.admission.leave(journey.ticket)
+        self._journeys.pop(journey, None)
+        if not journey.reported:
+            self._report(journey, FailureCode.CANCELLED)
+
+    def check_integrity(self) -> None:
+        """Raises ValueError when counters and journeys disagree."""
+        self.fleet.check_integrity(stake for journey in self._journeys for stake in journey.stakes.values())
+        self.admission.check_integrity()
+        claims = {view.claimed_by for view in self.fleet.workers.values()} - {None}
+        if not claims <= {journey.request.request_id for journey in self._journeys if journey.alone_on}:
+            raise ValueError("a worker is claimed by nobody")
+
+    def _fleet_changed(self) -> None:
+        self.admission.wake_all()
+        self.attempts.wake_homeless()
+
+    def _report(self, journey: Journey, terminal: str) -> RequestReport:
+        journey.mark("ended")
+        journey.reported = True
+        report = journey.report(terminal)
+        if self._observe is not None:
+            self._observe(report)
+        return report

@@ -1,0 +1,228 @@
+"""The gate: bounds, order, urgency, what it lets in, and its sums."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from fakes.beliefs import emission_of, fleet_of, welcome
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from penstock.router.admission import Admission, Ticket, growth_of
+from penstock.router.fleet import Fleet
+from penstock.router.settings import AdmissionSettings
+from penstock.workers.errors import RefusedError
+from penstock.workers.protocol import FailureCode, Role
+
+
+def ticket(tenant: str = "t", prefill: int = 10, growth: int = 10, priority: int = 0) -> Ticket:
+    return Ticket(tenant, priority, emission_of(), growth, prefill, lambda: None)
+
+
+def gate(fleet: Fleet, **fields: Any) -> Admission:
+    return Admission(AdmissionSettings(**({"admit_ratio": 1.0} | fields)), fleet)
+
+
+class GateMachine(RuleBasedStateMachine):
+    """Any order of arrivals, ends, migrations and fleet changes: sums hold, and nobody waits beside free room."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fleet = fleet_of(welcome("a", max_num_seqs=3, max_num_batched_tokens=64))
+        self.gate = gate(self.fleet, max_waiting=8, max_waiting_per_tenant=4)
+        self.tickets: list[Ticket] = []
+
+    @rule(tenant=st.sampled_from("xyz"), prefill=st.integers(1, 400), priority=st.integers(0, 2))
+    def arrive(self, tenant: str, prefill: int, priority: int) -> None:
+        new = ticket(tenant, prefill, 20, priority)
+        try:
+            self.gate.arrive(new)
+        except RefusedError:
+            return
+        self.tickets.append(new)
+
+    @precondition(lambda self: self.tickets)
+    @rule(data=st.data(), what=st.sampled_from(["leave", "computed", "reenter", "emit"]))
+    def progress(self, data: st.DataObject, what: str) -> None:
+        chosen = data.draw(st.sampled_from(self.tickets))
+        if what == "leave":
+            self.gate.leave(chosen)
+            self.gate.leave(chosen)
+            self.tickets.remove(chosen)
+        elif not (chosen.inside and chosen.admitted):
+            return
+        elif what == "computed":
+            self.gate.computed(chosen)
+        elif what == "reenter":
+            self.gate.reenter(chosen, 30)
+        else:
+            chosen.emission.tokens.append(1)
+
+    @rule(name=st.sampled_from("ab"), join=st.booleans())
+    def change_fleet(self, name: str, join: bool) -> None:
+        if join:
+            self.fleet.join(welcome(name, max_num_seqs=3, max_num_batched_tokens=64), 0.0)
+        else:
+            self.fleet.lose(name)
+        self.gate.wake_all()
+
+    @invariant()
+    def sums_hold(self) -> None:
+        self.gate.check_integrity()
+        assert self.gate.waiting <= 8 + len(self.gate._urgent)
+        assert self.gate.inside + self.gate.waiting - len(self.gate._urgent) == len(self.tickets)
+
+    @invariant()
+    def nobody_waits_beside_an_empty_house(self) -> None:
+        if self.fleet.workers and not self.gate.inside:
+            assert self.gate.waiting == 0
+
+    def teardown(self) -> None:
+        for each in self.tickets:
+            self.gate.leave(each)
+        assert (self.gate.inside, self.gate.waiting) == (0, 0)
+        self.gate.check_integrity()
+
+
+TestGate = GateMachine.TestCase
+TestGate.settings = settings(deadline=None, max_examples=50, stateful_step_count=40)
+
+
+def fill(admission: Admission, count: int, tenant: str = "filler") -> list[Ticket]:
+    tickets = [ticket(tenant) for _ in range(count)]
+    for each in tickets:
+        admission.arrive(each)
+    return tickets
+
+
+def test_as_many_as_there_are_places_come_in() -> None:
+    admission = gate(fleet_of(welcome("a", max_num_seqs=4), welcome("b", max_num_seqs=4)))
+    tickets = fill(admission, 10)
+    assert [each.admitted for each in tickets] == [True] * 8 + [False] * 2
+    admission.leave(tickets[0])
+    assert tickets[8].admitted
+    assert not tickets[9].admitted
+
+
+def test_places_others_hold_do_not_count() -> None:
+    fleet = fleet_of(welcome("a", max_num_seqs=4))
+    fleet.workers["a"].others_sequences = 3
+    assert [each.admitted for each in fill(gate(fleet), 2)] == [True, False]
+
+
+def test_kv_room_counts_and_a_cached_prompt_needs_little() -> None:
+    fleet = fleet_of(welcome("a", num_blocks=10, block_size=10))
+    admission = gate(fleet)
+    large, second, cached = ticket(prefill=60), ticket(prefill=60), ticket(prefill=5)
+    for each in (large, cached, second):
+        admission.arrive(each)
+    assert (large.admitted, cached.admitted, second.admitted) == (True, True, False)
+
+
+def test_prefill_work_is_let_in_as_it_is_done() -> None:
+    admission = gate(fleet_of(welcome("p", Role.PREFILL, max_num_batched_tokens=64), welcome("d", Role.DECODE)))
+    tickets = [ticket(prefill=256) for _ in range(4)]
+    for each in tickets:
+        admission.arrive(each)
+    assert [each.admitted for each in tickets] == [True, True, False, False]
+    admission.computed(tickets[0])
+    assert [each.admitted for each in tickets] == [True, True, True, False]
+
+
+def test_nobody_comes_in_while_nobody_decodes() -> None:
+    fleet = fleet_of(welcome("p", Role.PREFILL))
+    admission = gate(fleet)
+    only = ticket()
+    admission.arrive(only)
+    assert not only.admitted
+    fleet.join(welcome("d", Role.DECODE), 0.0)
+    admission.wake_all()
+    assert only.admitted
+
+
+def test_bounds_are_typed_refusals() -> None:
+    admission = gate(fleet_of(welcome("a", max_num_seqs=1)), max_waiting=3, max_waiting_per_tenant=2)
+    fill(admission, 1)
+    fill(admission, 2, "greedy")
+    with pytest.raises(RefusedError) as refused:
+        admission.arrive(ticket("greedy"))
+    assert refused.value.code is FailureCode.TENANT_LIMIT
+    admission.arrive(ticket("modest"))
+    with pytest.raises(RefusedError) as refused:
+        admission.arrive(ticket("late"))
+    assert refused.value.code is FailureCode.OVERLOADED
+    assert refused.value.retry_after_s
+
+
+def test_tenants_alternate_and_priority_orders_within_one() -> None:
+    admission = gate(fleet_of(welcome("a", max_num_seqs=1)))
+    first = fill(admission, 1)[0]
+    flood = [ticket("flood") for _ in range(4)]
+    urgent = ticket("flood", priority=-1)
+    single = ticket("single")
+    for each in (*flood, urgent, single):
+        admission.arrive(each)
+    order: list[Ticket] = []
+    inside = first
+    while admission.inside:
+        admission.leave(inside)
+        inside = next((t for t in (*flood, urgent, single) if t.inside and t not in order), inside)
+        if inside in order or inside is first:
+            break
+        order.append(inside)
+    assert order.index(urgent) < min(order.index(each) for each in flood)
+    assert order.index(single) <= 1
+    assert [t for t in order if t in flood] == flood
+
+
+def test_the_generated_tokens_of_a_tenant_count() -> None:
+    """Two tenants with equal prompts: the one whose answers are long waits longer."""
+    admission = gate(fleet_of(welcome("a", max_num_seqs=2)))
+    talker, quiet = ticket("talker"), ticket("quiet")
+    admission.arrive(talker)
+    admission.arrive(quiet)
+    waiting = [ticket("talker"), ticket("quiet")]
+    for each in waiting:
+        admission.arrive(each)
+    talker.emission.tokens.extend(range(500))
+    admission.leave(quiet)
+    assert [each.admitted for each in waiting] == [False, True]
+
+
+def test_a_migrating_request_goes_first_and_keeps_its_place() -> None:
+    admission = gate(fleet_of(welcome("a", max_num_seqs=2, max_num_batched_tokens=64)))
+    mover, other = ticket(prefill=300), ticket(prefill=200)
+    admission.arrive(mover)
+    admission.arrive(other)
+    waiting = ticket(prefill=10)
+    admission.arrive(waiting)
+    admission.computed(mover)
+    admission.reenter(mover, 320)
+    assert not mover.admitted, "512 tokens may be under way, and 200 are"
+    admission.leave(other)
+    assert mover.admitted
+    assert waiting.admitted
+    assert admission.inside == 2
+
+
+def test_everyone_who_waits_is_woken_by_a_change() -> None:
+    woken: list[str] = []
+    admission = gate(fleet_of(welcome("a", max_num_seqs=1)))
+    fill(admission, 1)
+    admission.arrive(Ticket("t", 0, emission_of(), 1, 1, lambda: woken.append("t")))
+    admission.wake_all()
+    assert woken == ["t"]
+
+
+def test_growth_counts_the_start_of_a_long_answer() -> None:
+    assert (growth_of(5), growth_of(10_000)) == (5, 256)
+
+
+def test_the_check_checks() -> None:
+    admission = gate(fleet_of(welcome("a")))
+    fill(admission, 1)
+    admission._kv_tokens += 1
+    with pytest.raises(ValueError, match="KV"):
+        admission.check_integrity()
