@@ -12,9 +12,10 @@ from fakes.oracle_cluster import Pace, Streams, leaked_blocks, oracle_request, o
 
 from penstock.cluster.local import LocalCluster
 from penstock.cluster.subprocess_host import SubprocessHost
-from penstock.router.settings import RetrySettings, RouterSettings
+from penstock.router.settings import PlacementSettings, RetrySettings, RouterSettings
 
 STREAMS = 200
+ALWAYS_SPLIT = PlacementSettings(local_prefill_tokens=0)  # short prompts would else be computed where they decode
 FAULTY_WORKER = Path(__file__).parents[1] / "fakes" / "faulty_worker.py"
 
 
@@ -47,7 +48,7 @@ def test_decode_worker_killed(moment: str, transport: str, tmp_path: Path) -> No
     async def scenario() -> None:
         slow = moment == "before the first token"
         pace = Pace(transport=transport, step_s=0.004, token_s=0.0005 if slow else 0.00002)
-        cluster = LocalCluster(oracle_workers(1, 2, pace), log_file=tmp_path / "log")
+        cluster = LocalCluster(oracle_workers(1, 2, pace), RouterSettings(ALWAYS_SPLIT), log_file=tmp_path / "log")
         async with cluster:
             pids = pids_of(cluster)
             streams = Streams(cluster)
@@ -81,7 +82,7 @@ def test_prefill_worker_killed_between_two_blocks(fragments: int, transport: str
         host = SubprocessHost(
             tmp_path / "log", command=(sys.executable, str(FAULTY_WORKER), "prefill-0", f"die_after={fragments}")
         )
-        cluster = LocalCluster(oracle_workers(2, 2, pace), host=host)
+        cluster = LocalCluster(oracle_workers(2, 2, pace), RouterSettings(ALWAYS_SPLIT), host=host)
         async with cluster:
             pids = pids_of(cluster)
             streams = Streams(cluster)
@@ -101,7 +102,7 @@ def test_prefill_worker_killed_between_two_blocks(fragments: int, transport: str
 def test_without_survivors_every_stream_ends_typed(tmp_path: Path) -> None:
     async def scenario() -> None:
         pace = Pace(step_s=0.005, token_s=0.0002)
-        router = RouterSettings(retry=RetrySettings(no_worker_timeout_s=1.5))
+        router = RouterSettings(ALWAYS_SPLIT, retry=RetrySettings(no_worker_timeout_s=1.5))
         cluster = LocalCluster(oracle_workers(1, 1, pace), router, restart=False, log_file=tmp_path / "log")
         async with cluster:
             streams = Streams(cluster)

@@ -85,6 +85,11 @@ class Runner(Protocol):
     @property
     def layout(self) -> KVLayout: ...
 
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this; the engine refuses others before they reach a step."""
+        ...
+
     def run(self, plan: StepPlan) -> StepResult:
         """Copy blocks, compute every row, write its KV and sample. Returns when the KV bytes are in the storage."""
         ...

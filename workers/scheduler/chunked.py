@@ -1,0 +1,99 @@
+"""Fills one step: which sequence computes how many tokens, and the `StepPlan` arrays for the runner.
+
+Method: Sarathi-Serve (OSDI 2024) section 4, chunked prefill with decodes riding along under a token budget: decodes
+first, then prefills under way, then new ones. The scheduler calls it; it reads the table and changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+
+from penstock.workers.scheduler.plan import I32, StepPlan
+from penstock.workers.scheduler.table import PREFILL, SequenceTable, Slots
+
+_NO_COPIES = np.zeros((0, 2), np.int32)
+
+
+class StepBudget:
+    """Tokens left in the step being planned, and the prefill chunks chosen so far."""
+
+    def __init__(self, tokens: int, chunk_limit: int) -> None:
+        self.left = tokens
+        self._chunk_limit = chunk_limit or tokens
+        self.slots: list[int] = []
+        self.counts: list[int] = []
+        self.finishing: list[bool] = []  # the chunk is its prefill's last: a token is sampled
+        self.copies: list[tuple[int, int]] = []
+
+    def add_chunk(self, slot: int, wanted: int) -> None:
+        """Give the row as many of `wanted` tokens as the budget and the chunk limit allow."""
+        count = min(wanted, self.left, self._chunk_limit)
+        if count > 0:
+            self.slots.append(slot)
+            self.counts.append(count)
+            self.finishing.append(count == wanted)
+            self.left -= count
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OpenStep:
+    """A plan, with what its commit needs again in the form the table likes best."""
+
+    plan: StepPlan
+    slots: Slots  # [N]
+    computed: I32  # [N] tokens with KV after the step
+    sampled: Slots  # [S] slots of the rows that sample
+    removals: int  # the table's count when planned: unchanged means that every row is still there
+
+
+def continue_prefills(table: SequenceTable, budget: StepBudget) -> None:
+    """Chunks for prefills under way, oldest request first."""
+    slots = table.rows_in(PREFILL)
+    if len(slots) > 1:
+        slots = slots[np.argsort(table.arrival[slots])]
+    for slot in slots.tolist():
+        if not budget.left:
+            return
+        budget.add_chunk(slot, int(table.length[slot] - table.computed[slot]))
+
+
+def assemble(table: SequenceTable, step: int, decode: Slots, budget: StepBudget) -> OpenStep:
+    """The plan for these decode rows and the budget's chunks. Decode rows all sample and compute one token."""
+    num_decode, num_rows = len(decode), len(decode) + len(budget.slots)
+    offsets = np.arange(num_rows + 1, dtype=np.int32)
+    sample_rows, slots = offsets[:num_rows].copy(), decode
+    if budget.slots:
+        slots = np.concatenate((decode, np.array(budget.slots)))
+        offsets[num_decode + 1 :] = list(accumulate(budget.counts, initial=num_decode))[1:]
+    sampled = slots
+    if not all(budget.finishing):
+        sample_rows = sample_rows[np.array([True] * num_decode + budget.finishing)]
+        sampled = slots[sample_rows]
+    starts: I32 = table.computed[slots]
+    ends = starts + (offsets[1:] - offsets[:-1])
+    widest = -(-int(ends.max()) // table.block_size)
+    plan = StepPlan(
+        step=step,
+        slots=slots.astype(np.int32),
+        starts=starts,
+        offsets=offsets,
+        token_ids=_tokens(table, decode, budget, starts),
+        block_tables=table.block_tables[:, :widest].take(slots, axis=0),
+        sample_rows=sample_rows,
+        sampling=table.sampling(sampled),
+        num_decode=num_decode,
+        copies=np.array(budget.copies, np.int32).reshape(-1, 2) if budget.copies else _NO_COPIES,
+    )
+    return OpenStep(plan, slots, ends, sampled, table.removals)
+
+
+def _tokens(table: SequenceTable, decode: Slots, budget: StepBudget, starts: I32) -> I32:
+    """Tokens fed to the model, row after row."""
+    decodes: I32 = table.last_token[decode]
+    if not budget.slots:
+        return decodes
+    rows = zip(budget.slots, starts[len(decode) :].tolist(), budget.counts, strict=True)
+    return np.concatenate((decodes, *[table.tokens[slot, start : start + count] for slot, start, count in rows]))

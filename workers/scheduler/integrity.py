@@ -1,0 +1,83 @@
+"""Checks that the scheduler's parts agree with each other and with the block pool.
+
+Called by `Scheduler.check_integrity`: by the engine when idle, and by tests after every randomised step. Reads only.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from penstock.workers.errors import IntegrityError
+from penstock.workers.kv.block_pool import BlockPool
+from penstock.workers.kv.prefix_cache import PrefixCache
+from penstock.workers.scheduler.roster import Roster
+from penstock.workers.scheduler.sequence import Sequence
+from penstock.workers.scheduler.table import SequenceTable, State
+
+
+def check_scheduler(roster: Roster, pool: BlockPool, cache: PrefixCache | None) -> None:
+    """Raise IntegrityError with the first thing that does not add up."""
+    pool.check_integrity()
+    if cache is not None:
+        cache.check_integrity()
+    _check_places(roster)
+    for slot, sequence in enumerate(roster.table.sequences):
+        _check_row(roster.table, slot, sequence)
+    _check_holders(roster, pool)
+
+
+def _check_places(roster: Roster) -> None:
+    """Every known sequence waits or has a slot, never both, and the queue is in order."""
+    queued = roster.waiting.entries()
+    orders = [sequence.order for sequence in queued]
+    if orders != sorted(orders):
+        raise IntegrityError("the waiting queue is out of order")
+    placed = [sequence for sequence in roster.table.sequences if sequence is not None]
+    if any(sequence.slot is not None for sequence in queued):
+        raise IntegrityError("a sequence waits and has a slot")
+    known = [roster.find(key) for key in roster.known_keys()]
+    if len(known) != len(queued) + len(placed) or any(s is not roster.find(s.key) for s in (*queued, *placed)):
+        raise IntegrityError("the known sequences are not those that wait or run")
+    if len(placed) != roster.table.num_sequences:
+        raise IntegrityError("the table's count of empty rows is wrong")
+
+
+def _check_row(table: SequenceTable, slot: int, sequence: Sequence | None) -> None:
+    state = State(int(table.state[slot]))
+    blocks, length, computed = int(table.num_blocks[slot]), int(table.length[slot]), int(table.computed[slot])
+    if (sequence is None) != (state is State.EMPTY):
+        raise IntegrityError(f"row {slot} is {state.name} and its sequence is {sequence}")
+    if table.block_tables[slot, blocks:].any():
+        raise IntegrityError(f"row {slot} lists blocks beyond its {blocks}")
+    if sequence is None:
+        if blocks:
+            raise IntegrityError(f"empty row {slot} holds {blocks} blocks")
+        return
+    if sequence.slot != slot:
+        raise IntegrityError(f"the sequence in row {slot} believes to be in {sequence.slot}")
+    if computed > blocks * table.block_size or len(np.unique(table.block_tables[slot, :blocks])) != blocks:
+        raise IntegrityError(f"row {slot} has {computed} computed tokens in {blocks} blocks, or one block twice")
+    left = length - computed
+    if (state is State.DECODE and left != 1) or left < 0 or (state is State.PREFILL and left < 1):
+        raise IntegrityError(f"row {slot} is {state.name} with {left} tokens left to compute")
+    if length > int(table.last_position[slot]):
+        raise IntegrityError(f"row {slot} is longer than it may become")
+
+
+def _check_holders(roster: Roster, pool: BlockPool) -> None:
+    """Reference counts equal the rows, lingering entries and copies that hold each block."""
+    held = np.zeros(pool.num_blocks, np.int32)
+    quarantined = 0
+    for slot in range(roster.table.max_seqs):
+        held[roster.table.blocks_of(slot)] += 1
+    for lingering in roster.memory.lingering.values():
+        if lingering.quarantined:
+            quarantined += len(lingering.blocks)
+        else:
+            held[lingering.blocks] += 1
+    for source in roster.memory.copy_sources:
+        held[source] += 1
+    if not np.array_equal(held, pool.holders()):
+        raise IntegrityError("reference counts differ from the blocks that sequences hold")
+    if quarantined != pool.num_quarantined:
+        raise IntegrityError("the quarantine differs from the cancelled reservations")

@@ -1,0 +1,73 @@
+"""Takes a step's sampled tokens into the table and says what they mean for the routers. Whole columns at a time.
+
+Called by `Scheduler.commit`, which then deals with the rows that ended. Knows no blocks and no queue.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.workers.errors import IntegrityError
+from penstock.workers.protocol import EndReason
+from penstock.workers.scheduler.chunked import OpenStep
+from penstock.workers.scheduler.plan import I32, SampledLogprobs, StepResult
+from penstock.workers.scheduler.table import DECODE, EMPTY, SequenceTable, Slots
+
+STOP, LENGTH = int(EndReason.STOP), int(EndReason.LENGTH)  # see table.py on plain ints
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CommittedRows:
+    """A step and its result without the rows whose sequence was cancelled while the step ran."""
+
+    slots: Slots  # [N] computed rows
+    computed: I32  # [N] tokens with KV in each
+    num_decode: int
+    sampled: Slots  # [S] slots of the rows with a new token
+    tokens: I32  # [S]
+    logprobs: SampledLogprobs | None
+
+
+def committed_rows(table: SequenceTable, step: OpenStep, result: StepResult) -> CommittedRows:
+    """Raises IntegrityError where the result does not belong to the step's plan."""
+    tokens, logprobs = result.token_ids, result.logprobs
+    if len(tokens) != len(step.sampled):
+        raise IntegrityError(f"{len(tokens)} tokens sampled for {len(step.sampled)} rows")
+    num_decode = step.plan.num_decode
+    if step.removals == table.removals:
+        return CommittedRows(step.slots, step.computed, num_decode, step.sampled, tokens, logprobs)
+    alive = table.state[step.slots] != EMPTY
+    kept = table.state[step.sampled] != EMPTY
+    return CommittedRows(
+        slots=step.slots[alive],
+        computed=step.computed[alive],
+        num_decode=int(np.count_nonzero(alive[:num_decode])),
+        sampled=step.sampled[kept],
+        tokens=tokens[kept],
+        logprobs=None if logprobs is None else _select(logprobs, kept),
+    )
+
+
+def take_tokens(table: SequenceTable, slots: Slots, tokens: I32) -> tuple[I32, NDArray[np.uint8]]:
+    """Append one sampled token to each row; the rows decode from now on.
+
+    Returns (index of the token among the generated ones, int32 [S]; EndReason, uint8 [S]).
+    """
+    position = table.append_tokens(slots, tokens)
+    table.state[slots] = DECODE
+    ends = (position >= table.last_position[slots]).view(np.uint8) * np.uint8(LENGTH)
+    stopped = np.logical_or.reduce(table.stop_ids.take(slots, axis=1) == tokens, axis=0)
+    np.putmask(ends, stopped, STOP)
+    return position - table.prompt_length[slots], ends
+
+
+def _select(logprobs: SampledLogprobs, kept: NDArray[np.bool_]) -> SampledLogprobs:
+    return SampledLogprobs(
+        chosen=logprobs.chosen[kept],
+        top_counts=logprobs.top_counts[kept],
+        top_ids=logprobs.top_ids[kept],
+        top_logprobs=logprobs.top_logprobs[kept],
+    )

@@ -1,0 +1,44 @@
+"""Who gives way when decodes run out of blocks: preemption by recompute, bounded per request.
+
+A preempted sequence gives all its blocks back and waits at the queue's front with every token it has; published
+blocks make the recompute cheap. After `max_preemptions` it is admitted with its whole remainder reserved and is never
+chosen again. Whoever lacks a block has not reserved its remainder, so there is always a victim: at worst itself.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from penstock.workers.errors import IntegrityError
+from penstock.workers.scheduler.roster import Roster
+from penstock.workers.scheduler.sequence import Sequence
+from penstock.workers.scheduler.table import DECODE, PREFILL, SequenceTable, Slots
+
+
+def choose_victim(table: SequenceTable, max_preemptions: int) -> Sequence | None:
+    """The least urgent, then youngest, running sequence that may be preempted; None if there is none.
+
+    Sequences that wait for KV, or whose blocks a peer reads, are never chosen.
+    """
+    rows = np.flatnonzero((table.state == PREFILL) | (table.state == DECODE))
+    candidates = [table.sequences[slot] for slot in rows.tolist()]
+    return max(
+        (s for s in candidates if s is not None and not s.sends_kv and s.preemptions < max_preemptions),
+        key=lambda sequence: (sequence.request.priority, sequence.arrival),
+        default=None,
+    )
+
+
+def ready_decodes(roster: Roster, max_preemptions: int) -> tuple[Slots, bool]:
+    """(slots of all decodes, each with room for its token; whether somebody was preempted for that)."""
+    table, gave_way = roster.table, False
+    while True:
+        decodes = table.state == DECODE
+        full = (decodes & (table.computed == table.capacity)).nonzero()[0]
+        if not len(full) or roster.memory.grow(full):
+            return decodes.nonzero()[0], gave_way
+        victim = choose_victim(table, max_preemptions)
+        if victim is None:
+            raise IntegrityError("a sequence lacks a block and nobody can be preempted")
+        roster.preempt(victim)
+        gave_way = True

@@ -1,0 +1,166 @@
+"""All sequences this worker knows, by key, and every way in which one can leave its place in the line or the batch.
+
+Part of the scheduler: `scheduler.py` decides, this module carries out: enter, preempt, end, refuse, and what transfer
+events do to a sequence. Knows no budgets and no plans.
+
+Invariant: every known sequence either stands in `waiting` or has a slot in `table`, never both.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from penstock.workers.kv.layout import KVLayout
+from penstock.workers.protocol import EndReason, FailureCode, Tokens
+from penstock.workers.scheduler.events import (
+    EndedEvent,
+    GrantedEvent,
+    PreemptedEvent,
+    RefusedEvent,
+    SchedulerEvent,
+    SequenceKey,
+    Work,
+)
+from penstock.workers.scheduler.memory import SequenceMemory
+from penstock.workers.scheduler.outcome import take_tokens
+from penstock.workers.scheduler.router_names import RouterNames
+from penstock.workers.scheduler.sequence import Sequence
+from penstock.workers.scheduler.table import PREFILL, RESERVED, SequenceTable
+from penstock.workers.scheduler.waiting import WaitingQueue
+
+
+class Roster:
+    """The sequences of one worker, over its table and memory."""
+
+    def __init__(self, table: SequenceTable, memory: SequenceMemory, layout: KVLayout) -> None:
+        self.table = table
+        self.memory = memory
+        self.waiting = WaitingQueue()
+        self.routers = RouterNames()
+        self.events: list[SchedulerEvent] = []
+        self.preemptions = 0
+        self._layout = layout
+        self._known: dict[SequenceKey, Sequence] = {}
+
+    def find(self, key: SequenceKey) -> Sequence | None:
+        """The sequence under this key, if it has not ended."""
+        return self._known.get(key)
+
+    def known_keys(self) -> list[SequenceKey]:
+        """Keys of all sequences that have not ended."""
+        return list(self._known)
+
+    def enter(self, sequence: Sequence) -> None:
+        """A new sequence joins the queue."""
+        self._known[sequence.key] = sequence
+        self.waiting.push(sequence)
+
+    def forget(self, sequence: Sequence) -> None:
+        """The key is over; the caller deals with its row."""
+        del self._known[sequence.key]
+        self.routers.leave(sequence.router_index)
+
+    def end(self, sequence: Sequence) -> None:
+        """The sequence leaves, wherever it is. Blocks that a transfer may still touch linger under its key."""
+        self.forget(sequence)
+        slot = sequence.slot
+        if slot is None:
+            self.waiting.remove(sequence)
+        elif self.table.state[slot] == RESERVED:
+            end = self._layout.blocks_for(len(sequence.context))
+            self.memory.quarantine_reserved(slot, sequence.key, sequence.granted, end)
+        elif sequence.offered > sequence.first_block:
+            self.memory.hold_for_reader(slot, sequence.key)
+        else:
+            self.memory.release(slot)
+
+    def refuse(self, sequence: Sequence, code: FailureCode, message: str) -> None:
+        """The sequence leaves with a `RefusedEvent`; no transfer may touch its blocks any more."""
+        self.forget(sequence)
+        if sequence.slot is None:
+            self.waiting.remove(sequence)
+        else:
+            self.memory.release(sequence.slot)
+        self.events.append(RefusedEvent(sequence.key, code, message))
+
+    def cancel(self, key: SequenceKey) -> None:
+        """The router does not want it any more. Events not yet taken for the key are withdrawn."""
+        sequence = self._known.get(key)
+        if sequence is None:
+            return
+        withdrawn = [event for event in self.events if event.key == key]
+        self.events = [event for event in self.events if event.key != key]
+        if sequence.slot is not None and any(isinstance(event, GrantedEvent) for event in withdrawn):
+            # Nobody has seen the grant, so nobody can write the blocks.
+            self.forget(sequence)
+            self.memory.release(sequence.slot)
+        else:
+            self.end(sequence)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Give all its blocks back and wait at the queue's front with every known token, to be recomputed here."""
+        slot = sequence.slot
+        if slot is None:
+            return
+        sequence.context = self.table.tokens[slot, : self.table.length[slot]].copy()
+        sequence.preemptions += 1
+        sequence.work = Work.GENERATE
+        self.preemptions += 1
+        self.memory.release(slot)
+        self.waiting.push(sequence)
+        self.events.append(PreemptedEvent(sequence.key))
+
+    # --- transfer events ------------------------------------------------------------------------------------------
+
+    def kv_arrived(self, key: SequenceKey, tokens: Tokens) -> None:
+        """A reservation's KV is whole and verified; it decodes from `tokens` on, unless they end it."""
+        sequence = self._reserved(key)
+        if sequence is None or sequence.slot is None:
+            return
+        if not tokens:
+            self.refuse(sequence, FailureCode.TRANSFER_FAILED, "the KV came without a first token")
+            return
+        slot = sequence.slot
+        self.table.computed[slot] = len(sequence.context)
+        self.memory.publish_row(slot)
+        row, first = np.array([slot]), len(sequence.request.emitted)
+        for count, token in enumerate(tokens, start=1):
+            _, ends = take_tokens(self.table, row, np.array([token], np.int32))
+            if ends[0]:
+                self.events.append(EndedEvent(key, first, tokens[:count], EndReason(int(ends[0]))))
+                self.forget(sequence)
+                self.memory.release(slot)
+                return
+        if len(tokens) > 1:
+            self._prepare_many(sequence, slot)
+
+    def kv_failed(self, key: SequenceKey) -> None:
+        """A reservation's KV will not come, and nobody writes its blocks any more."""
+        sequence = self._reserved(key)
+        if sequence is not None:
+            self.refuse(sequence, FailureCode.TRANSFER_FAILED, "the KV blocks did not arrive")
+
+    def kv_sent(self, key: SequenceKey) -> None:
+        """Nobody reads the blocks of a sending prefill any more: it was acknowledged, or the transfer failed."""
+        if self.memory.settle(key):
+            return
+        sequence = self._known.get(key)
+        if sequence is not None and sequence.sends_kv:
+            self.refuse(sequence, FailureCode.TRANSFER_FAILED, "the decode worker took no more KV blocks")
+
+    def _reserved(self, key: SequenceKey) -> Sequence | None:
+        """The reservation under this key; settles blocks of a cancelled one instead, where there are such."""
+        if self.memory.settle(key):
+            return None
+        sequence = self._known.get(key)
+        if sequence is None or sequence.slot is None or self.table.state[sequence.slot] != RESERVED:
+            return None
+        return sequence
+
+    def _prepare_many(self, sequence: Sequence, slot: int) -> None:
+        """Several tokens came at once: their KV is one prefill chunk, for which blocks must be there."""
+        self.table.state[slot] = PREFILL
+        while self.table.num_blocks[slot] * self._layout.block_size < self.table.length[slot]:
+            if not self.memory.grow(np.array([slot])):
+                self.preempt(sequence)
+                return

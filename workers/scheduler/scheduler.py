@@ -1,0 +1,300 @@
+"""Who runs in the next step: the scheduler of one worker. Pure state: a clock and requests in, plans and events out.
+
+The engine (`workers/engine.py`) calls it from one thread: `submit`, `cancel`, `kv_*` as messages come, then in turn
+`plan` -> run -> `commit` (or `abort_step`), and `take_events` after each. It knows no routers' streams, no transfer
+sessions, no tensors. The parts: `admission` (can it ever run), `waiting` (who is next), `roster` (who is where),
+`memory` (blocks), `chunked` (how many tokens), `preemption` (who gives way), `handover` (grants and offers), `outcome`
+(what the sampled tokens mean), `table` (state as columns), `integrity` (the checks).
+
+A key lives from `submit` to exactly one of: an end in a `StepOutcome` row, `EndedEvent`, `RefusedEvent`, a
+`SentTail` without end (the sequence goes on at the peer), `cancel`, or `abort_step`. Blocks that a transfer may still
+touch outlive it under the same key until `kv_sent`, `kv_closed`, `kv_failed` or `kv_arrived` settles them; a new
+sequence of that key waits as long.
+
+Invariants: a step holds at most `max_num_batched_tokens` tokens, and every decode-ready sequence unless memory made
+it give way; plans and commits alternate; `check_integrity` holds between any two calls.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from penstock.workers.errors import IntegrityError
+from penstock.workers.kv.block_pool import BlockPool
+from penstock.workers.kv.layout import KVLayout
+from penstock.workers.kv.prefix_cache import PrefixCache
+from penstock.workers.protocol import FailureCode, GenerateRequest, Tokens
+from penstock.workers.scheduler.admission import growth_of, refusal, refusal_of_prefill
+from penstock.workers.scheduler.chunked import OpenStep, StepBudget, assemble, continue_prefills
+from penstock.workers.scheduler.events import (
+    QueuedEvent,
+    RefusedEvent,
+    SchedulerEvent,
+    SchedulerStats,
+    SequenceKey,
+    StartedEvent,
+    StepOutcome,
+    Work,
+)
+from penstock.workers.scheduler.handover import grant, hand_over
+from penstock.workers.scheduler.integrity import check_scheduler
+from penstock.workers.scheduler.memory import Placement, SequenceMemory
+from penstock.workers.scheduler.outcome import committed_rows, take_tokens
+from penstock.workers.scheduler.plan import StepPlan, StepResult
+from penstock.workers.scheduler.preemption import ready_decodes
+from penstock.workers.scheduler.roster import Roster
+from penstock.workers.scheduler.sequence import Sequence, context_of
+from penstock.workers.scheduler.table import PREFILL, RESERVED, SequenceTable
+from penstock.workers.scheduler.waiting import AdmissionPace
+from penstock.workers.settings import SchedulerSettings
+
+__all__ = ["Scheduler", "SchedulerEvent", "SchedulerStats", "SequenceKey", "StepOutcome", "Work"]
+
+
+class Scheduler:
+    """One worker's scheduler. `cache` None: no prefix is shared."""
+
+    def __init__(
+        self, settings: SchedulerSettings, layout: KVLayout, pool: BlockPool, cache: PrefixCache | None
+    ) -> None:
+        self._settings = settings
+        self._layout = layout
+        self._pool = pool
+        self._cache = cache
+        # No more sequences than tokens in a step: then every decode always fits, and a prefill beside them too.
+        max_seqs = min(settings.max_num_seqs, settings.max_num_batched_tokens)
+        self._table = SequenceTable(max_seqs, settings.max_model_len, layout.block_size)
+        self._memory = SequenceMemory(self._table, layout, pool, cache)
+        self._roster = Roster(self._table, self._memory, layout)
+        self._pace = AdmissionPace()
+        self._watermark = int(settings.watermark * pool.num_blocks)
+        self._unannounced: list[Sequence] = []
+        self._arrivals = 0
+        self._step = 0
+        self._open_step: OpenStep | None = None
+        self._draining = False
+
+    def submit(
+        self,
+        key: SequenceKey,
+        work: Work,
+        request: GenerateRequest,
+        now: float,
+        *,
+        sends_kv: bool = False,
+        first_block: int = 0,
+    ) -> None:
+        """Queue the request, or refuse it with a `RefusedEvent`. A key that is already known is ignored.
+
+        `sends_kv`: a PREFILL under a grant, whose `first_block` its offers' fragment indices count from.
+        """
+        if self._roster.find(key) is not None:
+            return
+        try:
+            context = context_of(request)
+        except OverflowError:
+            self._refuse(key, FailureCode.BAD_REQUEST, "prompt: holds a token id outside 32 bits")
+            return
+        reason = refusal(request, work, self._settings.max_model_len, self._layout, self._pool.num_blocks)
+        if reason is None and work is Work.PREFILL:
+            reason = refusal_of_prefill(request, sends_kv, first_block, self._layout)
+        if reason is not None:
+            self._refuse(key, *reason)
+        elif self._draining:
+            self._refuse(key, FailureCode.DRAINING, "the worker takes no new work")
+        elif len(self._roster.waiting) >= self._settings.max_waiting:
+            retry = self._pace.wait_s(len(self._roster.waiting))
+            self._refuse(key, FailureCode.QUEUE_FULL, "the worker's queue is full", retry)
+        else:
+            self._arrivals += 1
+            sequence = Sequence(
+                key=key,
+                work=work,
+                request=request,
+                arrival=self._arrivals,
+                router_index=self._roster.routers.enter(key.router_id),
+                deadline=now + request.queue_timeout_s,
+                context=context,
+                sends_kv=sends_kv,
+                first_block=first_block,
+                offered=first_block,
+                chain=self._memory.first_digests(request, context),
+            )
+            self._roster.enter(sequence)
+            self._unannounced.append(sequence)
+
+    def cancel(self, key: SequenceKey, now: float) -> None:
+        """End it without an event. Unknown keys are ignored.
+
+        Blocks of a granted reservation stay in quarantine until `kv_closed` (or another final event of its session);
+        blocks already offered to a peer stay held until `kv_sent`.
+        """
+        self._roster.cancel(key)
+
+    def cancel_router(self, router_id: str, now: float) -> list[SequenceKey]:
+        """Cancel all work of a router; returns the keys, so that their transfers can be ended too."""
+        keys = [key for key in self._roster.known_keys() if key.router_id == router_id]
+        for key in keys:
+            self._roster.cancel(key)
+        return keys
+
+    def drain(self) -> None:
+        """Refuse new requests from now on; those known run to their end."""
+        self._draining = True
+
+    # --- transfer events ------------------------------------------------------------------------------------------
+
+    def kv_arrived(self, key: SequenceKey, first_tokens: Tokens, now: float) -> None:
+        """The KV of a reservation is verified; it decodes from `first_tokens` on. `EndedEvent` if they end it."""
+        self._roster.kv_arrived(key, first_tokens)
+
+    def kv_failed(self, key: SequenceKey, now: float) -> None:
+        """The KV will not come: `RefusedEvent` (TRANSFER_FAILED), or the quarantine of a cancelled one is lifted."""
+        self._roster.kv_failed(key)
+
+    def kv_closed(self, key: SequenceKey, now: float) -> None:
+        """Nobody writes the blocks of a cancelled reservation any more; its quarantine is lifted."""
+        self._roster.kv_failed(key)
+
+    def kv_sent(self, key: SequenceKey, now: float) -> None:
+        """Nobody reads a prefill's blocks any more (done, or failed). One still computing ends in a `RefusedEvent`."""
+        self._roster.kv_sent(key)
+
+    # --- steps ----------------------------------------------------------------------------------------------------
+
+    def plan(self, now: float) -> StepPlan | None:
+        """The next step, or None if nothing can be computed now. A commit or an abort_step must follow a plan."""
+        if self._open_step is not None:
+            raise IntegrityError("planned a step before the last one was committed")
+        for sequence in self._roster.waiting.expired(now):
+            waited = sequence.request.queue_timeout_s
+            self._roster.refuse(sequence, FailureCode.DEADLINE, f"not admitted within {waited:g} s")
+        settings = self._settings
+        decode, gave_way = ready_decodes(self._roster, settings.max_preemptions)
+        budget = StepBudget(settings.max_num_batched_tokens - len(decode), settings.long_prefill_token_threshold)
+        continue_prefills(self._table, budget)
+        # Blocks that a preemption freed are for those still running, unless none is.
+        if not gave_way or not (len(decode) or budget.slots):
+            self._admit(budget, now)
+        self._announce()
+        if not len(decode) and not budget.slots:
+            return None
+        self._step += 1
+        self._open_step = assemble(self._table, self._step, decode, budget)
+        return self._open_step.plan
+
+    def commit(self, plan: StepPlan, result: StepResult, now: float) -> StepOutcome:
+        """Take the step's result in. Raises IntegrityError if it does not fit the plan, which then stays open."""
+        step = self._check_open(plan)
+        table, memory = self._table, self._memory
+        rows = committed_rows(table, step, result)
+        self._open_step = None
+        table.computed[rows.slots] = rows.computed
+        # Blocks that decoding fills are published when the sequence ends: nobody can ask for them before.
+        for slot in rows.slots[rows.num_decode :].tolist():
+            memory.publish_row(slot)
+        memory.end_copies()
+        starts, ends = take_tokens(table, rows.sampled, rows.tokens)
+        offers, tails = hand_over(self._roster, self._layout, rows, ends)
+        outcome = StepOutcome(
+            router_ids=self._roster.routers.names,
+            router_index=table.router_index[rows.sampled],
+            slots=table.router_slot[rows.sampled],
+            attempts=table.attempt[rows.sampled],
+            starts=starts.view(np.uint32),
+            tokens=rows.tokens,
+            ends=ends,
+            logprobs=rows.logprobs,
+            offers=offers,
+            sent_tails=tails,
+        )
+        for slot in rows.sampled[ends.nonzero()[0]].tolist():
+            self._roster.end(table.sequence_in(slot))
+        return outcome
+
+    def abort_step(self, plan: StepPlan, now: float) -> list[SequenceKey]:
+        """The step failed: end all its sequences without events and return their keys, for the caller to report."""
+        self._check_open(plan)
+        self._open_step = None
+        self._memory.end_copies()
+        lost = [self._table.sequences[slot] for slot in plan.slots.tolist()]
+        sequences = [sequence for sequence in lost if sequence is not None]
+        for sequence in sequences:
+            self._roster.end(sequence)
+        return [sequence.key for sequence in sequences]
+
+    def take_events(self) -> list[SchedulerEvent]:
+        """Events since the last call, oldest first."""
+        events = self._roster.events
+        self._roster.events = []
+        return events
+
+    @property
+    def next_deadline(self) -> float | None:
+        """Plan again by this time at the latest, even if nothing happens until then; None: no need."""
+        return self._roster.waiting.next_deadline
+
+    def stats(self) -> SchedulerStats:
+        """Figures for the heartbeat; engine thread only."""
+        table, waiting = self._table, self._roster.waiting
+        left = (table.length - table.computed)[table.state == PREFILL]
+        return SchedulerStats(
+            running=table.num_sequences,
+            reserved=len(table.rows_in(RESERVED)),
+            sending=sum(not left.quarantined for left in self._memory.lingering.values()),
+            waiting=len(waiting),
+            queued_prefill_tokens=waiting.prefill_tokens + int(left.sum()),
+            free_blocks=self._pool.num_free,
+            cached_blocks=0 if self._cache is None else len(self._cache),
+            quarantined_blocks=self._pool.num_quarantined,
+            preemptions=self._roster.preemptions,
+            draining=self._draining,
+        )
+
+    def check_integrity(self) -> None:
+        """Raise IntegrityError unless pool, cache, table, queue and keys agree."""
+        check_scheduler(self._roster, self._pool, self._cache)
+
+    def _admit(self, budget: StepBudget, now: float) -> None:
+        """Start sequences from the queue's head while rows, blocks and tokens last."""
+        while not self._table.is_full:
+            sequence = self._roster.waiting.first(self._memory.lingering)
+            if sequence is None or (sequence.work is not Work.RESERVE and not budget.left):
+                return
+            growth = growth_of(sequence.work, sequence.remaining)
+            if sequence.preemptions < self._settings.max_preemptions:
+                growth = min(growth, self._settings.reserve_tokens)
+            placement = self._memory.place(sequence, growth, self._watermark if self._table.num_sequences else 0)
+            if placement is None:
+                return
+            self._start(sequence, placement, budget)
+            self._pace.note(now)
+
+    def _start(self, sequence: Sequence, placement: Placement, budget: StepBudget) -> None:
+        self._roster.waiting.remove(sequence)
+        if sequence.work is Work.RESERVE:
+            self._table.insert(sequence, placement.blocks, placement.computed, RESERVED)
+            self._roster.events.append(grant(sequence, placement, self._layout, self._pool))
+        else:
+            slot = self._table.insert(sequence, placement.blocks, placement.computed, PREFILL)
+            if placement.copy is not None:
+                budget.copies.append(placement.copy)
+            budget.add_chunk(slot, len(sequence.context) - placement.computed)
+            if not sequence.started:
+                self._roster.events.append(StartedEvent(sequence.key, placement.computed))
+        sequence.started = True
+
+    def _announce(self) -> None:
+        """Tell routers of requests that could not be admitted at once."""
+        for sequence in self._unannounced:
+            if self._roster.find(sequence.key) is sequence and sequence.slot is None:
+                self._roster.events.append(QueuedEvent(sequence.key, self._roster.waiting.position(sequence)))
+        self._unannounced.clear()
+
+    def _refuse(self, key: SequenceKey, code: FailureCode, message: str, retry_after_s: float | None = None) -> None:
+        self._roster.events.append(RefusedEvent(key, code, message, retry_after_s))
+
+    def _check_open(self, plan: StepPlan) -> OpenStep:
+        if self._open_step is None or self._open_step.plan is not plan:
+            raise IntegrityError("this plan is not the step under way")
+        return self._open_step

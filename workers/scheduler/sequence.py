@@ -1,0 +1,61 @@
+"""One request as its worker keeps it from submission to its end; made and changed by the scheduler only.
+
+Holds what is needed when a sequence starts, waits, is preempted or fills a block. What every step needs lives in the
+columns of `table.py` while the sequence has a slot there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from penstock.workers.protocol import GenerateRequest
+from penstock.workers.scheduler.events import SequenceKey, Work
+from penstock.workers.scheduler.plan import I32
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """`context` int32 [C]: all tokens known when it (last) entered the queue, generated ones included."""
+
+    key: SequenceKey
+    work: Work
+    request: GenerateRequest
+    arrival: int
+    router_index: int
+    deadline: float  # queue time-out, until first admitted
+    context: I32
+    sends_kv: bool = False
+    first_block: int = 0  # fragments sent to the peer count from this block of the context
+    chain: list[bytes] = field(default_factory=list)  # digests of its full blocks, as far as computed
+    slot: int | None = None
+    started: bool = False  # was admitted once
+    offered: int = 0  # leading blocks of the context that the peer was offered or already has
+    granted: int = 0  # first block that a peer writes, while reserved
+    preemptions: int = 0
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens before the first generated one."""
+        return len(self.request.prompt)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens, prompt included, at which the choice ends."""
+        return self.prompt_length + self.request.sampling.max_tokens
+
+    @property
+    def remaining(self) -> int:
+        """Tokens still to be generated at most, counted from `context`."""
+        return self.max_length - len(self.context)
+
+    @property
+    def order(self) -> tuple[bool, int, int]:
+        """Place in the queue: preempted ones first, then by priority (low first), then by arrival."""
+        return (self.preemptions == 0, self.request.priority, self.arrival)
+
+
+def context_of(request: GenerateRequest) -> I32:
+    """`prompt + emitted` as int32. Raises OverflowError for ids outside int32."""
+    return np.array(request.prompt + request.emitted, np.int32)
