@@ -1,0 +1,80 @@
+"""What both halves of the transfer know of their own worker, and the counters they share.
+
+Built by `engine.py`, used by `sender.py` and `receiver.py`. Everything but the counters is fixed for the worker's life.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from penstock.workers.kv.storage import KVStorage
+from penstock.workers.settings import TransferSettings
+from penstock.workers.transfer.faults import TransferFaults
+from penstock.workers.transfer.messages import Message
+from penstock.workers.transfer.port import TransferEvent
+
+
+class Channel(Protocol):
+    """One connection as sender and receiver see it; `connection.py` is the real one, tests have a hostile one."""
+
+    @property
+    def backlog(self) -> int:
+        """Bytes queued and not yet taken by the network."""
+        ...
+
+    def send(self, message: Message, payload: Sequence[memoryview] = ()) -> None:
+        """Queue a frame. Payload views are read until they have left or `scrub` was called."""
+        ...
+
+    def scrub(self, session_id: bytes) -> None:
+        """Drop the session's queued frames and read none of its payload views any more."""
+        ...
+
+    def fail(self, reason: str) -> None:
+        """End the connection; its handler hears of it once."""
+        ...
+
+
+@dataclass(slots=True)
+class TransferCounters:
+    """Running totals since start. Started sessions equal the ended ones plus those still open."""
+
+    incoming_started: int = 0
+    incoming_arrived: int = 0
+    incoming_failed: int = 0
+    incoming_closed: int = 0
+    outgoing_started: int = 0
+    outgoing_done: int = 0
+    outgoing_failed: int = 0
+    fragments_sent: int = 0
+    fragments_landed: int = 0
+    bytes_landed: int = 0
+    duplicates: int = 0
+    digest_failures: int = 0
+    generation_failures: int = 0
+    resends: int = 0  # rounds in which fragments were asked for again
+    rejected: int = 0  # frames for sessions that are unknown, over, or another peer's
+    connections_refused: int = 0
+
+    @property
+    def open_sessions(self) -> int:
+        """Sessions started and not yet ended, both ways."""
+        incoming = self.incoming_started - self.incoming_arrived - self.incoming_failed - self.incoming_closed
+        return incoming + self.outgoing_started - self.outgoing_done - self.outgoing_failed
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """This worker's side of every transfer. `emit` hands an event to the engine thread and wakes it."""
+
+    settings: TransferSettings
+    storage: KVStorage
+    worker_id: str
+    host_id: str
+    compatibility: str
+    emit: Callable[[TransferEvent], None]
+    clock: Callable[[], float]
+    faults: TransferFaults | None = None
+    counters: TransferCounters = field(default_factory=TransferCounters)

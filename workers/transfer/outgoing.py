@@ -1,0 +1,76 @@
+"""One session as the sending worker sees it: what was offered, what is still to be sent, and how it stands.
+
+    opening -> fragments are offered and sent -> Finish sent -> Ack
+
+Used by `sender.py`, which does the bytes and the talking; pure apart from that, the clock's reading comes in.
+
+Invariants: a block stays in `_blocks` (may be read) until the session ends; Finish goes out only when nothing is left
+to send.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from penstock.workers.protocol import Grant
+from penstock.workers.transfer.incoming import MAX_RESEND_ROUNDS, SessionError
+from penstock.workers.transfer.port import Tail
+
+
+class OutgoingSession:
+    """Book-keeping of one started session."""
+
+    __slots__ = ("_blocks", "_rounds", "_unsent", "finished_at", "grant", "opened", "tail")
+
+    def __init__(self, grant: Grant) -> None:
+        self.grant = grant
+        self.opened = False  # Open was sent
+        self.tail: Tail | None = None
+        self.finished_at: float | None = None  # Finish was sent
+        self._blocks: dict[int, int] = {}
+        self._unsent: deque[int] = deque()
+        self._rounds = 0
+
+    @property
+    def ready(self) -> bool:
+        """There is something to send."""
+        return not self.opened or bool(self._unsent) or self.finish_due
+
+    @property
+    def finish_due(self) -> bool:
+        """Everything has been sent and Finish has not."""
+        return self.tail is not None and not self._unsent and self.finished_at is None
+
+    def offer(self, fragments: Sequence[tuple[int, int]]) -> None:
+        """Queue (fragment, local block) pairs. Raises SessionError for one outside the grant; repeats are ignored."""
+        for fragment, block in fragments:
+            if not 0 <= fragment < len(self.grant.blocks):
+                raise SessionError(f"fragment {fragment} offered to a grant of {len(self.grant.blocks)}")
+            if fragment not in self._blocks:
+                self._blocks[fragment] = block
+                self._unsent.append(fragment)
+
+    def finish(self, tail: Tail) -> None:
+        """All fragments are offered. Raises SessionError when some are not."""
+        if len(self._blocks) != len(self.grant.blocks):
+            raise SessionError(f"finished with {len(self._blocks)} of {len(self.grant.blocks)} fragments offered")
+        if self.tail is None:
+            self.tail = tail
+
+    def take(self, limit: int) -> list[tuple[int, int]]:
+        """The next at most `limit` (fragment, local block) pairs to send."""
+        return [(fragment, self._blocks[fragment]) for fragment in self._take_unsent(limit)]
+
+    def _take_unsent(self, limit: int) -> list[int]:
+        return [self._unsent.popleft() for _ in range(min(limit, len(self._unsent)))]
+
+    def resend(self, fragments: Sequence[int]) -> None:
+        """The peer lacks these after Finish: send both again. Raises SessionError when it asks too often."""
+        if self.finished_at is None:
+            return  # an answer to an earlier Finish, delivered late: the fragments are on their way
+        self._rounds += 1
+        if self._rounds > MAX_RESEND_ROUNDS or any(fragment not in self._blocks for fragment in fragments):
+            raise SessionError("the receiver asked for the same fragments too often")
+        self._unsent.extend(fragments)
+        self.finished_at = None
