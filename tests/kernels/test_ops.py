@@ -1,0 +1,25 @@
+"""The face of the kernels: every operation says what it means and has a reference and a CPU twin of one signature."""
+
+import inspect
+
+import pytest
+
+from penstock.kernels import dispatch, ops
+
+OPS = {name: f for name, f in inspect.getmembers(ops, inspect.isfunction) if f.__module__ == ops.__name__}
+
+
+def test_operations_are_found():
+    assert {"paged_attention", "rms_norm", "rotary", "gumbel", "copy_blocks"} <= set(OPS)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_docstring_and_twins(name):
+    doc = inspect.getdoc(OPS[name])
+    assert "Semantics:" in doc
+    assert "Shapes:" in doc
+    for backend in (dispatch.REFERENCE, dispatch.CPU):
+        twin = getattr(backend, name)
+        assert twin.__name__ == name
+        assert f"kernels.{backend.name}." in twin.__module__
+        assert list(inspect.signature(twin).parameters) == list(inspect.signature(OPS[name]).parameters)
