@@ -1,0 +1,146 @@
+"""The model runner: layout and revision, storage checks, block copies, and settings that cannot be served."""
+
+import dataclasses
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from fakes.exactness import CheckpointSpec, make_checkpoint
+from fakes.in_process import load_runner
+
+from penstock.workers.errors import ConfigError, ModelError
+from penstock.workers.runner import build_model_runner, kv_view
+from penstock.workers.scheduler.plan import SamplingBatch, StepPlan
+from penstock.workers.settings import KVSettings, RunnerSettings, SchedulerSettings
+
+SPEC = CheckpointSpec("qwen3", 4, 1, 64)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("model"), SPEC)
+
+
+def storage(runner, blocks=6):
+    return SimpleNamespace(data=np.zeros((blocks, runner.layout.block_bytes), np.uint8))
+
+
+def plan(tokens, start, blocks, *, sampled=True, copies=()):
+    rows = int(sampled)
+    columns = {
+        "temperature": "f4",
+        "top_k": "i4",
+        "top_p": "f4",
+        "min_p": "f4",
+        "seed": "u8",
+        "choice": "i4",
+        "position": "i4",
+    }
+    return StepPlan(
+        step=1,
+        slots=np.zeros(1, np.int32),
+        starts=np.array([start], np.int32),
+        offsets=np.array([0, len(tokens)], np.int32),
+        token_ids=np.array(tokens, np.int32),
+        block_tables=np.array([blocks], np.int32),
+        sample_rows=np.arange(rows, dtype=np.int32),
+        sampling=SamplingBatch(
+            **{k: np.zeros(rows, d) for k, d in columns.items()}, logprobs=np.full(rows, -1, np.int32)
+        ),
+        num_decode=0,
+        copies=np.array(copies, np.int32).reshape(-1, 2),
+    )
+
+
+def test_layout(model_dir):
+    layout = load_runner(model_dir, max_model_len=128, block_size=8).layout
+    assert (layout.num_layers, layout.num_kv_heads, layout.head_dim, layout.block_size) == (2, 1, 64, 8)
+    assert layout.dtype == "float32"
+    assert layout.block_bytes == 2 * 2 * 1 * 64 * 4 * 8
+
+
+def test_compatibility_tells_weights_and_dtypes_apart(model_dir, tmp_path):
+    same = load_runner(model_dir, max_model_len=128)
+    assert load_runner(model_dir, max_model_len=64).layout.compatibility == same.layout.compatibility
+    other = load_runner(make_checkpoint(tmp_path, dataclasses.replace(SPEC, seed=1)), max_model_len=128)
+    assert other.layout.compatibility != same.layout.compatibility
+    assert load_runner(model_dir, dtype="bfloat16", max_model_len=128).layout.compatibility != same.layout.compatibility
+
+
+def test_auto_dtype_is_the_checkpoints(tmp_path):
+    directory = make_checkpoint(tmp_path, SPEC, dtype=torch.bfloat16)
+    assert load_runner(directory, dtype="auto", max_model_len=64).layout.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("runner", "limits", "key"),
+    [
+        ({"dtype": "float8"}, {}, "runner.dtype"),
+        ({"device": "cuda"}, {}, "runner.device"),
+        ({}, {"max_model_len": 100_000}, "scheduler.max_model_len"),
+    ],
+)
+def test_settings_that_cannot_be_served(model_dir, runner, limits, key):
+    settings = RunnerSettings(model_dir=str(model_dir), **runner)
+    limits = {"max_model_len": 64, **limits}
+    with pytest.raises(ConfigError) as caught:
+        build_model_runner(settings, KVSettings(), SchedulerSettings(**limits))
+    assert caught.value.key == key
+
+
+def test_no_model_directory():
+    with pytest.raises(ModelError, match="no such model directory"):
+        build_model_runner(RunnerSettings(model_dir="/nonexistent"), KVSettings(), SchedulerSettings())
+
+
+def test_storage_of_the_wrong_size_and_no_storage(model_dir):
+    runner = load_runner(model_dir, max_model_len=64)
+    with pytest.raises(ConfigError, match="attach first"):
+        runner.run(plan([1], 0, [0]))
+    with pytest.raises(ConfigError, match="does not hold blocks"):
+        runner.attach(SimpleNamespace(data=np.zeros((4, 100), np.uint8)))
+
+
+def test_a_plan_may_sample_nothing_or_only_copy(model_dir):
+    runner = load_runner(model_dir, max_model_len=64)
+    memory = storage(runner)
+    runner.attach(memory)
+    assert len(runner.run(plan(list(range(20)), 0, [3, 1], sampled=False)).token_ids) == 0
+    view = kv_view(memory.data, runner.layout)
+    assert view.shape == (6, 2, 2, 1, 16, 64)
+    assert (view[1, :, :, :, 4:] == 0).all()
+    assert view[3].any(dim=-1).all()
+    runner.run(plan([], 0, [0], sampled=False, copies=[(3, 5)]))
+    assert torch.equal(view[5], view[3])
+
+
+def test_copies_come_before_the_step_and_plans_are_self_contained(model_dir):
+    runner = load_runner(model_dir, max_model_len=64)
+    prompt = np.random.default_rng(0).integers(0, SPEC.vocab, 32).tolist()
+    runner.attach(storage(runner))
+    expected = runner.run(plan(prompt, 0, [0, 1])).token_ids
+    # All but the last token is known; the last block is copied before its last slot is written again.
+    assert runner.run(plan(prompt[31:], 31, [0, 4], copies=[(1, 4)])).token_ids == expected
+
+
+def test_the_calling_thread_gets_the_number_of_threads(model_dir):
+    runner = load_runner(model_dir, threads=2, max_model_len=64)
+    runner.attach(storage(runner))
+    before, seen = torch.get_num_threads(), []
+
+    def work():
+        torch.set_num_threads(1)
+        runner.run(plan([1, 2], 0, [0]))
+        seen.append(torch.get_num_threads())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [2]
+    torch.set_num_threads(before)
+
+
+def test_vocabulary(model_dir):
+    assert load_runner(model_dir, max_model_len=64).vocab_size == SPEC.vocab

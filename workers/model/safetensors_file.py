@@ -1,0 +1,155 @@
+"""Our own reader of one safetensors file: a checked header, and tensors read from a memory map, only the bytes needed.
+
+Used by `checkpoint.py`. Nothing in the file is trusted: length, JSON, names, dtypes, shapes and offsets are checked
+before anything is mapped, so a hostile header costs an error and no memory. Format: 8 bytes little-endian header
+length, that many bytes of JSON, then the tensors' bytes (https://github.com/huggingface/safetensors, "Format").
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import mmap
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from penstock.workers.errors import ModelError
+
+MAX_HEADER_BYTES = 100 << 20
+MAX_TENSORS = 1 << 20
+MAX_DIMENSIONS = 8
+SAMPLE_BYTES = 4096
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where one tensor lies: bytes `[begin, end)` counted from the end of the header."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class SafetensorsFile:
+    """One open file. `entries` maps names to places; `digest` is over the header and a sample of every tensor.
+
+    Tensors returned by `read` are views of the map, private to this process, and keep it alive; copy what must stay.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open and check. Raises ModelError naming the file, and the tensor where one is at fault."""
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                header = _read_header(file.read(8), size, file.read, str(path))
+                self._data_offset = 8 + len(header)
+                self.entries: Mapping[str, TensorEntry] = _parse_header(header, size - self._data_offset, str(path))
+                # A private map: torch wants writable memory, and nobody's writes may reach the file.
+                self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+        except OSError as error:
+            raise ModelError(f"{path}: cannot be read: {error.strerror}", str(path)) from error
+        self.digest = self._sample(header)
+
+    def _sample(self, header: bytes) -> bytes:
+        """SHA-256 that tells checkpoints of equal shapes apart without reading them whole."""
+        digest = hashlib.sha256(header)
+        for entry in self.entries.values():
+            begin = self._data_offset + entry.begin
+            digest.update(self._map[begin : begin + min(SAMPLE_BYTES, entry.end - entry.begin)])
+        return digest.digest()
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, of its stored dtype and shape. Raises KeyError for unknown names."""
+        entry = self.entries[name]
+        count = math.prod(entry.shape)
+        if count == 0:
+            return torch.empty(entry.shape, dtype=entry.dtype)
+        flat = torch.frombuffer(self._map, dtype=entry.dtype, count=count, offset=self._data_offset + entry.begin)
+        return flat.view(entry.shape)
+
+
+def _read_header(prefix: bytes, size: int, read: Any, path: str) -> bytes:
+    if len(prefix) < 8:
+        raise ModelError(f"{path}: shorter than a safetensors header", path)
+    length = int.from_bytes(prefix, "little")
+    if length > MAX_HEADER_BYTES:
+        raise ModelError(f"{path}: header length {length} is above {MAX_HEADER_BYTES} bytes", path)
+    if 8 + length > size:
+        raise ModelError(f"{path}: header length {length} goes past the end of the file ({size} bytes)", path)
+    header: bytes = read(length)
+    return header
+
+
+def _parse_header(header: bytes, data_bytes: int, path: str) -> dict[str, TensorEntry]:
+    try:
+        raw = json.loads(header, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: header: {error}", path) from error
+    if not isinstance(raw, dict):
+        raise ModelError(f"{path}: header is not an object", path)
+    raw.pop("__metadata__", None)
+    if len(raw) > MAX_TENSORS:
+        raise ModelError(f"{path}: {len(raw)} tensors are above {MAX_TENSORS}", path)
+    entries = {name: _parse_entry(name, value, data_bytes, path) for name, value in raw.items()}
+    position = 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != position:
+            what = "overlaps the tensor before it" if entry.begin < position else "leaves a gap before it"
+            raise ModelError(f"{path}: {name}: {what}", path)
+        position = entry.end
+    if position != data_bytes:
+        raise ModelError(f"{path}: tensors end at byte {position} of {data_bytes}; the file is cut or padded", path)
+    return entries
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("the same key stands twice")
+    return result
+
+
+def _parse_entry(name: str, value: Any, data_bytes: int, path: str) -> TensorEntry:
+    def fail(message: str) -> ModelError:
+        return ModelError(f"{path}: {name}: {message}", path)
+
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise fail("expected exactly dtype, shape and data_offsets")
+    dtype = _DTYPES.get(value["dtype"]) if isinstance(value["dtype"], str) else None
+    if dtype is None:
+        raise fail(f"dtype {value['dtype']!r} is not supported")
+    shape, offsets = value["shape"], value["data_offsets"]
+    if not _sizes(shape) or len(shape) > MAX_DIMENSIONS:
+        raise fail(f"shape must be a list of at most {MAX_DIMENSIONS} sizes")
+    if not _sizes(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= data_bytes:
+        raise fail(f"data_offsets {offsets!r} are not inside the file's {data_bytes} data bytes")
+    expected = math.prod(shape) * dtype.itemsize
+    if offsets[1] - offsets[0] != expected:
+        raise fail(f"shape and dtype make {expected} bytes, data_offsets {offsets[1] - offsets[0]}")
+    return TensorEntry(dtype, tuple(shape), offsets[0], offsets[1])
+
+
+def _sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < 1 << 62 for size in value)
