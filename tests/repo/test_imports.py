@@ -4,7 +4,6 @@ import subprocess
 import sys
 
 import pytest
-
 from repo.source_tree import ROOMS, imported_modules, relative, source_files
 
 PURE_ROUTER_BANS = {"torch", "ray", "asyncio", "fastapi", "starlette", "time", "random", "threading", "grpc"}

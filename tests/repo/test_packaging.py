@@ -7,7 +7,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-
 from repo.source_tree import ROOMS, ROOT
 
 
@@ -52,14 +51,15 @@ def test_wheel_works_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
     target = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(target)
-    code = (
-        "import sys, penstock.router.request_path as r, penstock.cluster.cli, penstock.workers.engine, penstock.kernels.ops\n"
-        "import transformers\n"
-        f"print(r.__file__.startswith({str(target)!r}))"
-    )
-    # -I -S would hide site-packages too: putting the wheel first and blocking the editable finder is what matters
-    script = f"import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]; sys.path.insert(0, {str(target)!r})\n"
-    done = subprocess.run(
-        [sys.executable, "-c", script + code], capture_output=True, text=True, cwd=tmp_path, timeout=100, check=True
-    )
+    # the wheel stands first on the path, and the checkout's editable finder is taken out of the way
+    code = f"""
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+sys.path.insert(0, {str(target)!r})
+import penstock.cluster.cli, penstock.kernels.ops, penstock.workers.engine, transformers
+import penstock.router.request_path as request_path
+print(request_path.__file__.startswith({str(target)!r}))
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=100, check=True)
     assert done.stdout.strip() == "True"

@@ -5,7 +5,6 @@ import sys
 import tomllib
 
 import pytest
-
 from repo.source_tree import ROOMS, ROOT, parse, relative, source_files
 
 MAX_FILE_LINES = 400
@@ -90,12 +89,11 @@ def test_nothing_is_left_unfinished() -> None:
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_public_functions_and_classes_are_documented_and_typed(room: str) -> None:
-    found = []
-    for path in source_files(room):
-        for node in parse(path).body:
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith(
-                "_"
-            ):
-                if ast.get_docstring(node) is None:
-                    found.append(f"{relative(path)}:{node.lineno} {node.name} has no docstring")
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    found = [
+        f"{relative(path)}:{node.lineno} {node.name} has no docstring"
+        for path in source_files(room)
+        for node in parse(path).body
+        if isinstance(node, kinds) and not node.name.startswith("_") and ast.get_docstring(node) is None
+    ]
     assert found == []
