@@ -1,0 +1,49 @@
+"""Who belongs to a cluster: one entry per worker, as the supervisor says and the ingresses believe.
+
+`supervision.py` writes it, `links.py` follows it, `status` prints it. Plain frozen data, so that it crosses a process
+boundary as it is. Knows nothing of what a worker does at the moment; that comes from the worker's own stream.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from penstock.workers.protocol import Role
+
+
+class WorkerState(StrEnum):
+    """Where a worker stands between start and end."""
+
+    STARTING = "starting"
+    READY = "ready"
+    RESTARTING = "restarting"  # it died; the next start waits for its back-off
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class RosterEntry:
+    """One worker. `address` is empty and `pids` too unless the state is READY or STOPPING."""
+
+    worker_id: str
+    role: Role
+    width: int
+    incarnation: int
+    state: WorkerState
+    address: str = ""  # host:port of its RPC server
+    pids: tuple[int, ...] = ()
+    restarts: int = 0
+    reason: str = ""  # why it is not ready, or why it was last restarted
+
+
+@dataclass(frozen=True, slots=True)
+class Roster:
+    """All workers of one cluster; `version` grows with every change."""
+
+    version: int
+    entries: tuple[RosterEntry, ...]
+
+    def entry(self, worker_id: str) -> RosterEntry | None:
+        """The worker's entry, if it belongs to the cluster."""
+        return next((entry for entry in self.entries if entry.worker_id == worker_id), None)

@@ -1,0 +1,218 @@
+"""Keeps a set of workers running: desired against actual, restarts with back-off, a higher incarnation each time.
+
+The controller (Ray actors) and `local.py` (plain subprocesses) both use it, each with its own `Host`. Knows neither
+Ray nor processes nor what a worker serves.
+
+Invariants: at most one live hosting per worker id; an incarnation is never used twice; the roster's version grows
+with every change; after `stop` nothing runs and nothing is started.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from penstock.cluster.roster import Roster, RosterEntry, WorkerState
+from penstock.workers.errors import PenstockError
+from penstock.workers.settings import WorkerSettings
+
+log = logging.getLogger(__name__)
+
+
+class StartError(PenstockError):
+    """A worker did not come up; the message says why in its own words."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backoff:
+    """How long a dead worker waits for its next start, and when its record is wiped clean."""
+
+    first_s: float = 0.2
+    factor: float = 2.0
+    longest_s: float = 30.0
+    healthy_after_s: float = 60.0  # a worker that lived so long starts again at `first_s`
+
+    def delay(self, deaths: int) -> float:
+        """Seconds before the next start after `deaths` deaths in a row (1 = the first)."""
+        return float(min(self.longest_s, self.first_s * self.factor ** max(0, deaths - 1)))
+
+
+class Hosted(Protocol):
+    """One running worker, however it is hosted."""
+
+    @property
+    def address(self) -> str:
+        """host:port of its RPC server."""
+        ...
+
+    @property
+    def pids(self) -> tuple[int, ...]: ...
+
+    @property
+    def incarnation(self) -> int: ...
+
+    async def ended(self) -> str:
+        """Returns once it is gone, with the reason."""
+        ...
+
+    async def stop(self, drain_s: float) -> None:
+        """Let running requests end for at most `drain_s`, then end it. Returns when it is gone."""
+        ...
+
+
+class Host(Protocol):
+    """Starts workers."""
+
+    async def start(self, settings: WorkerSettings) -> Hosted:
+        """Returns when the worker takes requests. Raises StartError."""
+        ...
+
+
+class Supervisor:
+    """One asyncio loop's view of the workers it owns."""
+
+    def __init__(
+        self,
+        host: Host,
+        workers: Sequence[WorkerSettings],
+        *,
+        backoff: Backoff | None = None,
+        restart: bool = True,
+        on_change: Callable[[Roster], None] | None = None,
+        first_version: int = 0,
+    ) -> None:
+        self._host = host
+        self._backoff = backoff or Backoff()
+        self._restart = restart
+        self._on_change = on_change
+        self._settings = {settings.worker_id: settings for settings in workers}
+        self._hosted: dict[str, Hosted] = {}
+        self._entries = {settings.worker_id: _first_entry(settings) for settings in workers}
+        self._version = first_version
+        self._changed = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stopping = False
+
+    @property
+    def roster(self) -> Roster:
+        """The latest state."""
+        return Roster(self._version, tuple(self._entries.values()))
+
+    def hosted(self, worker_id: str) -> Hosted | None:
+        """The running worker, if it runs."""
+        return self._hosted.get(worker_id)
+
+    async def start(self, strict: bool = True) -> Roster:
+        """Start all workers at once, and return when each has come up or failed.
+
+        `strict`: the first one that does not come up stops the others, and its StartError is raised. Otherwise it is
+        tried again like one that died.
+        """
+        bring_up = self._bring_up if strict else self._try_bring_up
+        starts = [asyncio.ensure_future(bring_up(worker_id)) for worker_id in self._settings]
+        try:
+            await asyncio.gather(*starts)
+        except BaseException:
+            for start in starts:
+                start.cancel()
+            await asyncio.gather(*starts, return_exceptions=True)
+            await self.stop(0.0)
+            raise
+        self._tasks = [asyncio.ensure_future(self._keep(worker_id)) for worker_id in self._settings]
+        return self.roster
+
+    async def watch(self, version: int, timeout_s: float) -> Roster:
+        """The roster as soon as it is newer than `version`, or as it is after `timeout_s`."""
+        if self._version <= version:
+            changed = self._changed
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(changed.wait(), timeout_s)
+        return self.roster
+
+    async def stop(self, drain_s: float) -> None:
+        """End every worker, all at once; running requests get `drain_s`."""
+        self._stopping = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for worker_id in self._hosted:
+            self._update(worker_id, state=WorkerState.STOPPING)
+        await asyncio.gather(*(hosted.stop(drain_s) for hosted in self._hosted.values()), return_exceptions=True)
+        self._hosted.clear()
+        for worker_id in self._entries:
+            self._update(worker_id, state=WorkerState.STOPPED, address="", pids=())
+
+    async def _bring_up(self, worker_id: str) -> None:
+        """Start one worker and enter it. Raises StartError."""
+        hosted = await self._host.start(self._settings[worker_id])
+        if self._stopping:  # `stop` may have run while this start was under way
+            await hosted.stop(0.0)
+            return
+        self._hosted[worker_id] = hosted
+        self._update(
+            worker_id,
+            state=WorkerState.READY,
+            address=hosted.address,
+            pids=hosted.pids,
+            incarnation=hosted.incarnation,
+            reason="",
+        )
+
+    async def _keep(self, worker_id: str) -> None:
+        """Watch one worker and start it again whenever it is gone."""
+        loop = asyncio.get_running_loop()
+        deaths = 0
+        while True:
+            hosted = self._hosted.get(worker_id)
+            if hosted is not None:
+                since = loop.time()
+                reason = await hosted.ended()
+                deaths = 1 if loop.time() - since > self._backoff.healthy_after_s else deaths + 1
+                self._hosted.pop(worker_id, None)
+                log.warning("worker %s is gone: %s", worker_id, reason)
+            else:
+                deaths, reason = deaths + 1, self._entries[worker_id].reason
+            self._next_incarnation(worker_id, reason)
+            if not self._restart:
+                self._update(worker_id, state=WorkerState.STOPPED)
+                return
+            await asyncio.sleep(self._backoff.delay(deaths))
+            await self._try_bring_up(worker_id)
+
+    async def _try_bring_up(self, worker_id: str) -> None:
+        """Start one worker; a failure is noted in its entry."""
+        try:
+            await self._bring_up(worker_id)
+        except StartError as error:
+            log.warning("worker %s did not come up: %s", worker_id, error)
+            self._update(worker_id, state=WorkerState.RESTARTING, reason=str(error))
+
+    def _next_incarnation(self, worker_id: str, reason: str) -> None:
+        entry = self._entries[worker_id]
+        incarnation = entry.incarnation + 1
+        self._settings[worker_id] = replace(self._settings[worker_id], incarnation=incarnation)
+        self._update(
+            worker_id,
+            state=WorkerState.RESTARTING,
+            incarnation=incarnation,
+            restarts=entry.restarts + 1,
+            reason=reason,
+            address="",
+            pids=(),
+        )
+
+    def _update(self, worker_id: str, **changes: object) -> None:
+        self._entries[worker_id] = replace(self._entries[worker_id], **changes)  # type: ignore[arg-type]  # checked by the dataclass's fields
+        self._version += 1
+        self._changed.set()
+        self._changed = asyncio.Event()
+        if self._on_change is not None:
+            self._on_change(self.roster)
+
+
+def _first_entry(settings: WorkerSettings) -> RosterEntry:
+    return RosterEntry(settings.worker_id, settings.role, 1, settings.incarnation, WorkerState.STARTING)

@@ -1,0 +1,199 @@
+"""The supervisor over a fake host, on a virtual clock."""
+
+import asyncio
+from dataclasses import dataclass, field
+
+import pytest
+from fakes.virtual_clock import run_virtual
+
+from penstock.cluster.roster import WorkerState
+from penstock.cluster.supervision import Backoff, StartError, Supervisor
+from penstock.workers.settings import WorkerSettings
+
+
+class FakeWorker:
+    def __init__(self, settings: WorkerSettings) -> None:
+        self.settings = settings
+        self.address = f"host:{settings.worker_id}:{settings.incarnation}"
+        self.pids = (settings.incarnation,)
+        self.incarnation = settings.incarnation
+        self.gone = asyncio.Event()
+        self.drained_s: float | None = None
+
+    async def ended(self) -> str:
+        await self.gone.wait()
+        return "crashed"
+
+    async def stop(self, drain_s: float) -> None:
+        self.drained_s = drain_s
+        self.gone.set()
+
+
+@dataclass
+class FakeHost:
+    start_s: float = 1.0
+    started: list[tuple[float, str, int]] = field(default_factory=list)
+    workers: list[FakeWorker] = field(default_factory=list)
+    failing: set[str] = field(default_factory=set)
+
+    async def start(self, settings: WorkerSettings) -> FakeWorker:
+        self.started.append((asyncio.get_running_loop().time(), settings.worker_id, settings.incarnation))
+        await asyncio.sleep(self.start_s)
+        if settings.worker_id in self.failing:
+            raise StartError(f"{settings.worker_id}: no such model")
+        worker = FakeWorker(settings)
+        self.workers.append(worker)
+        return worker
+
+    def alive(self) -> list[FakeWorker]:
+        return [worker for worker in self.workers if not worker.gone.is_set()]
+
+
+def settings(*worker_ids: str) -> list[WorkerSettings]:
+    return [WorkerSettings(worker_id) for worker_id in worker_ids]
+
+
+def test_all_start_at_once_and_all_end() -> None:
+    async def scenario() -> None:
+        host = FakeHost()
+        supervisor = Supervisor(host, settings("a", "b", "c"))
+        began = asyncio.get_running_loop().time()
+        roster = await supervisor.start()
+        assert asyncio.get_running_loop().time() - began == pytest.approx(1.0)
+        assert [(e.worker_id, e.state, e.incarnation) for e in roster.entries] == [
+            (worker_id, WorkerState.READY, 1) for worker_id in "abc"
+        ]
+        await supervisor.stop(3.0)
+        assert host.alive() == []
+        assert {worker.drained_s for worker in host.workers} == {3.0}
+        assert {entry.state for entry in supervisor.roster.entries} == {WorkerState.STOPPED}
+        await asyncio.sleep(100)
+        assert len(host.started) == 3, "something was started after stop"
+
+    run_virtual(scenario())
+
+
+def test_a_dead_worker_comes_back_with_a_higher_incarnation() -> None:
+    async def scenario() -> None:
+        host = FakeHost()
+        versions: list[int] = []
+        supervisor = Supervisor(host, settings("a", "b"), on_change=lambda roster: versions.append(roster.version))
+        before = await supervisor.start()
+        host.workers[0].gone.set()
+        roster = await supervisor.watch(before.version, 10.0)
+        entry = roster.entry("a")
+        assert entry is not None
+        assert (entry.state, entry.address, entry.pids, entry.reason) == (WorkerState.RESTARTING, "", (), "crashed")
+        await asyncio.sleep(5)
+        entry = supervisor.roster.entry("a")
+        assert entry is not None
+        assert (entry.state, entry.incarnation, entry.restarts, entry.pids) == (WorkerState.READY, 2, 1, (2,))
+        assert supervisor.roster.entry("b") == roster.entry("b")
+        assert versions == sorted(set(versions))
+        await supervisor.stop(0.0)
+
+    run_virtual(scenario())
+
+
+def test_a_crash_loop_backs_off_and_a_long_life_wipes_it_clean() -> None:
+    async def scenario() -> None:
+        host = FakeHost(start_s=0.0)
+        backoff = Backoff(first_s=1.0, factor=2.0, longest_s=4.0, healthy_after_s=60.0)
+        supervisor = Supervisor(host, settings("a"), backoff=backoff)
+        await supervisor.start()
+        for _ in range(5):
+            host.workers[-1].gone.set()
+            await asyncio.sleep(5)
+        times = [time for time, _, _ in host.started]
+        died = [0.0, 5.0, 10.0, 15.0, 20.0]
+        assert [start - death for start, death in zip(times[1:], died, strict=True)] == pytest.approx([1, 2, 4, 4, 4])
+        await asyncio.sleep(61)
+        host.workers[-1].gone.set()
+        death = asyncio.get_running_loop().time()
+        await asyncio.sleep(5)
+        assert host.started[-1][0] - death == pytest.approx(1.0)
+        assert [incarnation for _, _, incarnation in host.started] == [1, 2, 3, 4, 5, 6, 7]
+        await supervisor.stop(0.0)
+
+    run_virtual(scenario())
+
+
+def test_one_that_cannot_start_stops_the_others() -> None:
+    async def scenario() -> None:
+        host = FakeHost(failing={"b"})
+        supervisor = Supervisor(host, settings("a", "b"))
+        with pytest.raises(StartError, match="b: no such model"):
+            await supervisor.start()
+        assert host.alive() == []
+
+    run_virtual(scenario())
+
+
+def test_without_strictness_it_is_tried_again() -> None:
+    async def scenario() -> None:
+        host = FakeHost(failing={"b"})
+        supervisor = Supervisor(host, settings("a", "b"))
+        roster = await supervisor.start(strict=False)
+        entry = roster.entry("b")
+        assert entry is not None
+        assert "no such model" in entry.reason
+        await asyncio.sleep(10)
+        entry = supervisor.roster.entry("b")
+        assert entry is not None
+        assert (entry.state, "no such model" in entry.reason) == (WorkerState.RESTARTING, True)
+        host.failing.clear()
+        await asyncio.sleep(40)
+        entry = supervisor.roster.entry("b")
+        assert entry is not None
+        assert entry.state is WorkerState.READY
+        assert len({incarnation for _, worker, incarnation in host.started if worker == "b"}) == len(
+            [1 for _, worker, _ in host.started if worker == "b"]
+        ), "an incarnation was used twice"
+        await supervisor.stop(0.0)
+
+    run_virtual(scenario())
+
+
+def test_restarts_can_be_turned_off() -> None:
+    async def scenario() -> None:
+        host = FakeHost()
+        supervisor = Supervisor(host, settings("a"), restart=False)
+        await supervisor.start()
+        host.workers[0].gone.set()
+        await asyncio.sleep(60)
+        assert len(host.started) == 1
+        entry = supervisor.roster.entry("a")
+        assert entry is not None
+        assert entry.state is WorkerState.STOPPED
+
+    run_virtual(scenario())
+
+
+def test_stop_while_a_restart_is_under_way_leaves_nobody() -> None:
+    async def scenario() -> None:
+        host = FakeHost(start_s=2.0)
+        supervisor = Supervisor(host, settings("a"))
+        await supervisor.start()
+        host.workers[0].gone.set()
+        await asyncio.sleep(1.0)
+        assert len(host.started) == 2
+        await supervisor.stop(0.0)
+        await asyncio.sleep(60)
+        assert host.alive() == []
+
+    run_virtual(scenario())
+
+
+def test_watch_returns_after_its_time_without_news() -> None:
+    async def scenario() -> None:
+        supervisor = Supervisor(FakeHost(), settings("a"), first_version=1000)
+        roster = await supervisor.start()
+        assert roster.version > 1000
+        began = asyncio.get_running_loop().time()
+        assert (await supervisor.watch(roster.version, 7.0)).version == roster.version
+        assert asyncio.get_running_loop().time() - began == pytest.approx(7.0)
+        assert (await supervisor.watch(roster.version - 1, 7.0)).version == roster.version
+        assert asyncio.get_running_loop().time() - began == pytest.approx(7.0)
+        await supervisor.stop(0.0)
+
+    run_virtual(scenario())
