@@ -1,0 +1,62 @@
+"""The `FleetView` of one ingress process: roster and heartbeats of its links as `WorkerStatus` values.
+
+The HTTP front asks it for `/status`, `/ready` and the metrics page. Reads the links only; decides nothing.
+"""
+
+from __future__ import annotations
+
+from penstock.cluster.links import Links, LinkView
+from penstock.cluster.status import WorkerStatus
+from penstock.workers.protocol import Role
+
+
+class LinkedFleet:
+    """See `status.py:FleetView`."""
+
+    def __init__(self, links: Links) -> None:
+        self._links = links
+
+    def workers(self) -> list[WorkerStatus]:
+        """Every worker of the cluster, ready or not."""
+        return [worker_status(view) for view in self._links.views()]
+
+    def unready(self) -> str:
+        """Why no request can be served now; empty when one can."""
+        views = self._links.views()
+        if not views:
+            return "no worker is known yet"
+        roles = {view.entry.role for view in views if view.attached and not (view.load and view.load.draining)}
+        if Role.MIXED in roles or roles >= {Role.PREFILL, Role.DECODE}:
+            return ""
+        missing = [role.value for role in (Role.PREFILL, Role.DECODE) if role not in roles]
+        return f"no {' and no '.join(missing)} worker is up"
+
+
+def worker_status(view: LinkView) -> WorkerStatus:
+    """One worker's line."""
+    entry, welcome, load = view.entry, view.welcome, view.load
+    figures = {}
+    if load is not None:
+        figures = {
+            "running": load.running,
+            "waiting": load.waiting,
+            "transfers": load.transfers,
+            "preemptions": load.preemptions,
+            "step": load.step,
+            "kv_free_blocks": load.free_blocks,
+            "kv_cached_blocks": load.cached_blocks,
+            "kv_quarantined_blocks": load.quarantined_blocks,
+        }
+    return WorkerStatus(
+        id=entry.worker_id,
+        role=entry.role,
+        width=entry.width,
+        pids=entry.pids,
+        state="draining" if load is not None and load.draining else entry.state.value,
+        incarnation=entry.incarnation,
+        restarts=entry.restarts,
+        reason=entry.reason,
+        age_s=round(view.load_age_s, 3) if load is not None else None,
+        kv_blocks=welcome.num_blocks if welcome is not None else 0,
+        **figures,
+    )
