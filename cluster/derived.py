@@ -27,6 +27,7 @@ def derive(config: ClusterConfig, cores: int | None = None) -> ClusterConfig:
     config = _fill(config, "runner.threads", max(1, cores // max(1, config.pools.total)), f"its share of {cores} cores")
     if config.runner.kind == "model" and not config.runner.model_dir:
         config = _fill(config, "runner.model_dir", str(EMBEDDED_MODEL), "the embedded model")
+        config = _fill(config, "runner.dtype", "float32", "the embedded model")  # stored in half of that for its size
     if config.runner.kind == "oracle":
         config = _fill(config, "front.skip_tokenizer_init", True, "the oracle has no tokenizer")
     budget = CPU_STEP_TOKENS if config.runner.device == "cpu" else GPU_STEP_TOKENS

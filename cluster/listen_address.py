@@ -1,0 +1,48 @@
+"""Fixes what other processes of a cluster must be told before they start: a port that is free, an absolute model path.
+
+`launch.py` calls it first, so that a taken port is one clear error and not a server that fails far away.
+"""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+from penstock.cluster.settings import ClusterConfig, with_value
+from penstock.workers.errors import ConfigError
+
+
+def settle(config: ClusterConfig) -> ClusterConfig:
+    """`config` with its model path absolute and its port known to be free. Raises ConfigError when it is taken."""
+    if config.runner.model_dir:
+        config = with_value(config, "runner.model_dir", str(Path(config.runner.model_dir).resolve()))
+    host, port = config.front.host, config.front.port
+    if port == 0:
+        sources = {**config.sources, "front.port": "a free port"}
+        settled: ClusterConfig = replace(with_value(config, "front.port", free_port(host)), sources=sources)
+        return settled
+    if not config.ray.address:  # a cluster elsewhere has ports of its own
+        try:
+            _bind(host, port).close()
+        except OSError as error:
+            raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}", key="front.port") from error
+    return config
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    probe = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        # As the server does it: without, a port in TIME_WAIT from our own last run would look taken.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))
+    except OSError:
+        probe.close()
+        raise
+    return probe
+
+
+def free_port(host: str) -> int:
+    """A port that nobody listens on at the moment."""
+    with _bind(host, 0) as probe:
+        return int(probe.getsockname()[1])
