@@ -52,7 +52,7 @@ def ask(url: str) -> None:
     begin = time.perf_counter()
     first = last = 0.0
     tokens = 0
-    for piece in connect(url).stream(messages=[{"role": "user", "content": QUESTION}], max_tokens=200, temperature=0):
+    for piece in connect(url).stream([{"role": "user", "content": QUESTION}], max_tokens=200, temperature=0):
         now = time.perf_counter()
         first = first or now
         last = now
