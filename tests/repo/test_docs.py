@@ -6,9 +6,13 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from repo.source_tree import ROOT
+
+from penstock.cluster.client import Handle
+from penstock.cluster.client_answers import Options
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
@@ -36,10 +40,8 @@ def test_every_path_that_is_named_exists() -> None:
 @pytest.mark.parametrize("verb", ["serve", "status", "bench"])
 def test_every_flag_that_is_named_is_known(verb: str) -> None:
     flags = {w for words in commands() if words[:2] == ["penstock", verb] for w in words if w.startswith("--")}
-    command = [sys.executable, "-m", "penstock.cluster.cli", verb, "--help"]
-    shown = subprocess.run(
-        command, capture_output=True, text=True, timeout=60, check=True, env={"COLUMNS": "200"}
-    ).stdout
+    command = [str(Path(sys.executable).parent / "penstock"), verb, "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     assert [flag for flag in sorted(flags) if flag not in shown] == []
 
 
@@ -48,13 +50,10 @@ def test_python_examples_call_what_exists() -> None:
     assert sources
     for source in sources:
         for node in ast.walk(ast.parse(source)):
-            if (
-                isinstance(node, ast.Call)
-                and isinstance(node.func, ast.Attribute)
-                and ast.unparse(node.func.value) == "penstock"
-            ):
-                accepted = inspect.signature(getattr(handle, node.func.attr)).parameters
-                assert {word.arg for word in node.keywords} <= set(accepted), ast.unparse(node)
+            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("penstock."):
+                method = getattr(Handle, ast.unparse(node.func).removeprefix("penstock."))
+                accepted = {*inspect.signature(method).parameters, *Options.__annotations__}
+                assert {word.arg for word in node.keywords} <= accepted, ast.unparse(node)
 
 
 def test_every_committed_result_says_where_it_was_taken() -> None:
