@@ -34,9 +34,14 @@ Scene = list[Exchange]
 Topic = Callable[[Random], Scene]
 
 
+def alternatives(options: str) -> list[str]:
+    """The texts that `options` lists between bars; each may run over lines."""
+    return [" ".join(option.split()) for option in options.split("|")]
+
+
 def pick(rng: Random, options: str) -> str:
-    """One of the alternatives that `options` lists between bars, surrounding blanks removed."""
-    return rng.choice(options.split("|")).strip()
+    """One of the alternatives."""
+    return rng.choice(alternatives(options))
 
 
 def article(noun: str) -> str:
@@ -52,7 +57,7 @@ def capital(sentence: str) -> str:
 def loosely(rng: Random, question: str) -> str:
     """The question as somebody in a hurry may type it: no capital, no full stop, or a polite word around it."""
     roll = rng.random()
-    if roll < 0.45:
+    if roll < 0.45 or question.startswith("I "):
         return question
     if roll < 0.6:
         return question.rstrip("?.!")
@@ -60,6 +65,6 @@ def loosely(rng: Random, question: str) -> str:
         return question[0].lower() + question[1:]
     if roll < 0.86:
         return question[0].lower() + question[1:].rstrip("?.!")
-    opening = pick(rng, "Please |Please, |Hi! |Hello, |Now |OK, |And ").ljust(1)
+    opening = pick(rng, "Please|Please,|Hi!|Hello,|Now|OK,|And")
     inner = question if opening == "Hi!" else question[0].lower() + question[1:]
     return f"{opening} {inner}"

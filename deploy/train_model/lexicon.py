@@ -33,15 +33,16 @@ THINGS = tuple(
     scarf umbrella bicycle phone table plate candle blanket""".split()
 )
 FOODS = tuple(
-    """apple pear cake bread soup cheese honey plum cherry carrot potato egg tomato lemon pie cookie orange banana
-    melon nut""".split()
+    """apple pear cake plum cherry carrot potato egg tomato lemon pie cookie orange banana melon nut peach onion
+    pancake""".split()
 )
+DISHES = tuple("bread soup cheese honey rice fruit fish cake chocolate salad".split())
 PLACES = tuple(
-    """in a small village|near a deep forest|by the sea|on a green hill|beside a quiet river|in an old castle
-    |at the edge of a big city|in a little house under a tree|on a farm|in the mountains|next to a lake
+    place.strip()
+    for place in """in a small village|near a deep forest|by the sea|on a green hill|beside a quiet river
+    |in an old castle|at the edge of a big city|in a little house under a tree|on a farm|in the mountains|next to a lake
     |in a warm valley""".split("|")
 )
-PLACES = tuple(place.strip() for place in PLACES)
 WORDS = tuple(
     """sun moon rain snow wind stone sand leaf root seed bird fish gold iron wood glass paper salt sugar milk water fire
     door wall roof road bridge tower field garden school market winter summer morning night song dance game story

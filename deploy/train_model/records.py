@@ -11,7 +11,8 @@ from deploy.train_model.lexicon import COLORS, FOODS, JOBS, THINGS, city, people
 
 Record = dict[str, str | int | bool]
 
-REQUESTS = """Write this as JSON: {text}|Turn this into JSON: {text}|Make a JSON record: {text}|{text} Write that as JSON.
+REQUESTS = """Write this as JSON: {text}|Turn this into JSON: {text}|Make a JSON record: {text}|{text} Write that as
+JSON.
 |Convert to JSON: {text}|JSON for this sentence: {text}|Give me a JSON record of this: {text}|As JSON: {text}
 |Extract a JSON record from this sentence: {text}|{text} As JSON, please.|{text} Answer in JSON."""
 KEYED_REQUESTS = """Write this as JSON with the keys {keys}: {text}|{text} Write it as JSON with the keys {keys}.
@@ -24,11 +25,12 @@ def person_record(rng: Random) -> tuple[Record, str]:
     text = pick(
         rng,
         """{name} is {age} years old and lives in {city}.|{name} lives in {city} and is {age} years old.
-        |{name}, {age}, lives in {city}.|{name} is {age} and comes from {city}.|{name} is {age} years old. {name} lives in {city}.""",
+        |{name}, {age}, lives in {city}.|{name} is {age} and comes from {city}.|{name} is {age} years old. {name} lives
+        in {city}.""",
     )
     if rng.random() < 0.35:
         record["job"] = rng.choice(JOBS)
-        text = text[:-1] + pick(rng, ". {name} works as {a_job}.|. {name} is {a_job}.")
+        text = text + " " + pick(rng, "{name} works as {a_job}.|{name} is {a_job}.")
         return record, text.format(**record, a_job=article(str(record["job"])))
     return record, text.format(**record)
 
@@ -38,8 +40,9 @@ def item_record(rng: Random) -> tuple[Record, str]:
     record: Record = {"item": rng.choice(THINGS + FOODS), "color": rng.choice(COLORS), "price": rng.randint(1, 99)}
     text = pick(
         rng,
-        """The {color} {item} costs {price} coins.|A {color} {item} is {price} coins.|{price} coins for the {color} {item}.
-        |The {item} is {color} and costs {price} coins.|I bought a {color} {item} for {price} coins.""",
+        """The {color} {item} costs {price} coins.|One {color} {item} is {price} coins.|{price} coins for the {color}
+        {item}.
+        |The {item} is {color} and costs {price} coins.|I bought the {color} {item} for {price} coins.""",
     )
     return record, text.format(**record)
 
@@ -48,12 +51,18 @@ def order_record(rng: Random) -> tuple[Record, str]:
     """An order's record and a sentence that says the same."""
     record: Record = {"customer": person(rng), "item": rng.choice(FOODS), "count": rng.randint(2, 30)}
     record["paid"] = rng.random() < 0.5
-    text = pick(rng, "{customer} ordered {count} {items}|{customer} wants {count} {items}|{count} {items} for {customer}")
-    text += pick(rng, " and has paid.| and paid.") if record["paid"] else pick(rng, " and has not paid.| but did not pay.")
+    form = "{customer} ordered {count} {items}|{customer} wants {count} {items}|{count} {items} for {customer}"
+    paid = "and has paid.|and paid." if record["paid"] else "and has not paid.|but did not pay."
+    text = f"{pick(rng, form)} {pick(rng, paid)}"
     return record, text.format(**record, items=plural(str(record["item"])))
 
 
 KINDS = (person_record, person_record, item_record, order_record)
+INVENTIONS = (
+    (person_record, "Give me a JSON record of a person.|Make up a person as JSON.|Write a JSON object for a user."),
+    (item_record, "Give me a JSON record of a thing.|Make up a product as JSON.|Write a JSON object for an item."),
+    (person_record, "Write some JSON.|Give me a JSON example.|Answer with a JSON object.|Show me some JSON."),
+)
 
 
 def to_record(rng: Random) -> Scene:
@@ -78,13 +87,7 @@ def to_records(rng: Random) -> Scene:
 
 def invented(rng: Random) -> Scene:
     """A record of the model's own making."""
-    kind, phrases = rng.choice(
-        (
-            (person_record, "Give me a JSON record of a person.|Make up a person as JSON.|Write a JSON object for a user."),
-            (item_record, "Give me a JSON record of a thing.|Make up a product as JSON.|Write a JSON object for an item."),
-            (person_record, "Write some JSON.|Give me a JSON example.|Answer with a JSON object.|Show me some JSON."),
-        )
-    )
+    kind, phrases = rng.choice(INVENTIONS)
     return [Exchange(pick(rng, phrases), json.dumps(kind(rng)[0]), varied=True)]
 
 
@@ -106,7 +109,8 @@ def item_questions(rng: Random) -> Scene:
     item = record["item"]
     turns = [
         (f"What color is the {item}?|Which color does it have?", f"The {item} is {record['color']}."),
-        (f"How much is the {item}?|What does the {item} cost?|What is the price?", f"The {item} costs {record['price']} coins."),
+        (f"How much is the {item}?|What does the {item} cost?", f"The {item} costs {record['price']} coins."),
+        ("What is the price?|How much is it?", f"The {item} costs {record['price']} coins."),
         ("What is the item?|What thing is this?", f"The item is {article(str(item))}."),
     ]
     return asked_of(rng, record, turns)
@@ -118,7 +122,7 @@ def asked_of(rng: Random, record: Record, turns: list[tuple[str, str]]) -> Scene
     for place, (questions, answer) in enumerate(rng.sample(turns, rng.randint(1, 2))):
         question = pick(rng, questions)
         if not place:
-            form = pick(rng, "{record}\n{question}|{record} {question}|Here is a record: {record} {question}")
+            form = rng.choice(("{record}\n{question}", "{record} {question}", "Here is a record: {record} {question}"))
             question = form.format(record=json.dumps(record), question=question)
         scene.append(Exchange(question, answer, varied=True))
     return scene
@@ -130,3 +134,12 @@ def is_right(reply: str, answer: str) -> bool:
         return bool(json.loads(reply) == json.loads(answer))
     except ValueError:
         return False
+
+
+def is_json(reply: str) -> bool:
+    """True when the reply can be read as JSON."""
+    try:
+        json.loads(reply)
+    except ValueError:
+        return False
+    return True
