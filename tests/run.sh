@@ -16,4 +16,5 @@ mkdir -p .types/penstock
 for room in kernels workers router cluster; do ln -sfn "../../$room" ".types/penstock/$room"; done
 MYPYPATH=.types mypy -p penstock.kernels -p penstock.workers -p penstock.router -p penstock.cluster
 echo "== tests"
-exec pytest "${@:-tests}" -m "not slow"
+# two at a time, whole files together: most tests wait for processes, and one core is left idle by them
+exec pytest -n 2 --dist loadfile -m "not slow" "${@:-tests}"
