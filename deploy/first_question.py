@@ -17,7 +17,7 @@ import psutil
 from penstock.cluster.client import connect
 
 MARK = "PENSTOCK_QUICKSTART"  # in the environment of everything the script starts
-QUESTION = "Tell me a story about a fox."
+QUESTION = "Tell me a story about a toaster."
 
 
 def address_of(arguments: list[str]) -> str:

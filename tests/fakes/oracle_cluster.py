@@ -87,6 +87,7 @@ class Tally:
     wrong: list[str] = field(default_factory=list)
     failed: Counter[str] = field(default_factory=Counter)
     tokens: int = 0
+    begun: int = 0  # streams with at least one token
     longest_gap_s: float = 0.0
 
     def line(self) -> str:
@@ -119,6 +120,7 @@ class Streams:
         try:
             async for delta in generation:
                 now = time.monotonic()
+                self.tally.begun += not got
                 if got:
                     self.tally.longest_gap_s = max(self.tally.longest_gap_s, now - last)
                 last = now

@@ -47,7 +47,7 @@ def alive(pid: int) -> bool:
 def test_decode_worker_killed(moment: str, transport: str, tmp_path: Path) -> None:
     async def scenario() -> None:
         slow = moment == "before the first token"
-        pace = Pace(transport=transport, step_s=0.004, token_s=0.0005 if slow else 0.00002)
+        pace = Pace(transport=transport, step_s=0.004, token_s=0.0007 if slow else 0.00002)
         cluster = LocalCluster(oracle_workers(1, 2, pace), RouterSettings(ALWAYS_SPLIT), log_file=tmp_path / "log")
         async with cluster:
             pids = pids_of(cluster)
@@ -55,7 +55,7 @@ def test_decode_worker_killed(moment: str, transport: str, tmp_path: Path) -> No
             running = asyncio.ensure_future(streams.run(requests(pace)))
             if slow:
                 held = await wait_running(cluster, "decode-0")
-                assert streams.tally.tokens < STREAMS, "most streams must still wait for their first token"
+                assert streams.tally.begun < STREAMS // 2, "most streams must still wait for their first token"
             else:
                 await streams.until_tokens(1 if moment == "after the first token" else STREAMS * 12)
                 held = await wait_running(cluster, "decode-0")
