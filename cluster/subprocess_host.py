@@ -21,8 +21,8 @@ from typing import IO
 from penstock.cluster.supervision import StartError
 from penstock.workers.settings import WorkerSettings
 
-# Idle compute threads must not spin away the cores that RPC and transfer threads need.
-WORKER_COMMAND = ("/usr/bin/env", "OMP_WAIT_POLICY=PASSIVE", sys.executable, "-m", "penstock.workers.process")
+# Idle compute threads spin briefly, then leave the cores to RPC and transfer threads.
+WORKER_COMMAND = ("/usr/bin/env", "GOMP_SPINCOUNT=30000", sys.executable, "-m", "penstock.workers.process")
 START_TIMEOUT_S = 120.0
 KILL_AFTER_S = 5.0  # beyond the drain time
 MAX_READY_LINE = 1 << 16

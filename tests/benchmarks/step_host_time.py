@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from provenance import provenance
 
 from penstock.workers.engine import Engine, EngineParts
 from penstock.workers.handover import GranterIdentity, HandOver
@@ -197,7 +198,11 @@ def main() -> None:
     sizes, steps, prompt = (64, 256), arguments.steps, arguments.prompt
     scheduler = [measure(sequences, steps, prompt) for sequences in sizes]
     engine = [measure_engine(sequences, steps, prompt) for sequences in sizes]
-    print(json.dumps({"benchmark": "step_host_time", "scheduler": scheduler, "engine": engine}, indent=2))
+    print(
+        json.dumps(
+            {"what": "host time of one step", **provenance(), "scheduler": scheduler, "engine": engine}, indent=2
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import time
 from typing import Any
 
 import numpy as np
+from provenance import provenance
 
 from penstock.workers.kv.storage import KVStorage
 from penstock.workers.protocol import Grant
@@ -241,7 +242,8 @@ def main() -> None:
         shared, tcp = (throughput(kind, MIB, options.seconds) for kind in ("shared_memory", "tcp"))
         kib = options.block_kib * 1024
         report = {
-            "cores": os.cpu_count(),
+            "what": "KV transfer",
+            **provenance(),
             "spinning_processes": options.load,
             "block_bytes": MIB,
             "memcpy_gb_s": round(memcpy / 1e9, 2),
