@@ -76,7 +76,7 @@ def test_outputs_are_diverse(load_model, spec):
     assert len(set(output.tokens)) >= 64
 
 
-@pytest.mark.parametrize("spec", [LLAMA, QWEN], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_corrupting_any_one_block_changes_the_output(load_model, spec):
     model, prompt = load_model(spec), mixed_prompts(spec.vocab, longest=150)[20]
     clean = _with_corruption(model, prompt, None)
