@@ -6,6 +6,7 @@ ValueError with the reason, to which `wire.py` adds the place. Sizes are checked
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from array import array
@@ -132,6 +133,45 @@ def column(dtype: str) -> Codec:
         if len(data) % kind.itemsize:
             raise ValueError(f"{len(data)} bytes are no multiple of {kind.itemsize}")
         return np.frombuffer(data, kind)
+
+    return Codec(pack, unpack)
+
+
+def biases() -> Codec:
+    """Pairs of token id and float, as little-endian bytes: all ids (int32), then all values (float32)."""
+
+    def pack(pairs: tuple[tuple[int, float], ...]) -> bytes:
+        ids = np.array([token for token, _ in pairs], "<i4")
+        return ids.tobytes() + np.array([value for _, value in pairs], "<f4").tobytes()
+
+    def unpack(value: Any) -> tuple[tuple[int, float], ...]:
+        data: bytes = exactly(bytes, value)
+        if len(data) % 8 or len(data) > MAX_TOKENS * 8:
+            raise ValueError(f"{len(data)} bytes are no list of token biases")
+        ids = np.frombuffer(data, "<i4", len(data) // 8)
+        values = np.frombuffer(data, "<f4", len(data) // 8, offset=len(data) // 2)
+        if len(ids) and (int(ids.min()) < 0 or not np.isfinite(values).all()):
+            raise ValueError("a token bias has a negative id or no finite value")
+        return tuple(zip(ids.tolist(), values.tolist(), strict=True))
+
+    return Codec(pack, unpack)
+
+
+def sequences() -> Codec:
+    """Token sequences as bytes of int32: their number, their lengths, then their tokens."""
+    flat = integers("i", "tokens")
+
+    def pack(values: tuple[tuple[int, ...], ...]) -> Any:
+        return flat.pack((len(values), *map(len, values), *(token for one in values for token in one)))
+
+    def unpack(value: Any) -> tuple[tuple[int, ...], ...]:
+        numbers: tuple[int, ...] = flat.unpack(value)
+        count = numbers[0] if numbers else 0
+        lengths, tokens = numbers[1 : 1 + count], numbers[1 + count :]
+        if not numbers or len(lengths) != count or sum(lengths) != len(tokens):
+            raise ValueError("lengths do not match the tokens")
+        ends = list(itertools.accumulate(lengths))
+        return tuple(tokens[end - length : end] for end, length in zip(ends, lengths, strict=True))
 
     return Codec(pack, unpack)
 

@@ -26,7 +26,7 @@ from enum import IntEnum, StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 
 Tokens = tuple[int, ...]
 DIGEST_BYTES = 32
@@ -85,6 +85,14 @@ class SamplingParams:
     choice: int = 0  # index among the request's `n` choices
     stop_token_ids: Tokens = ()
     logprobs: int | None = None  # None = off; 0..20 alternatives beside the chosen token
+    presence_penalty: float = 0.0  # subtracted once from the logit of every generated token
+    frequency_penalty: float = 0.0  # subtracted as often as the token was generated
+    repetition_penalty: float = 1.0  # divides positive, multiplies negative logits of prompt and generated tokens
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit); ids are distinct
+    bad_words: tuple[Tokens, ...] = ()  # token sequences whose last token is banned after the ones before it
+    allowed_token_ids: Tokens | None = None  # None = all; others are banned
+    min_tokens: int = 0  # stop tokens are banned until so many have been generated
+    prompt_logprobs: int | None = None  # None = off; 0..20 alternatives beside every prompt token
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +113,8 @@ class GenerateRequest:
     cache_prefix: bool = True
     priority: int = 0
     queue_timeout_s: float = 60.0  # longest wait for admission at the worker, on the worker's clock
+    embed: bool = False  # answer with the last prompt token's hidden state; `max_tokens` is 1 and its token unused
+    traceparent: str = ""  # W3C trace context of the span that asks; empty = not traced
 
     @property
     def context_length(self) -> int:
@@ -279,6 +289,32 @@ class TokenFrame:
     top_logprobs: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PromptLogprobs:
+    """Logprobs of prompt tokens `start ... start + T - 1` given the tokens before them; readers apply them by index.
+
+    Sent chunk by chunk, before the frame with the first generated token. Token 0 has nothing before it: NaN, no
+    alternatives. Columns as in `TokenFrame`.
+    """
+
+    slot: int
+    attempt: int
+    start: int
+    logprobs: NDArray[np.float32]  # [T]
+    top_counts: NDArray[np.uint8]  # [T]
+    top_ids: NDArray[np.int32]  # flat, in token order
+    top_logprobs: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Embedding:
+    """The last prompt token's hidden state after the final norm; sent before the frame that ends the request."""
+
+    slot: int
+    attempt: int
+    values: NDArray[np.float32]  # [hidden size]
+
+
 @dataclass(frozen=True, slots=True)
 class Load:
     """Heartbeat from the worker's own thread, every half second, also while a step is stuck.
@@ -318,4 +354,16 @@ class KVSnapshot:
 
 
 ToWorker = Hello | KeepAlive | Reserve | Prefill | Generate | Cancel | RequestSnapshot
-ToRouter = Welcome | Queued | Granted | Started | Failed | TokenFrame | Load | KVEvents | KVSnapshot
+ToRouter = (
+    Welcome
+    | Queued
+    | Granted
+    | Started
+    | Failed
+    | TokenFrame
+    | PromptLogprobs
+    | Embedding
+    | Load
+    | KVEvents
+    | KVSnapshot
+)

@@ -76,10 +76,10 @@ class ModelRunner:
                 ops.copy_blocks(self._kv, torch.from_numpy(plan.copies.astype(np.int64)))
             if plan.num_tokens == 0:
                 return StepResult(np.zeros(0, np.int32))
-            return sample(self._forward(plan, self._kv), plan.sampling)
+            return sample(self._decoder.logits(self._forward(plan, self._kv)), plan.sampling)
 
     def _forward(self, plan: StepPlan, kv: Tensor) -> Tensor:
-        """Logits [S, V] float32."""
+        """Hidden states [S, E] of the tokens whose successors are sampled."""
         counts = np.diff(plan.offsets)
         positions = np.arange(plan.num_tokens) + np.repeat(plan.starts - plan.offsets[:-1], counts)
         sampled = plan.offsets[plan.sample_rows + 1].astype(np.int64) - 1

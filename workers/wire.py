@@ -20,6 +20,7 @@ from penstock.workers import protocol
 from penstock.workers.errors import WireError
 from penstock.workers.field_codecs import (
     Codec,
+    biases,
     choice,
     column,
     exactly,
@@ -28,6 +29,7 @@ from penstock.workers.field_codecs import (
     octets,
     optional,
     real,
+    sequences,
     unchanged,
     unpack_text,
 )
@@ -49,6 +51,9 @@ _BY_ANNOTATION: dict[str, Codec] = {
     "str": Codec(unchanged, unpack_text),
     "bytes": octets(1),
     "Tokens": integers("i", "tokens"),
+    "Tokens | None": optional(integers("i", "tokens")),
+    "tuple[Tokens, ...]": sequences(),
+    "tuple[tuple[int, float], ...]": biases(),
     "tuple[int, ...]": integers("Q", "generations"),
     "Role": choice(Role),
     "FailureCode": choice(FailureCode),
@@ -64,6 +69,11 @@ _BY_FIELD: dict[tuple[str, str], Codec] = {
     ("SamplingParams", "seed"): integer(0, 2**64 - 1),
     ("SamplingParams", "choice"): integer(0, 2**31 - 1),
     ("SamplingParams", "logprobs"): optional(integer(0, 20)),
+    ("SamplingParams", "presence_penalty"): real(-1e6, 1e6),
+    ("SamplingParams", "frequency_penalty"): real(-1e6, 1e6),
+    ("SamplingParams", "repetition_penalty"): real(1e-6, 1e6),
+    ("SamplingParams", "min_tokens"): integer(0, 2**31 - 1),
+    ("SamplingParams", "prompt_logprobs"): optional(integer(0, 20)),
     ("GenerateRequest", "prefix_root"): octets(1, exact=protocol.DIGEST_BYTES),
     ("GenerateRequest", "prefix_digests"): octets(protocol.DIGEST_BYTES),
     ("GenerateRequest", "priority"): integer(-(2**31), 2**31 - 1),
@@ -99,9 +109,18 @@ def _check_token_frame(frame: protocol.TokenFrame) -> None:
         raise WireError("TokenFrame.top_ids: do not match top_counts")
 
 
+def _check_prompt_logprobs(message: protocol.PromptLogprobs) -> None:
+    if len(message.top_counts) != len(message.logprobs):
+        raise WireError("PromptLogprobs.top_counts: not one per token")
+    alternatives = int(message.top_counts.sum())
+    if len(message.top_ids) != alternatives or len(message.top_logprobs) != alternatives:
+        raise WireError("PromptLogprobs.top_ids: do not match top_counts")
+
+
 _CHECKS: dict[type, Callable[[Any], None]] = {
     protocol.Grant: _check_grant,
     protocol.TokenFrame: _check_token_frame,
+    protocol.PromptLogprobs: _check_prompt_logprobs,
 }
 
 

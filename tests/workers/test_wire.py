@@ -31,6 +31,14 @@ samplings = st.builds(
     choice=i31,
     stop_token_ids=tokens,
     logprobs=st.none() | st.integers(0, 20),
+    presence_penalty=st.floats(-2, 2),
+    frequency_penalty=st.floats(-2, 2),
+    repetition_penalty=st.floats(0.01, 2),
+    logit_bias=st.lists(st.tuples(i31, st.floats(-100, 100, width=32)), max_size=5).map(tuple),
+    bad_words=st.lists(tokens, max_size=4).map(tuple),
+    allowed_token_ids=st.none() | tokens,
+    min_tokens=i31,
+    prompt_logprobs=st.none() | st.integers(0, 20),
 )
 requests = st.builds(
     p.GenerateRequest,
@@ -44,6 +52,8 @@ requests = st.builds(
     cache_prefix=st.booleans(),
     priority=st.integers(-(2**31), 2**31 - 1),
     queue_timeout_s=seconds,
+    embed=st.booleans(),
+    traceparent=name,
 )
 
 
@@ -216,7 +226,7 @@ def packed(message: Any, *path: int, to: Any) -> bytes:
         (packed(p.Generate(1, 1, REQUEST), 2, 2, 1, to=float("inf")), "SamplingParams.temperature"),
         (packed(p.Generate(1, 1, REQUEST), 2, 2, 8, to=21), "SamplingParams.logprobs"),
         (packed(p.Generate(1, 1, REQUEST), 2, to=None), "GenerateRequest"),
-        (bytes(msgpack.packb([2, 1])), "wire version 2"),
+        (bytes(msgpack.packb([2, 1])), "wire version 3"),
         (bytes(msgpack.packb([1, 99])), "unknown message tag 99"),
         (bytes(msgpack.packb([1, 5, 1, 1, 1])), "Cancel: expected a list of 2 fields"),
         (bytes(msgpack.packb({"a": 1})), "not a message"),

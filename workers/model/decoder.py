@@ -2,7 +2,7 @@
 
 Called by `workers/runner.py` once per step with all rows' tokens packed together. It does not know requests, blocks'
 owners or sampling. One linear serves query, key and value, one gate and up.
-Legend: T packed tokens, S sampled tokens, E hidden size, D head dim, Hq query heads, H kv heads, F feed-forward width,
+Legend: T packed tokens, S wanted tokens, E hidden size, D head dim, Hq query heads, H kv heads, F feed-forward width,
 V vocabulary, B blocks, L layers, C = 2 (key, value), P slots of a block.
 """
 
@@ -53,12 +53,9 @@ class Decoder:
         self._scale = config.head_dim**-0.5
 
     def forward(
-        self, token_ids: Tensor, positions: Tensor, kv_BLCHPD: Tensor, plan: AttentionPlan, sampled: Tensor
+        self, token_ids: Tensor, positions: Tensor, kv_BLCHPD: Tensor, plan: AttentionPlan, wanted: Tensor
     ) -> Tensor:
-        """Logits [S, V] float32 of the packed tokens listed in `sampled` [S]; writes all T tokens' KV.
-
-        `token_ids` and `positions` are [T] int64.
-        """
+        """See `DecoderModel.forward`."""
         config, layers = self.config, self._weights.layers
         angles = self._cos.index_select(0, positions), self._sin.index_select(0, positions)
         residual = F.embedding(token_ids, self._weights.embedding)
@@ -66,16 +63,22 @@ class Decoder:
         for number, layer in enumerate(layers):
             attended = self._attend(number, layer, hidden, angles, kv_BLCHPD, plan)
             if number == len(layers) - 1:
-                # Above the last keys and values only sampled tokens matter.
-                if len(sampled) == 0:
-                    return torch.empty(0, config.vocab_size)
-                attended, residual = attended.index_select(0, sampled), residual.index_select(0, sampled)
+                # Above the last keys and values only wanted tokens matter.
+                if len(wanted) == 0:
+                    return residual[:0]
+                attended, residual = attended.index_select(0, wanted), residual.index_select(0, wanted)
             projected = ops.linear(attended, layer.output)
             hidden, residual = ops.add_rms_norm(projected, residual, layer.mlp_norm, config.rms_eps)
             expanded = ops.silu_and_mul(ops.linear(hidden, layer.gate_up))
             following = layers[number + 1].input_norm if number + 1 < len(layers) else self._weights.final_norm
             hidden, residual = ops.add_rms_norm(ops.linear(expanded, layer.down), residual, following, config.rms_eps)
-        return ops.linear(hidden, self._weights.head).float()
+        return hidden
+
+    def logits(self, hidden_SE: Tensor) -> Tensor:
+        """See `DecoderModel.logits`."""
+        if len(hidden_SE) == 0:
+            return torch.empty(0, self.config.vocab_size)
+        return ops.linear(hidden_SE, self._weights.head).float()
 
     def _attend(
         self,

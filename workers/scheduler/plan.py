@@ -20,6 +20,39 @@ U64 = NDArray[np.uint64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class LogitEdits:
+    """What is done to the logits of S rows before sampling: penalties first, then biases, then bans.
+
+    Everything a row needs is here, derived from its prompt and generated tokens, so that any worker can go on with it.
+    Flat arrays are cut by offsets [S + 1]; a row that asks for nothing has empty ranges and neutral penalties.
+    """
+
+    presence: F32  # [S]
+    frequency: F32  # [S]
+    repetition: F32  # [S], 1 = neutral
+    generated: I32  # generated tokens of rows with penalties, in order
+    generated_offsets: I32
+    prompt: I32  # prompt tokens of rows with a repetition penalty
+    prompt_offsets: I32
+    bias_ids: I32
+    bias_values: F32
+    bias_offsets: I32
+    banned: I32  # token ids that may not be sampled in this step: bad words completed here, stop ids before min_tokens
+    banned_offsets: I32
+    allowed: I32  # where a row's range is not empty, only these may be sampled
+    allowed_offsets: I32
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScoredPrompt:
+    """Prompt tokens whose logprobs are wanted: M entries, in order of `token_rows`."""
+
+    token_rows: I32  # [M] indices into StepPlan.token_ids; the logits after that token score the target
+    targets: I32  # [M] token ids that are scored
+    alternatives: I32  # [M] how many of the most likely tokens are wanted beside it
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class SamplingBatch:
     """Sampling parameters of the S rows that end this step with a new token, in row order."""
 
@@ -31,6 +64,7 @@ class SamplingBatch:
     choice: I32
     position: I32  # absolute position of the token being sampled = context length
     logprobs: I32  # -1 = off, else the number of alternatives wanted
+    edits: LogitEdits | None = None  # None: no row changes its logits before sampling
 
     def __len__(self) -> int:
         return len(self.temperature)
@@ -54,6 +88,8 @@ class StepPlan:
     sampling: SamplingBatch
     num_decode: int
     copies: I32 = field(default_factory=lambda: np.zeros((0, 2), np.int32))  # [(src, dst)] block copies before the run
+    scored: ScoredPrompt | None = None
+    embed_rows: I32 = field(default_factory=lambda: np.zeros(0, np.int32))  # of `sample_rows`: whose state is wanted
 
     @property
     def num_tokens(self) -> int:
@@ -77,6 +113,8 @@ class StepResult:
 
     token_ids: I32  # [S]
     logprobs: SampledLogprobs | None = None
+    scored: SampledLogprobs | None = None  # of the M entries of `StepPlan.scored`
+    embeddings: F32 | None = None  # [len(embed_rows), hidden size]
 
 
 class Runner(Protocol):

@@ -17,9 +17,10 @@ def forward(decoder, kv, tokens, start, sampled):
     batch = RaggedBatch(np.array([start], np.int32), np.array([0, count], np.int32), table)
     plan = ops.plan_attention(kv, batch)
     with torch.inference_mode():
-        return decoder.forward(
+        hidden = decoder.forward(
             torch.tensor(tokens), torch.arange(start, start + count), kv, plan, torch.tensor(sampled)
         )
+        return decoder.logits(hidden)
 
 
 def storage(spec):

@@ -1,0 +1,32 @@
+"""What a runner needs of a model: packed tokens in, hidden states and logits out, over paged KV blocks.
+
+`decoder.py` (our own families) and `transformers_backend.py` (any other) implement it; `workers/runner.py` calls it.
+Legend: T packed tokens, S wanted tokens, E hidden size, V vocabulary; B blocks, L layers, C = 2 (key, value), H kv
+heads, P slots of a block, D head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from penstock.kernels.ragged import AttentionPlan
+
+
+class DecoderModel(Protocol):
+    """Weights on one device; stateless between calls but for the KV blocks that it is handed."""
+
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, kv_BLCHPD: Tensor, plan: AttentionPlan, wanted: Tensor
+    ) -> Tensor:
+        """Hidden states [S, E] after the final norm, of the packed tokens listed in `wanted` [S].
+
+        Writes all T tokens' KV. `token_ids` and `positions` are [T] int64. May skip what only other tokens' outputs
+        would need.
+        """
+        ...
+
+    def logits(self, hidden_SE: Tensor) -> Tensor:
+        """Logits [S, V] float32 of hidden states that `forward` gave."""
+        ...
