@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -20,6 +20,7 @@ from penstock.cluster.fleet_view import LinkedFleet
 from penstock.cluster.generation import Generator, open_generator
 from penstock.cluster.subprocess_host import SubprocessHost, WorkerProcess
 from penstock.cluster.supervision import Backoff, StartError, Supervisor
+from penstock.router.journey import RequestReport
 from penstock.router.settings import RouterSettings
 from penstock.workers.settings import WorkerSettings
 
@@ -38,12 +39,14 @@ class LocalCluster:
         backoff: Backoff | None = None,
         log_file: Path | None = None,
         host: SubprocessHost | None = None,
+        observe: Callable[[RequestReport], None] | None = None,
     ) -> None:
         self._workers = list(workers)
         self._router = router or RouterSettings()
         self._restart = restart
         self._backoff = backoff
         self._host = host or SubprocessHost(log_file)
+        self._observe = observe
         self.generator: Generator
         self.fleet: LinkedFleet
         self.supervisor: Supervisor
@@ -60,7 +63,9 @@ class LocalCluster:
     async def start(self) -> None:
         """Start all workers and attach to them. Raises StartError; then nothing is left running."""
         first = self._workers[0]
-        self.generator = open_generator(self._router, first.cluster_key, lease_s=first.router_lease_s)
+        self.generator = open_generator(
+            self._router, first.cluster_key, lease_s=first.router_lease_s, observe=self._observe
+        )
         self.fleet = LinkedFleet(self.generator.links)
         self.supervisor = Supervisor(
             self._host,

@@ -19,7 +19,7 @@ class PlacementSettings:
     )
     local_penalty: float = 2.0  # a token prefilled on a decode worker also holds up its decodes
     handover_tokens: int = 32  # what a transfer costs beyond the prefill itself
-    queue_weight: float = 0.25  # a token waited for, against a token computed twice: waiting passes, work adds up
+    queue_weight: float = 0.1  # a token waited for, against a token computed twice: waiting passes, work adds up
     balance: float = 0.02  # weight of recently placed work, which keeps long-run load even
     balance_window_s: float = 60.0  # half-life of "recently"
     sample: int = 0  # consider the best prefix owner and this many random others; 0 = everybody

@@ -28,6 +28,8 @@ class Outcome:
     sent: float = 0.0
     chunks: list[float] = field(default_factory=list)
     error: str = ""
+    scheduled: float = 0.0  # when the plan wanted it sent; set by who sends
+    token_ids: list[int] = field(default_factory=list)  # of the answer, where the request asks for them
 
     @property
     def ttft_s(self) -> float:
@@ -50,12 +52,12 @@ class Outcome:
         return [after - before for before, after in zip(self.chunks, self.chunks[1:], strict=False)]
 
 
-async def stream_completion(url: str, api_key: str, body: dict[str, Any], timeout_s: float) -> Outcome:
+async def stream_completion(url: str, api_key: str, body: dict[str, Any] | bytes, timeout_s: float) -> Outcome:
     """POST `/v1/completions` and read it to its end. Failures are in `error`, never raised."""
     outcome = Outcome()
     try:
         async with asyncio.timeout(timeout_s):
-            await _exchange(url, api_key, json.dumps(body).encode(), outcome)
+            await _exchange(url, api_key, body if isinstance(body, bytes) else json.dumps(body).encode(), outcome)
     except (OSError, ValueError, KeyError, EOFError, TimeoutError) as error:
         outcome.error = f"{type(error).__name__}: {error}"
     if not outcome.error and not outcome.chunks:
@@ -119,6 +121,7 @@ def _read_event(event: dict[str, Any], now: float, outcome: Outcome) -> None:
         raise ValueError(str(event["error"].get("message")))
     if event["choices"]:
         outcome.chunks.append(now)
+        outcome.token_ids += event["choices"][0].get("token_ids") or ()
     elif usage := event.get("usage"):
         outcome.input_tokens = usage["prompt_tokens"]
         outcome.output_tokens = usage["completion_tokens"]

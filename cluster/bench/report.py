@@ -3,6 +3,7 @@
     TTFT      first streamed chunk - send            TPOT   (latency - TTFT) / (output tokens - 1)
     ITL       gap between two chunks of a request    E2EL   last chunk - send
     goodput   requests/s that meet every stated SLO; a request of one token has TPOT 0
+    send lag  send - the time the plan wanted; what an open loop is worth is shown by its 99th percentile
 
 Used by `commands/bench.py`. Pure. Times in the result are in milliseconds, rates per second.
 """
@@ -10,6 +11,7 @@ Used by `commands/bench.py`. Pure. Times in the result are in milliseconds, rate
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -20,6 +22,25 @@ PERCENTILES = (50, 90, 95, 99)
 SLO_NAMES = ("ttft", "tpot", "e2el")
 
 Figures = dict[str, float | int | list[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Edges:
+    """Warm-up and cool-down: requests scheduled in the first and last `share` of the run's span are not counted."""
+
+    share: float = 0.0
+
+    def inner(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
+        """The outcomes that count."""
+        times = [outcome.scheduled for outcome in outcomes]
+        low, span = min(times, default=0.0), max(times, default=0.0) - min(times, default=0.0)
+        if not self.share or not span:
+            return list(outcomes)
+        return [o for o in outcomes if low + self.share * span <= o.scheduled <= low + (1 - self.share) * span]
+
+    def inner_duration(self, duration_s: float) -> float:
+        """Seconds that the inner outcomes stand for."""
+        return duration_s * (1 - 2 * self.share)
 
 
 def parse_slos(stated: Sequence[str]) -> dict[str, float]:
@@ -59,6 +80,7 @@ def figures(outcomes: Sequence[Outcome], duration_s: float, slos: Mapping[str, f
         "tpot": [o.tpot_s for o in done if o.output_tokens > 1],
         "itl": [gap for o in done for gap in o.itl_s],
         "e2el": [o.latency_s for o in done],
+        "send_lag": [max(0.0, o.sent - o.scheduled) for o in done if o.scheduled],
     }
     for name, values in samples.items():
         found.update(_spread(name, values))

@@ -66,7 +66,7 @@ async def bare_side(config: ClusterConfig, load: Load, vocab: int, seed: int) ->
     workers = [worker_settings(config, role, 0, identity) for role in (Role.PREFILL, Role.DECODE)]
     cluster = LocalCluster(workers, config.router, log_file=Path(tempfile.gettempdir()) / "penstock-bare.log")
     plan = fixed_plan(load.batch_requests, load.input_tokens, load.output_tokens, [0.0] * load.batch_requests)
-    prompts = [tuple(prompt_tokens(p, i, vocab, seed, Target("", "", vocab).scaling)) for i, p in enumerate(plan)]
+    prompts = [tuple(prompt_tokens(p, i, vocab, seed)) for i, p in enumerate(plan)]
 
     async def one(name: str, prompt: tuple[int, ...], output: int, gate: asyncio.Semaphore) -> tuple[float, int]:
         async with gate:
@@ -89,13 +89,13 @@ async def bare_side(config: ClusterConfig, load: Load, vocab: int, seed: int) ->
 async def http_side(url: str, load: Load, vocab: int, seed: int) -> dict[str, float]:
     async def ask(count: int, output: int, concurrency: int, seed: int) -> tuple[list[Any], float]:
         plan = fixed_plan(count, load.input_tokens, output, [0.0] * count)
-        outcomes, seconds = await run_load(
+        run = await run_load(
             Target(url, "bench", vocab, max_concurrency=concurrency, seed=seed), plan, lambda _: None
         )
-        failed = [outcome.error for outcome in outcomes if outcome.error]
+        failed = [outcome.error for outcome in run.outcomes if outcome.error]
         if failed:
             raise RuntimeError(failed[0])
-        return outcomes, seconds
+        return run.outcomes, run.duration_s
 
     await ask(8, 8, 8, seed + 2)
     singles, _ = await ask(load.single_requests, 2, 1, seed + 1)
