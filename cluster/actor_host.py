@@ -1,7 +1,8 @@
 """Hosts workers as detached Ray actors: the controller's way to start, find again, renew and end them.
 
 The controller gives it to the supervisor. Actors are detached, so that they outlive a controller that Ray restarts,
-and leased, so that they do not outlive the cluster. Knows nothing of what a worker does.
+and leased, so that they do not outlive the cluster. One that Ray cannot place yet waits for as long as it takes, and
+it is said for what. Knows nothing of what a worker does.
 """
 
 from __future__ import annotations
@@ -9,21 +10,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError
 
+from penstock.cluster.discovery import NAMESPACE
+from penstock.cluster.editions import ActorNeeds
 from penstock.cluster.supervision import StartError
 from penstock.workers.actor import WorkerActor
 from penstock.workers.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
 
-NAMESPACE = "penstock"
 START_TIMEOUT_S = 600.0  # a large checkpoint from a slow disk
 ANSWER_TIMEOUT_S = 5.0
+PLACED_WITHIN_S = 8.0  # an actor that is not up after so long probably waits for resources
 
 
 class HostedActor:
@@ -66,20 +70,38 @@ class HostedActor:
 class ActorHost:
     """Starts worker actors of one cluster, or adopts those a former controller of it left running."""
 
-    def __init__(self, cluster_id: str, num_cpus: float, lease_s: float) -> None:
+    def __init__(
+        self,
+        cluster_id: str,
+        lease_s: float,
+        needs: Callable[[str], ActorNeeds],
+        on_wait: Callable[[str, str], None] = lambda _worker_id, _reason: None,
+    ) -> None:
+        """`needs` says what a worker asks Ray for; `on_wait` hears for what one waits."""
         self._prefix = f"worker/{cluster_id}/"
-        self._num_cpus = num_cpus
         self._lease_s = lease_s
+        self._needs = needs
+        self._on_wait = on_wait
         self._live: dict[str, HostedActor] = {}
+        self._waiting: dict[str, float] = {}  # worker id -> since when Ray has not placed it
         self._orphans: dict[str, str] = {}  # worker id -> actor name
 
-    def find_orphans(self) -> None:
-        """Look for actors of this cluster that run already; `start` adopts them."""
+    def find_orphans(self, members: Collection[str]) -> None:
+        """Look for actors of this cluster that run already: `start` adopts members, the others are ended."""
         for actor in ray.util.list_named_actors(all_namespaces=True):
             name = str(actor["name"])
             if actor["namespace"] == NAMESPACE and name.startswith(self._prefix):
                 worker_id = name.removeprefix(self._prefix).rsplit("/", 1)[0]
-                self._orphans[worker_id] = name
+                if worker_id in members:
+                    self._orphans[worker_id] = name
+                else:
+                    with contextlib.suppress(ValueError):
+                        ray.kill(ray.get_actor(name, namespace=NAMESPACE))
+
+    def waiting(self, for_s: float) -> set[str]:
+        """Workers that Ray has not placed for so long."""
+        now = time.monotonic()
+        return {worker_id for worker_id, since in self._waiting.items() if now - since >= for_s}
 
     async def start(self, settings: WorkerSettings) -> HostedActor:
         """Returns when the worker takes requests. Raises StartError."""
@@ -108,17 +130,19 @@ class ActorHost:
         return HostedActor(handle, facts)
 
     async def _create(self, settings: WorkerSettings) -> HostedActor:
+        needs = self._needs(settings.worker_id)
         options = {
+            **needs.options(settings.role),
             "name": f"{self._prefix}{settings.worker_id}/{settings.incarnation}",
             "namespace": NAMESPACE,
             "lifetime": "detached",
-            "num_cpus": self._num_cpus,
             "max_restarts": 0,
             "max_task_retries": 0,
         }
         handle: Any = ray.remote(WorkerActor).options(**options).remote(settings.to_json(), self._lease_s)
         renewal = asyncio.ensure_future(_renew_often(handle, self._lease_s))
         try:
+            await self._placed(handle, settings, needs)
             facts = await asyncio.wait_for(handle.start.remote(), START_TIMEOUT_S)
         except (RayError, TimeoutError) as error:
             ray.kill(handle)
@@ -132,6 +156,37 @@ class ActorHost:
             ray.kill(handle)
             raise StartError(f"worker {settings.worker_id} did not start: {facts.get('message', 'no reason given')}")
         return HostedActor(handle, facts)
+
+    async def _placed(self, handle: Any, settings: WorkerSettings, needs: ActorNeeds) -> None:
+        """Returns once the actor's process is up; until then says what it waits for."""
+        worker_id, up = settings.worker_id, asyncio.ensure_future(_answer(handle.renew.remote()))
+        since = time.monotonic()
+        try:
+            while not up.done():
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(asyncio.shield(up), PLACED_WITHIN_S)
+                    break
+                self._waiting.setdefault(worker_id, since)
+                self._on_wait(worker_id, await asyncio.to_thread(waiting_reason, needs.amounts(settings.role)))
+            await up
+        finally:
+            up.cancel()
+            self._waiting.pop(worker_id, None)
+
+
+async def _answer(pending: Awaitable[Any]) -> Any:
+    return await pending
+
+
+def waiting_reason(amounts: Mapping[str, float]) -> str:
+    """What a worker waits for, in words, from what Ray's nodes have at the moment."""
+    wanted = ", ".join(f"{amount:g} {name}" for name, amount in amounts.items()) or "a process"
+    free = ray.available_resources()  # type: ignore[no-untyped-call]
+    if all(free.get(name, 0) >= amount for name, amount in amounts.items()):
+        return f"waiting for its process ({wanted})"
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    fitting = [node for node in nodes if all(node.get(name, 0) >= amount for name, amount in amounts.items())]
+    return f"waiting for {wanted}: {'all of it is in use' if fitting else 'no node has it'}"
 
 
 async def _renew_often(handle: Any, lease_s: float) -> None:

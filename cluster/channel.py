@@ -19,17 +19,20 @@ from typing import Protocol
 from penstock.router.emission import Emission, TokenLogprob
 from penstock.router.port import Ended, Event, FirstToken, Lost, TimedOut
 from penstock.workers.protocol import (
+    Embedding,
     Failed,
     Generate,
     GenerateRequest,
     Grant,
     Granted,
     Prefill,
+    PromptLogprobs,
     Queued,
     Reserve,
     Started,
 )
 
+Finding = PromptLogprobs | Embedding
 Answer = Queued | Granted | Started | Failed
 Order = Reserve | Prefill | Generate
 
@@ -83,6 +86,13 @@ class Seat:
             self.post.vacate(self, cancel=False)
         if completed:
             self.channel.push(self, Ended())
+
+    def learn(self, finding: Finding) -> None:
+        """What the worker found out about the prompt; it comes before the first token row."""
+        if isinstance(finding, Embedding):
+            self.emission.apply_embedding(self.attempt, finding.values)
+        else:
+            self.emission.apply_scores(finding)
 
     def answer(self, message: Answer) -> None:
         """Anything else that the worker says about the slot."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
+import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from penstock.cluster.model_directory import read_json
@@ -20,6 +21,11 @@ from penstock.workers.errors import ModelError, RequestError
 
 Message = Mapping[str, Any]
 MAX_REASON_CHARS = 200
+# What the template is always given, or may call; never a caller's to set.
+RESERVED = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "tokenize", "chat_template"}
+)
+_TOLD = ("tokenizer_class", "add_bos_token", "add_eos_token", "add_prefix_space", "padding_side")
 
 
 class ChatTemplate:
@@ -34,8 +40,10 @@ class ChatTemplate:
         environment.globals["strftime_now"] = lambda style: datetime.datetime.now().astimezone().strftime(style)
         try:
             self._template = environment.from_string(source)
+            read = jinja2.meta.find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateError as error:
             raise ModelError(f"{path}: the chat template does not compile: {error}", path=path) from error
+        self.variables = frozenset(n for n in read - RESERVED - environment.globals.keys() if not n.endswith("_token"))
         self._special_tokens = dict(special_tokens)
         self._max_chars = max_chars
 
@@ -61,17 +69,24 @@ class ChatTemplate:
 
 def load_chat_template(directory: Path, max_chars: int) -> ChatTemplate | None:
     """The directory's template (`chat_template.jinja`, else the tokenizer configuration's), or None."""
-    config_path = directory / "tokenizer_config.json"
-    config = read_json(config_path, required=False)
+    source, path = _source(directory)
+    return ChatTemplate(source, special_token_texts(directory), str(path), max_chars) if source else None
+
+
+def tokenizer_information(directory: Path) -> dict[str, Any]:
+    """What clients that template or count by themselves ask for: class, special tokens, chat template."""
+    config = read_json(directory / "tokenizer_config.json", required=False)
+    told = {name: config[name] for name in _TOLD if isinstance(config.get(name), (str, int, bool))}
+    source, _ = _source(directory)
+    return {**told, **special_token_texts(directory), "chat_template": source or None}
+
+
+def _source(directory: Path) -> tuple[str, Path]:
     path = directory / "chat_template.jinja"
     if path.is_file():
-        source = path.read_text(encoding="utf-8")
-    else:
-        path = config_path
-        source = _named_default(config.get("chat_template"))
-    if not source:
-        return None
-    return ChatTemplate(source, special_token_texts(directory), str(path), max_chars)
+        return path.read_text(encoding="utf-8"), path
+    path = directory / "tokenizer_config.json"
+    return _named_default(read_json(path, required=False).get("chat_template")), path
 
 
 def special_token_texts(directory: Path) -> dict[str, str]:

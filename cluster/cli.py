@@ -1,4 +1,4 @@
-"""The `penstock` command: `serve`, `status`, `bench`.
+"""The `penstock` command and its verbs, one file each under `commands/`.
 
 `main` is the console script. Mistakes of the caller end with one line on stderr that names the flag, key or file, and
 exit status 2; a cluster that fails, with status 1. Unknown flags name the nearest known one.
@@ -6,12 +6,14 @@ exit status 2; a cluster that fails, with status 1. Unknown flags name the neare
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import sys
+from typing import Annotated
 
 import typer
 
-from penstock.cluster.commands import bench, serve, status
+from penstock.cluster.commands import bench, chat, collect_env, scale, serve, status, validate
 from penstock.workers.errors import ConfigError, ModelError, PenstockError
 
 CALLER_AT_FAULT = 2
@@ -24,10 +26,30 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # the framed form cuts long flags at 80 columns
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("serve", help=serve.HELP)(serve.serve_command())
 app.command("status", help=status.HELP)(status.status)
+app.command("scale", help=scale.HELP)(scale.scale)
+app.command("chat", help=chat.CHAT_HELP)(chat.chat_command())
+app.command("complete", help=chat.COMPLETE_HELP)(chat.complete_command())
 app.command("bench", help=bench.HELP)(bench.bench_command())
+app.command("validate", help=validate.HELP)(validate.validate)
+app.command("collect-env", help=collect_env.HELP)(collect_env.collect_env)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"penstock {importlib.metadata.version('penstock')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """What may stand before the verb."""
+    del version  # acted upon by its callback
 
 
 def main() -> None:

@@ -1,47 +1,30 @@
-"""What the Python handle sends and gets, typed: options in, completions, chunks and errors out.
+"""What the Python handle gets back, typed: completions, chunks, scores, vectors and errors.
 
-Used by `client.py`. Pure: dictionaries and bytes in, frozen values out. Knows no transport.
+Used by `client_calls.py` and the two handles. Pure: dictionaries and bytes in, frozen values out. Knows no transport.
 """
 
 from __future__ import annotations
 
+import base64
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypedDict, Unpack
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from penstock.workers.errors import PenstockError, RefusedError, RequestError
 from penstock.workers.protocol import FailureCode
 
-__all__ = ["Unpack"]
-
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 _STATUS_CODES = {429: FailureCode.TENANT_LIMIT, 503: FailureCode.OVERLOADED, 504: FailureCode.DEADLINE}
-
-
-class Options(TypedDict, total=False):
-    """Keyword arguments of every call; absent ones take the server's defaults."""
-
-    model: str
-    max_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    n: int
-    seed: int
-    stop: str | list[str]
-    stop_token_ids: list[int]
-    ignore_eos: bool
-    logprobs: int  # alternatives beside each chosen token, 0..20
-    skip_special_tokens: bool
-    include_stop_str_in_output: bool
-    cache_salt: str
+_CALLERS_FAULT = {"invalid_request_error", "not_found_error", "authentication_error", "permission_error"}
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of one call."""
+    """Tokens of one call. `cached_tokens`: prompt tokens whose KV came from a prefix cache."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -50,32 +33,38 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """One token's natural-log probability and its alternatives by token text."""
+    """One token's natural-log probability and the most likely tokens in its place, by text.
+
+    `logprob` is None for the first token of a prompt: nothing precedes it.
+    """
 
     token: str
-    logprob: float
+    logprob: float | None
     top: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One finished choice."""
+    """One finished choice. What was not asked for is None."""
 
     index: int
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str
     logprobs: tuple[TokenLogprobs, ...] | None
+    prompt_token_ids: tuple[int, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None  # one per prompt token
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A whole answer. `text` and `token_ids` are the first choice's."""
+    """A whole answer. `text`, `token_ids` and `prompt_logprobs` are the first choice's."""
 
     id: str
     model: str
     choices: tuple[Choice, ...]
     usage: Usage
+    request_id: str = ""  # as the caller gave it, else the answer's own id
 
     @property
     def text(self) -> str:
@@ -86,6 +75,11 @@ class Completion:
     def token_ids(self) -> tuple[int, ...]:
         """Token ids of the first choice."""
         return self.choices[0].token_ids
+
+    @property
+    def prompt_logprobs(self) -> tuple[TokenLogprobs, ...] | None:
+        """Of the first choice's prompt."""
+        return self.choices[0].prompt_logprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +92,35 @@ class Chunk:
     finish_reason: str | None = None
     logprobs: tuple[TokenLogprobs, ...] | None = None
     usage: Usage | None = None
+    id: str = ""  # of the answer
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How likely a model finds a prompt. `logprobs[i]` is of `token_ids[i]` after all before it; the first has none."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+    usage: Usage
+
+    @property
+    def total(self) -> float:
+        """Natural-log probability of the prompt after its first token."""
+        return math.fsum(entry.logprob for entry in self.logprobs if entry.logprob is not None)
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative log-probability per token; NaN for a prompt of one token."""
+        scored = len(self.logprobs) - 1
+        return math.exp(-self.total / scored) if scored > 0 else math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """`vectors` is float32 [inputs, hidden size], each row of length 1."""
+
+    vectors: NDArray[np.float32]
+    usage: Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,22 +131,7 @@ class StreamEvent:
     done: bool = False
 
 
-def path_and_body(prompt: Prompt, options: Options, stream: bool) -> tuple[str, dict[str, Any]]:
-    """Where a call goes and what it says."""
-    body: dict[str, Any] = {**options, "return_token_ids": True, "stream": stream}
-    if stream:
-        body["stream_options"] = {"include_usage": True}
-    if isinstance(prompt, str):
-        return "/v1/completions", {**body, "prompt": prompt}
-    items = list(prompt)
-    if items and all(isinstance(item, Mapping) for item in items):
-        top = body.pop("logprobs", None)
-        chosen = {} if top is None else {"logprobs": True, "top_logprobs": top}
-        return "/v1/chat/completions", {**body, **chosen, "messages": items}
-    return "/v1/completions", {**body, "prompt": items}
-
-
-def completion_of(answer: Mapping[str, Any]) -> Completion:
+def completion_of(answer: Mapping[str, Any], headers: Mapping[str, str]) -> Completion:
     """A whole answer of either API."""
     choices = tuple(
         Choice(
@@ -132,10 +140,42 @@ def completion_of(answer: Mapping[str, Any]) -> Completion:
             token_ids=tuple(raw.get("token_ids") or ()),
             finish_reason=raw["finish_reason"],
             logprobs=_logprobs(raw.get("logprobs")),
+            prompt_token_ids=_prompt_ids(answer, raw),
+            prompt_logprobs=_prompt_logprobs(answer, raw),
         )
         for raw in answer["choices"]
     )
-    return Completion(answer["id"], answer["model"], choices, _usage(answer["usage"]))
+    request_id = headers.get("x-request-id") or answer["id"]
+    return Completion(answer["id"], answer["model"], choices, _usage(answer["usage"]), request_id)
+
+
+def score_of(answer: Mapping[str, Any], headers: Mapping[str, str]) -> Score:
+    """A whole answer whose prompt was scored."""
+    raw = answer["choices"][0]
+    return Score(_prompt_ids(answer, raw), _prompt_logprobs(answer, raw) or (), _usage(answer["usage"]))
+
+
+def embeddings_of(answer: Mapping[str, Any], headers: Mapping[str, str]) -> Embeddings:
+    """Vectors in the order of the inputs, sent as base64 of little-endian float32."""
+    rows = sorted(answer["data"], key=lambda row: int(row["index"]))
+    vectors = np.stack([np.frombuffer(base64.b64decode(row["embedding"]), "<f4") for row in rows]).astype(np.float32)
+    return Embeddings(vectors, _usage({"completion_tokens": 0, **answer["usage"]}))
+
+
+def joined(parts: list[Embeddings]) -> Embeddings:
+    """The answers of several requests as one."""
+    usage = Usage(sum(p.usage.prompt_tokens for p in parts), 0, sum(p.usage.cached_tokens for p in parts))
+    return Embeddings(np.concatenate([part.vectors for part in parts]), usage)
+
+
+def token_ids_of(answer: Mapping[str, Any], headers: Mapping[str, str]) -> tuple[int, ...]:
+    """The answer of /tokenize."""
+    return tuple(answer["tokens"])
+
+
+def text_of(answer: Mapping[str, Any], headers: Mapping[str, str]) -> str:
+    """The answer of /detokenize."""
+    return str(answer["prompt"])
 
 
 def read_event(line: str) -> StreamEvent:
@@ -155,12 +195,13 @@ def read_event(line: str) -> StreamEvent:
             token_ids=tuple(choice.get("token_ids") or ()),
             finish_reason=choice["finish_reason"],
             logprobs=_logprobs(choice.get("logprobs")),
+            id=raw["id"],
         )
         for choice in raw["choices"]
         if choice.get("delta") != {"role": "assistant", "content": ""}
     ]
     if not raw["choices"] and raw.get("usage"):
-        chunks.append(Chunk(usage=_usage(raw["usage"])))
+        chunks.append(Chunk(usage=_usage(raw["usage"]), id=raw["id"]))
     return StreamEvent(tuple(chunks))
 
 
@@ -168,6 +209,7 @@ def problem_of(status: int, body: bytes, headers: Mapping[str, str]) -> Penstock
     """The typed error behind an answer that is not 200."""
     try:
         error = json.loads(body)["error"]
+        error["message"]
     except (ValueError, KeyError, TypeError):
         error = {"message": f"HTTP {status}", "code": None}
     after = headers.get("retry-after", "")
@@ -176,7 +218,7 @@ def problem_of(status: int, body: bytes, headers: Mapping[str, str]) -> Penstock
 
 def unreachable(url: str, error: Exception) -> RefusedError:
     """Nobody answers."""
-    return RefusedError(FailureCode.NO_WORKER, f"cannot reach {url}: {error}")
+    return RefusedError(FailureCode.NO_WORKER, f"cannot reach {url}: {error or type(error).__name__}")
 
 
 def broken_stream() -> RefusedError:
@@ -184,11 +226,15 @@ def broken_stream() -> RefusedError:
     return RefusedError(FailureCode.WORKER_LOST, "the stream broke before its end")
 
 
+def not_an_answer(url: str) -> RefusedError:
+    """Something answers, but nothing that makes sense here."""
+    return RefusedError(FailureCode.INCOMPATIBLE, f"what answers at {url} is not Penstock, or another version of it")
+
+
 def _error(status: int, error: Mapping[str, Any], retry_after_s: float | None) -> PenstockError:
     message, code = str(error.get("message")), error.get("code")
     known = {item.value: item for item in FailureCode}
-    is_request = error.get("type") in {"invalid_request_error", "not_found_error", "authentication_error"}
-    if is_request or (status < 500 and status not in _STATUS_CODES):
+    if error.get("type") in _CALLERS_FAULT or (status < 500 and status not in _STATUS_CODES):
         return RequestError(message, field=error.get("param"), code=code)
     failure = known.get(str(code)) or _STATUS_CODES.get(status, FailureCode.INTERNAL)
     return RefusedError(failure, message, retry_after_s)
@@ -197,6 +243,27 @@ def _error(status: int, error: Mapping[str, Any], retry_after_s: float | None) -
 def _usage(raw: Mapping[str, Any]) -> Usage:
     details = raw.get("prompt_tokens_details") or {}
     return Usage(raw["prompt_tokens"], raw["completion_tokens"], details.get("cached_tokens", 0))
+
+
+def _prompt_ids(answer: Mapping[str, Any], choice: Mapping[str, Any]) -> tuple[int, ...]:
+    """A completion tells them per choice, a chat once."""
+    return tuple(choice.get("prompt_token_ids") or answer.get("prompt_token_ids") or ())
+
+
+def _prompt_logprobs(answer: Mapping[str, Any], choice: Mapping[str, Any]) -> tuple[TokenLogprobs, ...] | None:
+    """vLLM's form: per token a map from token id to logprob, text and rank, the token itself among them."""
+    raw = choice.get("prompt_logprobs") or answer.get("prompt_logprobs")
+    if raw is None:
+        return None
+    found = []
+    for token, entries in zip(_prompt_ids(answer, choice), raw, strict=True):
+        if entries is None:
+            found.append(TokenLogprobs(f"token_id:{token}", None, {}))
+            continue
+        own = entries[str(token)]
+        top = {entry["decoded_token"]: entry["logprob"] for entry in entries.values() if entry["rank"]}
+        found.append(TokenLogprobs(own["decoded_token"], own["logprob"], top))
+    return tuple(found)
 
 
 def _logprobs(raw: Mapping[str, Any] | None) -> tuple[TokenLogprobs, ...] | None:
@@ -208,4 +275,4 @@ def _logprobs(raw: Mapping[str, Any] | None) -> tuple[TokenLogprobs, ...] | None
             for e in raw["content"]
         )
     columns = zip(raw["tokens"], raw["token_logprobs"], raw["top_logprobs"], strict=True)
-    return tuple(TokenLogprobs(token, value, top) for token, value, top in columns)
+    return tuple(TokenLogprobs(token, value, top or {}) for token, value, top in columns)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,14 @@ from penstock.workers.settings import WorkerSettings
 ENVIRONMENT_KEYS = {"PENSTOCK_API_KEY": "front.api_key", "PENSTOCK_RAY_ADDRESS": "ray.address"}
 URL_VARIABLE = "PENSTOCK_URL"
 DEFAULT_URL = "http://127.0.0.1:8000"
+RAY_VARIABLES = ("RAY_ADDRESS", "RAY_JOB_ID", "RAY_JOB_CONFIG_JSON_ENV_VAR")  # in Ray jobs and beside a Ray cluster
 MAX_FILE_BYTES = 1 << 20
+# Variables that change how Penstock and what it stands on behave, by their beginnings; shown by `penstock collect-env`.
+TELLING = (
+    "PENSTOCK_ RAY_ CUDA_ NVIDIA_ NCCL_ GLOO_ TORCH TRITON_ HF_ TRANSFORMERS_ TOKENIZERS_ OMP_ MKL_ GOMP_ KMP_ GRPC_ "
+    "OTEL_ UCX_ KUBERNETES_SERVICE_HOST LD_PRELOAD LD_LIBRARY_PATH PYTHON HTTP_PROXY HTTPS_PROXY NO_PROXY"
+).split()
+SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL", "AUTH", "PROXY")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,15 +145,36 @@ def worker_settings(
         kv=config.kv,
         transfer=config.transfer,
         runner=config.runner,
+        tracing=config.tracing,
+        logs=config.logs,
     )
 
 
 def server_address(url: str | None = None, api_key: str | None = None) -> tuple[str, str]:
     """URL and key that a client, `status` or `bench` should use: the arguments, else the environment's, else local."""
-    return (
-        (url or os.environ.get(URL_VARIABLE) or DEFAULT_URL).rstrip("/"),
-        api_key if api_key is not None else os.environ.get("PENSTOCK_API_KEY", ""),
-    )
+    stated, key = stated_server(url, api_key)
+    return stated or DEFAULT_URL, key
+
+
+def stated_server(url: str | None = None, api_key: str | None = None) -> tuple[str | None, str]:
+    """`server_address` without its last resort: None when neither the argument nor the environment names a URL."""
+    stated = (url or os.environ.get(URL_VARIABLE) or "").rstrip("/")
+    return stated or None, api_key if api_key is not None else os.environ.get("PENSTOCK_API_KEY", "")
+
+
+def ray_is_announced() -> bool:
+    """True in a process that Ray started, that is connected to Ray, or that the environment points to one."""
+    ray = sys.modules.get("ray")
+    initialized = getattr(ray, "is_initialized", None)
+    return bool(initialized and initialized()) or any(os.environ.get(name) for name in RAY_VARIABLES)
+
+
+def shown_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The variables that matter to a report of a problem; those that may hold a secret say only that they are set."""
+    variables = os.environ if environment is None else environment
+    telling = sorted(name for name in variables if name.upper().startswith(tuple(TELLING)))
+    secret = {name for name in telling if any(word in name.upper() for word in SECRET_WORDS)}
+    return {name: "(set, not shown)" if name in secret else variables[name] for name in telling}
 
 
 def export_environment(variables: Mapping[str, str]) -> None:

@@ -23,7 +23,11 @@ def derive(config: ClusterConfig, cores: int | None = None) -> ClusterConfig:
     model = describe(config.runner)
     cores = cores or len(os.sched_getaffinity(0))
     config = _pools(config)
+    if config.runner.kind == "model":
+        config = _fill(config, "runner.model_impl", model.model_impl, model.model_impl_reason)
     config = _fill(config, "front.served_model_name", (model.name,), "the model directory's name")
+    if config.ray.address:  # workers run elsewhere, on what they asked Ray for
+        config = _fill(config, "runner.threads", max(1, int(config.ray.worker_num_cpus)), "ray.worker_num_cpus")
     config = _fill(config, "runner.threads", max(1, cores // max(1, config.pools.total)), f"its share of {cores} cores")
     if config.runner.kind == "model" and not config.runner.model_dir:
         config = _fill(config, "runner.model_dir", str(EMBEDDED_MODEL), "the embedded model")
@@ -53,11 +57,11 @@ def _context(config: ClusterConfig, model: ModelDescription) -> ClusterConfig:
         if limit > model.context_length:
             raise ConfigError(
                 f"max_model_len {limit} is longer than the model's context of {model.context_length} tokens "
-                f"(max_position_embeddings in {model.directory}/config.json)",
+                f"({model.length_key} in {model.directory}/config.json)",
                 key="scheduler.max_model_len",
             )
         return config
-    return _fill(config, "scheduler.max_model_len", model.context_length, "max_position_embeddings of the model")
+    return _fill(config, "scheduler.max_model_len", model.context_length, f"{model.length_key} of the model")
 
 
 def _fill(config: ClusterConfig, key: str, value: object, source: str) -> ClusterConfig:

@@ -5,6 +5,8 @@ The HTTP front asks it for `/status`, `/ready` and the metrics page. Reads the l
 
 from __future__ import annotations
 
+from typing import Any
+
 from penstock.cluster.links import Links, LinkView
 from penstock.cluster.status import WorkerStatus
 from penstock.workers.protocol import Role
@@ -35,7 +37,7 @@ class LinkedFleet:
 def worker_status(view: LinkView) -> WorkerStatus:
     """One worker's line."""
     entry, welcome, load = view.entry, view.welcome, view.load
-    figures = {}
+    figures: dict[str, Any] = {}
     if load is not None:
         figures = {
             "running": load.running,
@@ -46,6 +48,7 @@ def worker_status(view: LinkView) -> WorkerStatus:
             "kv_free_blocks": load.free_blocks,
             "kv_cached_blocks": load.cached_blocks,
             "kv_quarantined_blocks": load.quarantined_blocks,
+            "totals": load.totals,
         }
     return WorkerStatus(
         id=entry.worker_id,
@@ -58,5 +61,6 @@ def worker_status(view: LinkView) -> WorkerStatus:
         reason=entry.reason,
         age_s=round(view.load_age_s, 3) if load is not None else None,
         kv_blocks=welcome.num_blocks if welcome is not None else 0,
+        kv_block_size=welcome.block_size if welcome is not None else 0,
         **figures,
     )

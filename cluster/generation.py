@@ -13,6 +13,9 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from penstock.cluster.links import Links
 from penstock.cluster.worker_link import LinkIdentity
 from penstock.router.emission import Delta, Emission, TokenLogprob
@@ -20,6 +23,7 @@ from penstock.router.journey import RequestReport
 from penstock.router.request_path import serve_request
 from penstock.router.router import Router
 from penstock.router.settings import RouterSettings
+from penstock.router.trail import Trail
 from penstock.workers.errors import RefusedError
 from penstock.workers.protocol import EndReason, FailureCode, GenerateRequest
 
@@ -51,6 +55,24 @@ class Generation:
     def cached_tokens(self) -> int:
         """Prompt tokens whose KV came from a prefix cache; known once the first token is out."""
         return self.emission.cached_tokens
+
+    @property
+    def prompt_logprobs(self) -> tuple[TokenLogprob | None, ...]:
+        """One entry per prompt token, None for the first; complete with the first delta, empty when not asked.
+
+        Built at every call from the arrays that hold the scores, so read it once.
+        """
+        return self.emission.prompt_logprobs
+
+    @property
+    def embedding(self) -> NDArray[np.float32] | None:
+        """The last prompt token's hidden state, float32 [hidden size]; there with the first delta where asked."""
+        return self.emission.embedding
+
+    @property
+    def trail(self) -> Trail:
+        """Where the request has been, and when; grows while it runs."""
+        return self.emission.trail
 
     @property
     def ended(self) -> bool:

@@ -28,17 +28,19 @@ import ray
 from ray import serve as ray_serve
 from ray.exceptions import GetTimeoutError, RayError
 
-from penstock.cluster.config import ClusterIdentity, worker_settings
+from penstock.cluster.config import ClusterIdentity
 from penstock.cluster.controller import ControllerSpec, create_controller
+from penstock.cluster.discovery import ClusterAddress, node_address
+from penstock.cluster.editions import counts_of, edition_of
+from penstock.cluster.ingress_replica import IngressSpec
 from penstock.cluster.listen_address import settle
 from penstock.cluster.model_directory import describe
 from penstock.cluster.ray_runtime import RayRuntime
-from penstock.cluster.serve_app import IngressSpec, build_serve_app
+from penstock.cluster.serve_app import build_serve_app
 from penstock.cluster.settings import ClusterConfig
 from penstock.cluster.startup_report import StartupReport
 from penstock.cluster.supervision import StartError
 from penstock.cluster.text import load_text
-from penstock.workers.protocol import Role
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +49,8 @@ POLL_S = 0.1
 RENEW_S = 2.0
 STOP_DRAIN_S = 5.0
 STOP_TIMEOUT_S = 20.0
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+EVERY_INTERFACE = ("0.0.0.0", "::")
 
 
 class Interrupted(BaseException):
@@ -75,8 +79,10 @@ def start_cluster(config: ClusterConfig, report: StartupReport, stop: threading.
     """Start everything and return when requests are served; ends what it started if it cannot."""
     config = settle(config)
     # Read here only to fail early and clearly; the ingress reads it again in its own process.
-    load_text(describe(config.runner), config.front.skip_tokenizer_init, config.scheduler.max_model_len)
+    model = describe(config.runner)
+    load_text(model, config.front.skip_tokenizer_init, config.scheduler.max_model_len)
     report.configuration(config)
+    report.generation(model, config.front.generation_config)
     cluster = Cluster(config, report, stop)
     try:
         cluster.start()
@@ -98,6 +104,8 @@ class Cluster:
         self._controller: Any = None
         self._renewed = 0.0
         self._ingress: Future[None] | None = None
+        self._waiting = ""
+        self._served_at = ""
         self._owns_serve = False
         self._served = False
 
@@ -105,8 +113,10 @@ class Cluster:
     def url(self) -> str:
         """Where the HTTP server listens."""
         host = self.config.front.host
-        if host in ("0.0.0.0", "::"):  # every interface; this one is sure to reach it
+        if host in EVERY_INTERFACE and self._runtime.private:  # every one; this one is sure to reach it
             host = "127.0.0.1"
+        elif host in EVERY_INTERFACE and self._served_at:
+            return self._served_at
         return f"http://{f'[{host}]' if ':' in host else host}:{self.config.front.port}"
 
     @property
@@ -122,7 +132,9 @@ class Cluster:
             self._runtime.start(_logical_cpus(config))
         report.step("Ray runs")
         with report.phase("workers and ingress"):
-            self._controller = create_controller(self._controller_spec())
+            self._controller = create_controller(
+                ControllerSpec(self.identity, self.app_name, launched=True, logs=config.logs)
+            )
             self._ingress = in_background(self._start_ingress)
             facts = self._await_workers()
             report.step(f"{len(facts)} workers are loaded")
@@ -134,6 +146,8 @@ class Cluster:
         report.end_loading()
         report.sizes(facts, config.scheduler.max_model_len)
         report.ready(self.url, config.model_name, chat=not config.front.skip_tokenizer_init)
+        if config.front.grpc_port:
+            report.note(f"gRPC: {config.front.host}:{config.front.grpc_port}, with reflection")
         self._runtime.remember_processes()
         self._served = True
 
@@ -168,35 +182,28 @@ class Cluster:
             raise StartError("the cluster has not been started")
         return self._controller
 
-    def _controller_spec(self) -> ControllerSpec:
-        config = self.config
-        workers = [
-            worker_settings(config, role, index, self.identity).to_json()
-            for role in Role
-            for index in range(config.pools.count(role))
-        ]
-        return ControllerSpec(self.identity.cluster_id, tuple(workers), config.ray.worker_num_cpus, self.app_name)
-
     def _start_ingress(self) -> None:
         """Start Serve and deploy. Runs beside the workers' loading; both take their time in other processes."""
         self._owns_serve = not _serve_runs()
         # No proxies: the replica listens itself. A Serve that runs here already stays as it is.
         ray_serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False, "log_level": "WARNING"})
-        spec = IngressSpec(self.config, self.identity.cluster_id, self.identity.key)
+        # On another node nobody could reach a loopback address from here.
+        pinned = not self._runtime.private and self.config.front.host in LOOPBACK
+        spec = IngressSpec(self.config, self.identity, node=node_address() if pinned else "")
         try:
             ray_serve.run(build_serve_app(spec), name=self.app_name, route_prefix=None)
         except RuntimeError as error:  # how Serve says that the replica could not be constructed
             raise StartError(f"the ingress did not start: {error}") from error
 
     def _await_workers(self) -> list[dict[str, object]]:
-        pending = self._handle.ready.remote()
+        pending = self._handle.apply.remote(edition_of(self.config), counts_of(self.config.pools))
         done: list[Any] = []
         while not done:
             self._keep_going()
             done, _ = ray.wait([pending], timeout=POLL_S)
-        facts: list[dict[str, object]] = ray.get(done[0])
-        if facts and "error" in facts[0]:
-            raise StartError(str(facts[0]["error"]))
+        if problem := ray.get(done[0]):
+            raise StartError(problem)
+        facts: list[dict[str, object]] = ray.get(self._handle.ready.remote())
         return facts
 
     def _await_ingress(self) -> None:
@@ -208,6 +215,9 @@ class Cluster:
         self._ingress.result()
 
     def _await_ready(self) -> None:
+        if not self._runtime.private:
+            address: ClusterAddress = ray.get(self._handle.address.remote(), timeout=READY_TIMEOUT_S)
+            self._served_at = address.urls[0] if address.urls else ""
         deadline = time.monotonic() + READY_TIMEOUT_S
         reason = "no answer"
         with httpx.Client(trust_env=False, timeout=5.0) as client:
@@ -229,7 +239,10 @@ class Cluster:
             raise Interrupted
         if time.monotonic() - self._renewed > RENEW_S:
             self._renewed = time.monotonic()
-            self._handle.renew.remote()
+            waiting = ray.get(self._handle.renew.remote())
+            if waiting and waiting != self._waiting:
+                self._report.note(f"The workers are {waiting}")
+            self._waiting = waiting
             self._runtime.remember_processes()
 
     def _stop_ingress(self) -> None:

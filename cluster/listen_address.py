@@ -14,20 +14,26 @@ from penstock.workers.errors import ConfigError
 
 
 def settle(config: ClusterConfig) -> ClusterConfig:
-    """`config` with its model path absolute and its port known to be free. Raises ConfigError when it is taken."""
+    """`config` with its model path absolute and its ports known to be free. Raises ConfigError when one is taken."""
     if config.runner.model_dir:
         config = with_value(config, "runner.model_dir", str(Path(config.runner.model_dir).resolve()))
     host, port = config.front.host, config.front.port
+    if config.front.grpc_port and not config.ray.address:
+        _check_free(host, config.front.grpc_port, "front.grpc_port")
     if port == 0:
         sources = {**config.sources, "front.port": "a free port"}
         settled: ClusterConfig = replace(with_value(config, "front.port", free_port(host)), sources=sources)
         return settled
     if not config.ray.address:  # a cluster elsewhere has ports of its own
-        try:
-            _bind(host, port).close()
-        except OSError as error:
-            raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}", key="front.port") from error
+        _check_free(host, port, "front.port")
     return config
+
+
+def _check_free(host: str, port: int, key: str) -> None:
+    try:
+        _bind(host, port).close()
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}", key=key) from error
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -1,23 +1,34 @@
 """What the front reads from a Hugging Face model directory: sizes, stop tokens, defaults; never a weight.
 
-Used by `derived.py` (context length), `text.py` (tokenizer, eos) and the ingress. Errors are `ModelError`s that name
-the file and the key, raised before any worker starts. The workers check weights and architecture themselves.
+Used by `derived.py` (context length, which code runs the model), `text.py` (tokenizer, eos) and the ingress. Errors are
+`ModelError`s that name the file and the key, raised before any worker starts. Needs no torch: what only the loaded
+module can tell of an architecture that is not our own, the workers find out.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from penstock.workers.errors import ModelError
-from penstock.workers.model.config import read_config
+from penstock.workers.model.config import DecoderConfig, read_raw_config
+from penstock.workers.model.implementation import choose_implementation
 from penstock.workers.settings import RunnerSettings
 
 EMBEDDED_MODEL = Path(__file__).parent / "embedded_model"
 MAX_JSON_BYTES = 64 << 20
+# Field of GenerationDefaults -> key of generation_config.json, least, most, type.
+_DEFAULT_FIELDS: dict[str, tuple[str, float, float, type[int] | type[float]]] = {
+    "temperature": ("temperature", 0.0, 100.0, float),
+    "top_p": ("top_p", 1e-9, 1.0, float),
+    "top_k": ("top_k", 0, 1 << 31, int),
+    "min_p": ("min_p", 0.0, 1.0, float),
+    "repetition_penalty": ("repetition_penalty", 0.01, 100.0, float),
+    "max_tokens": ("max_new_tokens", 1, 1 << 31, int),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +39,14 @@ class GenerationDefaults:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    max_tokens: int | None = None  # None: to the end of the context
+
+    def stated(self) -> dict[str, float]:
+        """Those that differ from what holds without a file."""
+        plain = GenerationDefaults()
+        names = [known.name for known in fields(self)]
+        return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(plain, name)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,27 +60,34 @@ class ModelDescription:
     eos_token_ids: tuple[int, ...]  # of config and generation config; the tokenizer's own is added in `text.py`
     revision: str  # hash over the configuration and the names and sizes of the weight files
     defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
+    length_key: str = "max_position_embeddings"  # where the context length stands in config.json
+    model_impl: str = "penstock"  # penstock | transformers: the code that will run it
+    model_impl_reason: str = ""
 
 
 def describe(runner: RunnerSettings) -> ModelDescription:
-    """Read the directory that `runner` names (empty: the embedded model). Raises ModelError."""
+    """Read the directory that `runner` names (empty: the embedded model). Raises ModelError and ConfigError."""
     if runner.kind == "oracle":
         return ModelDescription(None, "oracle", 1 << 20, runner.oracle_vocab, (), "oracle")
     directory = Path(runner.model_dir) if runner.model_dir else EMBEDDED_MODEL
     if not directory.is_dir():
         raise ModelError(f"{directory}: no such model directory", path=str(directory))
-    decoder = read_config(directory)
-    config = read_json(directory / "config.json")
-    generation = read_json(directory / "generation_config.json", required=False)
+    config, config_path = read_raw_config(directory), directory / "config.json"
+    chosen = choose_implementation(runner.model_impl, config, str(config_path))
+    generation_path = directory / "generation_config.json"
+    generation = read_json(generation_path, required=False)
     shards = weight_files(directory)
     return ModelDescription(
         directory=directory,
         name=directory.resolve().name if runner.model_dir else "penstock-embedded",
-        context_length=decoder.max_positions,
-        vocab_size=decoder.vocab_size,
-        eos_token_ids=tuple(sorted({*_ids(config, directory / "config.json"), *_ids(generation, directory)})),
+        context_length=chosen.config.max_positions,
+        vocab_size=chosen.config.vocab_size,
+        eos_token_ids=tuple(sorted({*_ids(config, config_path), *_ids(generation, generation_path)})),
         revision=_revision(config, shards),
-        defaults=_defaults(generation, directory / "generation_config.json"),
+        defaults=_defaults(generation, generation_path),
+        length_key=chosen.length_key,
+        model_impl="penstock" if isinstance(chosen.config, DecoderConfig) else "transformers",
+        model_impl_reason=chosen.reason,
     )
 
 
@@ -117,18 +143,22 @@ def _ids(raw: dict[str, Any], path: Path) -> list[int]:
 
 
 def _defaults(raw: dict[str, Any], path: Path) -> GenerationDefaults:
-    """Only what `do_sample` models state; a value out of range is the directory's fault and is named."""
-    ranges = {"temperature": (0.0, 100.0), "top_p": (1e-9, 1.0), "top_k": (0, 1 << 31), "min_p": (0.0, 1.0)}
+    """What generation_config.json states; a value out of range is the directory's fault and is named.
+
+    `do_sample: false` means greedy, whatever else is said of sampling.
+    """
     found: dict[str, Any] = {}
-    for name, (low, high) in ranges.items():
-        value = raw.get(name)
+    for name, (key, low, high, kind) in _DEFAULT_FIELDS.items():
+        value = raw.get(key)
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-            raise ModelError(f"{path}: {name!r} is {value!r}, outside {low} to {high}", path=str(path))
-        found[name] = int(value) if name == "top_k" else float(value)
+        kinds = (int,) if kind is int else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+            raise ModelError(f"{path}: {key!r} is {value!r}, outside {low} to {high}", path=str(path))
+        found[name] = kind(value)
     if raw.get("do_sample") is False:
-        found = {"temperature": 0.0}
+        found = {name: value for name, value in found.items() if name in ("repetition_penalty", "max_tokens")}
+        found["temperature"] = 0.0
     return GenerationDefaults(**found)
 
 

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import logging
+import os
 import secrets
 import shutil
 import signal
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -37,6 +39,8 @@ RAY_SWITCHES = {
 }
 OBJECT_STORE_BYTES = 80 << 20  # Ray's least; no request data passes through it
 CONNECT_TIMEOUT_S = 5.0
+FOLDER_PREFIX = "penstock-"
+ACCESS_FILE = "access.json"
 END_TIMEOUT_S = 10.0
 
 
@@ -58,6 +62,38 @@ def check_answers(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise ConfigError(f"no Ray cluster at {address}: {error.strerror or error}", key="ray.address") from error
+
+
+@contextlib.contextmanager
+def join_running(address: str) -> Iterator[None]:
+    """Be connected to a Ray that runs: at `address`, else to this user's own private head, else where Ray finds one.
+
+    Raises ConfigError when there is none, or when several private heads run.
+    """
+    heads = [] if address else _private_heads()
+    if len(heads) > 1:
+        known = ", ".join(head["address"] for head in heads)
+        raise ConfigError(f"several clusters run on this machine, name one of {known}", key="--address")
+    if heads:
+        export_environment({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": heads[0]["RAY_AUTH_TOKEN"]})
+    runtime = RayRuntime(address or (heads[0]["address"] if heads else "auto"))
+    runtime.start(0)
+    try:
+        yield
+    finally:
+        runtime.stop(keep_logs=False)
+
+
+def _private_heads() -> list[dict[str, str]]:
+    """Heads that a `penstock serve` of this user runs here, as their access files say; dead ones are skipped."""
+    heads = []
+    for path in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*/{ACCESS_FILE}"):
+        with contextlib.suppress(OSError, ValueError, KeyError, ConfigError):
+            if path.stat().st_uid == os.getuid():
+                head = json.loads(path.read_text())
+                check_answers(head["address"])
+                heads.append({"address": str(head["address"]), "RAY_AUTH_TOKEN": str(head["RAY_AUTH_TOKEN"])})
+    return heads
 
 
 class RayRuntime:
@@ -93,7 +129,7 @@ class RayRuntime:
             raise ConfigError(message, key="ray.address") from error
 
     def _start_head(self, num_cpus: int) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="penstock-"))
+        self._folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
         self._reaper = subprocess.Popen(
             [sys.executable, "-m", "penstock.cluster.reaper"], stdin=subprocess.PIPE, text=True, start_new_session=True
         )
@@ -107,6 +143,9 @@ class RayRuntime:
             logging_level=logging.ERROR,
             _temp_dir=str(self._folder),
         )
+        # For commands of the same user on this machine; the folder is readable by nobody else, and goes with the head.
+        access = {"address": ray.get_runtime_context().gcs_address, **private_access()}
+        (self._folder / ACCESS_FILE).write_text(json.dumps(access))
         self.remember_processes()
 
     @property

@@ -35,6 +35,7 @@ class RosterEntry:
     pids: tuple[int, ...] = ()
     restarts: int = 0
     reason: str = ""  # why it is not ready, or why it was last restarted
+    edition: str = ""  # workers of one edition have equal settings; see `editions.py`
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,3 +48,7 @@ class Roster:
     def entry(self, worker_id: str) -> RosterEntry | None:
         """The worker's entry, if it belongs to the cluster."""
         return next((entry for entry in self.entries if entry.worker_id == worker_id), None)
+
+    def of_edition(self, edition: str) -> Roster:
+        """The same moment, without the workers of other editions."""
+        return Roster(self.version, tuple(entry for entry in self.entries if entry.edition == edition))

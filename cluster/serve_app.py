@@ -1,110 +1,71 @@
-"""The ingress as a Ray Serve application: one replica = one HTTP server, one generator, one set of worker links.
+"""Penstock as a Ray Serve application: `build` for `serve run` and `serve deploy`, `app` for `serve build`.
 
-`launch.py` deploys it. Serve starts, watches and restarts the replica, which listens itself (`ingress/listener.py`),
-so that no proxy relays chunks; see `tests/benchmarks/serve_paths.py` for what Serve's own ways cost. The replica
-learns the fleet by watching the controller, which is the only Ray call it makes, and none is on a request's path.
+    serve run penstock.cluster.serve_app:build model=/models/llama prefill=2 decode=4
+    serve deploy config.yaml        # import_path: penstock.cluster.serve_app:build, args: {pools: {decode: 4}, ...}
+    serve build penstock.cluster.serve_app:app -o config.yaml
+
+`launch.py` deploys the same replica for `penstock serve`, behind no proxy. What is built here needs no GPU and starts
+nothing; the replica does (`ingress_replica.py`).
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 from typing import Any
 
-import ray
 from ray import serve
-from ray.exceptions import RayError
 
-from penstock.cluster.actor_host import NAMESPACE
-from penstock.cluster.controller import controller_name
-from penstock.cluster.fleet_view import LinkedFleet
-from penstock.cluster.generation import open_generator
-from penstock.cluster.ingress.app import build_app
-from penstock.cluster.ingress.listener import Listener
-from penstock.cluster.ingress.settings import ingress_settings
-from penstock.cluster.metrics import Metrics
-from penstock.cluster.model_directory import describe
-from penstock.cluster.roster import Roster
-from penstock.cluster.settings import ClusterConfig
-from penstock.cluster.text import load_text
+from penstock.cluster.app_arguments import config_of
+from penstock.cluster.ingress_replica import IngressReplica, IngressSpec
+from penstock.cluster.live_settings import user_config_of
 
-log = logging.getLogger(__name__)
-
-WATCH_S = 10.0
-RETRY_S = 0.5
-DRAIN_S = 5.0
+DEPLOYMENT = "ingress"
 HEALTH_PERIOD_S = 2.0
+WAIT_LOOP_S = 0.05
+SHUTDOWN_MARGIN_S = 5.0
+NODE_SHARE = 0.001  # Ray gives every node one unit of a resource named after its address
 
 
-@dataclass(frozen=True, slots=True)
-class IngressSpec:
-    """What one ingress replica is made of."""
+def build(args: dict[str, Any]) -> serve.Application:
+    """The application that Serve's command line and configuration files ask for.
 
-    config: ClusterConfig
-    cluster_id: str
-    cluster_key: str = field(repr=False)
-
-
-class IngressReplica:
-    """One ingress process. Serve constructs it, asks for its health, and destroys it; requests do not pass Serve."""
-
-    async def __init__(self, spec: IngressSpec) -> None:  # type: ignore[misc]  # Serve awaits it, on the serving loop
-        config = spec.config
-        model = describe(config.runner)
-        text = load_text(model, config.front.skip_tokenizer_init, config.scheduler.max_model_len)
-        metrics = Metrics()
-        self._generator = open_generator(
-            config.router, spec.cluster_key, lease_s=config.health.router_lease_s, observe=metrics.report
-        )
-        fleet = LinkedFleet(self._generator.links)
-        app = build_app(ingress_settings(config, model), text, self._generator, metrics, fleet)
-        shared = config.ray.ingress_replicas > 1
-        self._listener = Listener(app, config.front.host, config.front.port, shared=shared, drain_s=DRAIN_S)
-        self._listener.start()
-        self._follower = asyncio.ensure_future(follow_controller(spec.cluster_id, self._generator.links.update))
-
-    async def check_health(self) -> None:
-        """Serve's question; an exception makes it start another replica."""
-        if not self._listener.serving or self._follower.done():
-            raise RuntimeError("the HTTP server or the controller's follower has ended")
-
-    async def __del__(self) -> None:  # Serve awaits it when the replica is to end
-        await self._listener.stop()
-        self._follower.cancel()
-        await self._generator.close()
-
-
-async def follow_controller(cluster_id: str, update: Callable[[Roster], None]) -> None:
-    """Hand every new roster of the cluster's controller to `update`, for ever; outlives the controller's restarts."""
-    name, version = controller_name(cluster_id), -1
-    while True:
-        try:
-            controller = await asyncio.to_thread(ray.get_actor, name, namespace=NAMESPACE)
-            while True:
-                roster = await _answer(controller.watch.remote(version, WATCH_S))
-                version = roster.version
-                update(roster)
-        except (ValueError, RayError, TimeoutError) as error:  # gone, restarting, or not there yet
-            log.warning("cannot ask the controller, trying again: %s", str(error).splitlines()[:1])
-            await asyncio.sleep(RETRY_S)
-
-
-async def _answer(pending: Awaitable[Roster]) -> Roster:
-    return await asyncio.wait_for(pending, WATCH_S + 20.0)
+    `args` are configuration keys, nested or dotted, or flags of `penstock serve` without dashes; `config` names a YAML
+    file. Values may be text. Raises ConfigError naming the key, ModelError naming the file.
+    """
+    return build_serve_app(IngressSpec(config_of(args)))
 
 
 def build_serve_app(spec: IngressSpec) -> serve.Application:
-    """The deployable application."""
+    """The deployable application; with an identity (`penstock serve`) it stands behind no proxy."""
+    config = spec.config
+    actor_options: dict[str, Any] = {"num_cpus": config.ray.ingress_num_cpus}
+    if spec.node:
+        actor_options["resources"] = {f"node:{spec.node}": NODE_SHARE}
     options: dict[str, Any] = {
-        "name": "ingress",
-        "num_replicas": spec.config.ray.ingress_replicas,
+        "name": DEPLOYMENT,
+        "num_replicas": config.ray.ingress_replicas,
+        # Ours refuses what is too much, with Retry-After; Serve's own bound must not hold requests back before that.
+        "max_ongoing_requests": 2 * config.limits.max_open_requests,
         "health_check_period_s": HEALTH_PERIOD_S,
-        "graceful_shutdown_timeout_s": 2 * DRAIN_S,
-        "graceful_shutdown_wait_loop_s": 0.05,
-        "ray_actor_options": {"num_cpus": spec.config.ray.ingress_num_cpus},
+        # What comes by the proxies is let go first, then what comes by the listener.
+        "graceful_shutdown_timeout_s": 2 * spec.drain_s + SHUTDOWN_MARGIN_S,
+        "graceful_shutdown_wait_loop_s": WAIT_LOOP_S,
+        "ray_actor_options": actor_options,
     }
-    deployment: Any = serve.deployment(IngressReplica, **options)
+    if config.ray.max_ingress_per_node:
+        options["max_replicas_per_node"] = config.ray.max_ingress_per_node
+    replica: Any = IngressReplica
+    if spec.identity is None:
+        replica = serve.ingress()(IngressReplica)
+        options["user_config"] = user_config_of(config)
+        options["logging_config"] = {"enable_access_log": False}  # requests are logged by us, once
+        options["max_surge_percent"] = 100  # new replicas, and their workers, are up before old ones let go
+    deployment: Any = serve.deployment(replica, **options)
     application: serve.Application = deployment.bind(spec)
     return application
+
+
+def __getattr__(name: str) -> Any:
+    """`app`: the application with all defaults, made when somebody asks for it."""
+    if name == "app":
+        return build({})
+    raise AttributeError(name)

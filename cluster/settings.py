@@ -14,6 +14,8 @@ of where a value came from beyond the text in `sources`.
     front      address, names, key
     limits     what one HTTP request may ask for
     ray        where the cluster runs
+    tracing    where spans go                                        (every process)
+    logs       format, level, access log                             (every process)
 """
 
 from __future__ import annotations
@@ -24,7 +26,14 @@ from typing import Any
 
 from penstock.router.settings import RouterSettings
 from penstock.workers.protocol import Role
-from penstock.workers.settings import KVSettings, RunnerSettings, SchedulerSettings, TransferSettings
+from penstock.workers.settings import (
+    KVSettings,
+    LogSettings,
+    RunnerSettings,
+    SchedulerSettings,
+    TracingSettings,
+    TransferSettings,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +70,14 @@ class FrontSettings:
 
     host: str = "127.0.0.1"
     port: int = 8000
+    grpc_port: int = 0  # the same API by gRPC, on the same host; 0 = off
     served_model_name: tuple[str, ...] = ()  # empty = the model directory's name; the first is the one reported
     api_key: str = field(default="", repr=False)  # empty = no key asked
+    api_keys_file: str = ""  # YAML list of keys with their limits; see `key_file.py`
+    enable_tokenizer_info: bool = False  # GET /tokenizer_info, which tells the chat template
     skip_tokenizer_init: bool = False  # token ids in, token ids out
+    metrics_aliases: str = "vllm"  # vllm: its metric names beside ours on /metrics; none: ours only
+    generation_config: str = "auto"  # auto: defaults from generation_config.json; vllm or none: no such defaults
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +93,11 @@ class LimitSettings:
     max_stop_strings: int = 16
     max_stop_bytes: int = 1024  # of one stop string
     max_stop_token_ids: int = 128
+    max_logit_bias: int = 1024  # entries
+    max_bad_words: int = 256
+    max_allowed_token_ids: int = 65536
+    max_prompt_logprobs: int = 1 << 18  # prompt tokens x (1 + alternatives) scored in one request
+    max_tokenize_bytes: int = 4 << 20  # of text for /tokenize
     max_logprobs: int = 20
     max_label_bytes: int = 4096  # user, metadata, cache_salt and the like
     max_open_requests: int = 1024  # being served at once by one ingress
@@ -91,9 +110,18 @@ class RaySettings:
     """Where the cluster runs and what its parts ask Ray for."""
 
     address: str = ""  # empty = start a local cluster
+    cluster_name: str = ""  # under which clients find the cluster; empty = the Serve application's name
     worker_num_cpus: float = 0.25
+    worker_num_gpus: float = 0.0
+    worker_accelerator_type: str = ""  # as Ray names it: "H100", "L4"; empty = any
+    worker_label_selector: Mapping[str, str] = field(default_factory=dict)  # labels of the nodes that may host workers
+    worker_host: str = ""  # what workers bind and tell; empty = loopback on our own head, else the node's address
+    prefill_resources: Mapping[str, float] = field(default_factory=dict)  # custom resources of one prefill worker
+    decode_resources: Mapping[str, float] = field(default_factory=dict)
+    mixed_resources: Mapping[str, float] = field(default_factory=dict)
     ingress_num_cpus: float = 0.1
     ingress_replicas: int = 1
+    max_ingress_per_node: int = 0  # 0 = any number
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +138,8 @@ class ClusterConfig:
     limits: LimitSettings = field(default_factory=LimitSettings)
     ray: RaySettings = field(default_factory=RaySettings)
     router: RouterSettings = field(default_factory=RouterSettings)
+    tracing: TracingSettings = field(default_factory=TracingSettings)
+    logs: LogSettings = field(default_factory=LogSettings)
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property

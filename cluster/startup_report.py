@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from penstock.cluster.model_directory import ModelDescription
 from penstock.cluster.settings import ClusterConfig, value_of
 
 SECRET_KEYS = frozenset({"front.api_key"})
@@ -37,6 +38,16 @@ class StartupReport:
             value = "(set)" if key in SECRET_KEYS else _shown(value_of(config, key))
             table.add_row(key, value, source)
         self.console.print(table)
+
+    def generation(self, model: ModelDescription, setting: str) -> None:
+        """Sampling defaults of the model directory and whether they hold (`front.generation_config`); end tokens."""
+        stated = ", ".join(f"{name} {value:g}" for name, value in model.defaults.stated().items())
+        if stated:
+            holds = "" if setting == "auto" else f" (not applied: --generation-config {setting})"
+            self.console.print(f"Sampling defaults of generation_config.json: {stated}{holds}", highlight=False)
+        if model.eos_token_ids:
+            ids = ", ".join(map(str, model.eos_token_ids))
+            self.console.print(f"End tokens of config.json and generation_config.json: {ids}", highlight=False)
 
     def begin_loading(self, steps: int) -> None:
         """Show a bar of so many steps; without a terminal each step is a line."""

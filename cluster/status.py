@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from penstock.workers.protocol import Role
+from penstock.workers.protocol import Role, WorkerTotals
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,8 @@ class WorkerStatus:
     kv_free_blocks: int = 0
     kv_cached_blocks: int = 0
     kv_quarantined_blocks: int = 0
+    kv_block_size: int = 0
+    totals: WorkerTotals = field(default_factory=WorkerTotals)  # for the metrics page only
 
     @property
     def kv_use(self) -> float:
@@ -44,7 +46,9 @@ class WorkerStatus:
 
     def as_json(self) -> dict[str, Any]:
         """The object `GET /status` lists."""
-        return {**dataclasses.asdict(self), "role": self.role.value, "kv_use": round(self.kv_use, 4)}
+        figures = {**dataclasses.asdict(self), "role": self.role.value, "kv_use": round(self.kv_use, 4)}
+        del figures["totals"]
+        return figures
 
     @staticmethod
     def from_json(raw: Mapping[str, Any]) -> WorkerStatus:

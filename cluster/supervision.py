@@ -3,6 +3,8 @@
 The controller (Ray actors) and `local.py` (plain subprocesses) both use it, each with its own `Host`. Knows neither
 Ray nor processes nor what a worker serves.
 
+Workers may join and leave while it runs (`add`, `remove`).
+
 Invariants: at most one live hosting per worker id; an incarnation is never used twice; the roster's version grows
 with every change; after `stop` nothing runs and nothing is started.
 """
@@ -94,7 +96,7 @@ class Supervisor:
         self._entries = {settings.worker_id: _first_entry(settings) for settings in workers}
         self._version = first_version
         self._changed = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: dict[str, asyncio.Task[None]] = {}  # the keeper of each worker
         self._stopping = False
 
     @property
@@ -122,8 +124,40 @@ class Supervisor:
             await asyncio.gather(*starts, return_exceptions=True)
             await self.stop(0.0)
             raise
-        self._tasks = [asyncio.ensure_future(self._keep(worker_id)) for worker_id in self._settings]
+        self._tasks = {worker_id: asyncio.ensure_future(self._keep(worker_id)) for worker_id in self._settings}
         return self.roster
+
+    def add(self, settings: WorkerSettings, edition: str = "") -> None:
+        """Begin to keep one more worker. Returns at once; the roster tells how it gets on."""
+        worker_id = settings.worker_id
+        if self._stopping or worker_id in self._settings:
+            return
+        self._settings[worker_id] = settings
+        self._entries[worker_id] = replace(_first_entry(settings), edition=edition)
+        self._tell()
+        self._tasks[worker_id] = asyncio.ensure_future(self._begin(worker_id))
+
+    async def remove(self, worker_id: str, drain_s: float) -> None:
+        """Let one worker go: nothing new is placed there from now on, what it runs gets `drain_s`, then it ends."""
+        keeper = self._tasks.pop(worker_id, None)
+        if keeper is None or self._stopping:
+            return
+        keeper.cancel()
+        await asyncio.gather(keeper, return_exceptions=True)
+        hosted = self._hosted.get(worker_id)
+        self._update(worker_id, state=WorkerState.STOPPING, reason="")
+        if hosted is not None:
+            await asyncio.gather(hosted.stop(drain_s), return_exceptions=True)
+        self._hosted.pop(worker_id, None)
+        self._settings.pop(worker_id, None)
+        if self._entries.pop(worker_id, None) is not None:
+            self._tell()
+
+    def note(self, worker_id: str, reason: str) -> None:
+        """Say in the roster why a worker is not there yet."""
+        entry = self._entries.get(worker_id)
+        if entry is not None and entry.reason != reason and entry.state is not WorkerState.READY:
+            self._update(worker_id, reason=reason)
 
     async def watch(self, version: int, timeout_s: float) -> Roster:
         """The roster as soon as it is newer than `version`, or as it is after `timeout_s`."""
@@ -136,9 +170,10 @@ class Supervisor:
     async def stop(self, drain_s: float) -> None:
         """End every worker, all at once; running requests get `drain_s`."""
         self._stopping = True
-        for task in self._tasks:
+        keepers = list(self._tasks.values())
+        for task in keepers:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*keepers, return_exceptions=True)
         for worker_id in self._hosted:
             self._update(worker_id, state=WorkerState.STOPPING)
         await asyncio.gather(*(hosted.stop(drain_s) for hosted in self._hosted.values()), return_exceptions=True)
@@ -161,6 +196,10 @@ class Supervisor:
             incarnation=hosted.incarnation,
             reason="",
         )
+
+    async def _begin(self, worker_id: str) -> None:
+        await self._try_bring_up(worker_id)
+        await self._keep(worker_id)
 
     async def _keep(self, worker_id: str) -> None:
         """Watch one worker and start it again whenever it is gone."""
@@ -207,6 +246,9 @@ class Supervisor:
 
     def _update(self, worker_id: str, **changes: object) -> None:
         self._entries[worker_id] = replace(self._entries[worker_id], **changes)  # type: ignore[arg-type]  # checked by the dataclass's fields
+        self._tell()
+
+    def _tell(self) -> None:
         self._version += 1
         self._changed.set()
         self._changed = asyncio.Event()

@@ -14,10 +14,18 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from penstock.cluster.chat_template import ChatTemplate, Message, load_chat_template, special_token_texts
+from penstock.cluster.chat_template import (
+    ChatTemplate,
+    Message,
+    load_chat_template,
+    special_token_texts,
+    tokenizer_information,
+)
 from penstock.cluster.model_directory import ModelDescription
 from penstock.cluster.token_bytes import TextStream, TokenTable, token_table
 from penstock.workers.errors import ModelError, RequestError
+
+TAIL_MARGIN = 4096  # characters tokenised beyond those that can matter, so that the cut does not show
 
 
 class TextCodec:
@@ -30,6 +38,7 @@ class TextCodec:
         tokenizer: Tokenizer | None = None,
         table: TokenTable | None = None,
         template: ChatTemplate | None = None,
+        info: Mapping[str, Any] | None = None,
     ) -> None:
         self.vocab_size = vocab_size
         self.eos_token_ids = tuple(sorted(set(eos_token_ids)))
@@ -40,11 +49,18 @@ class TextCodec:
         self._specials = _special_texts(tokenizer)
         self._special_pattern = re.compile("|".join(map(re.escape, self._specials))) if self._specials else None
         self._plain = _without_specials(tokenizer) if self._specials else None
+        self._lead = _lead(tokenizer)
+        self.info: Mapping[str, Any] = info or {}  # what /tokenizer_info tells
 
     @property
     def has_tokenizer(self) -> bool:
         """False: token ids only."""
         return self._tokenizer is not None
+
+    @property
+    def template_variables(self) -> frozenset[str]:
+        """Names a caller may set for the chat template: those it reads."""
+        return self._template.variables if self._template is not None else frozenset()
 
     def longest_text(self, max_tokens: int) -> int:
         """UTF-8 bytes that `max_tokens` tokens can stand for at most; longer text need not be tokenised."""
@@ -54,15 +70,37 @@ class TextCodec:
         """Ids of `text`, in which special tokens are recognised. Raises RequestError naming `field`."""
         return list(self._ready(field).encode(text, add_special_tokens=add_special_tokens).ids)
 
-    def encode_chat(self, messages: Sequence[Message], **variables: Any) -> list[int]:
-        """Ids of the rendered chat. Special tokens written by a caller stay plain text: they cannot forge a role."""
-        tokenizer = self._ready("messages")
+    def encode_end(self, text: str, field: str, keep: int, add_special_tokens: bool = True) -> list[int]:
+        """The last `keep` ids of `text`, a leading special token (as `<s>`) included; far more text than those can
+        stand for is not tokenised."""
+        tail = text[-(2 * self.longest_text(keep) + TAIL_MARGIN) :]
+        return self.cut(self.encode(tail, field, add_special_tokens), keep)
+
+    def cut(self, ids: list[int], keep: int) -> list[int]:
+        """The last `keep` ids; one of them the leading special token, where there is one."""
+        lead = len(self._lead)
+        if len(ids) <= keep or not lead or lead >= keep or ids[:lead] != self._lead:
+            return ids[-keep:]
+        return self._lead + ids[-(keep - lead) :]
+
+    def encode_chat(
+        self, messages: Sequence[Message], field: str = "messages", continue_final: bool = False, **variables: Any
+    ) -> list[int]:
+        """Ids of the rendered chat. Special tokens written by a caller stay plain text: they cannot forge a role.
+
+        `continue_final`: the prompt ends with the last message's text, for the model to go on with.
+        """
+        tokenizer = self._ready(field)
         if self._template is None:
-            raise RequestError("this model has no chat template; use /v1/completions", field="messages")
+            raise RequestError("this model has no chat template; use /v1/completions", field=field)
         mark = secrets.token_hex(8)
-        rendered = self._template.render(
-            [self._mask(message, mark) for message in messages], **self._mask(variables, mark)
-        )
+        masked = [self._mask(message, mark) for message in messages]
+        end = f"\ue000{mark}:end\ue001"
+        if continue_final:
+            masked[-1] = {**masked[-1], "content": f"{masked[-1]['content']}{end} "}
+        rendered = self._template.render(masked, **self._mask(variables, mark))
+        if continue_final:
+            rendered = _until(rendered, end, field)
         ids: list[int] = []
         for index, part in enumerate(re.split(f"\ue000{mark}:([0-9]+)\ue001", rendered)):
             if index % 2:
@@ -79,6 +117,10 @@ class TextCodec:
         """Text of a whole list of ids."""
         stream = self.stream(skip_special_tokens)
         return stream.push(tokens) + stream.finish()
+
+    def decode_whole(self, tokens: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """Text of ids that begin a text: the tokenizer's own decoding, which may drop a leading word mark."""
+        return str(self._ready("tokens").decode(list(tokens), skip_special_tokens=skip_special_tokens))
 
     def _ready(self, field: str) -> Tokenizer:
         if self._tokenizer is None:
@@ -119,13 +161,27 @@ def load_text(model: ModelDescription, skip_tokenizer: bool, max_model_len: int)
     table = token_table(tokenizer, model.vocab_size, str(path))
     template = load_chat_template(model.directory, max_model_len * max(1, table.longest))
     eos = {*model.eos_token_ids, *_tokenizer_eos(model.directory, tokenizer)}
-    return TextCodec(model.vocab_size, tuple(eos), tokenizer, table, template)
+    info = tokenizer_information(model.directory)
+    return TextCodec(model.vocab_size, tuple(eos), tokenizer, table, template, info)
 
 
 def _tokenizer_eos(directory: Path, tokenizer: Tokenizer) -> list[int]:
     text = special_token_texts(directory).get("eos_token")
     found = tokenizer.token_to_id(text) if text else None
     return [] if found is None else [found]
+
+
+def _lead(tokenizer: Tokenizer | None) -> list[int]:
+    """Special tokens that the tokenizer puts before every text."""
+    return [] if tokenizer is None else list(tokenizer.encode("", add_special_tokens=True).ids)
+
+
+def _until(rendered: str, end: str, field: str) -> str:
+    """What was rendered before `end`; without the space before it where the template trims its messages."""
+    at = rendered.rfind(end)
+    if at < 0:
+        raise RequestError("the chat template does not show the last message's text", field=field)
+    return rendered[:at] if rendered.startswith(" ", at + len(end)) else rendered[:at].rstrip()
 
 
 def _special_texts(tokenizer: Tokenizer | None) -> list[str]:

@@ -8,16 +8,25 @@ from __future__ import annotations
 
 import ipaddress
 import math
+import re
+from pathlib import Path
+from urllib.parse import urlsplit
 
-from penstock.cluster.settings import ClusterConfig, value_of
+from penstock.cluster.key_file import read_key_file
+from penstock.cluster.settings import ClusterConfig, PoolSettings, value_of
 from penstock.router.placement import POLICIES
 from penstock.workers.errors import ConfigError
 
 CHOICES = {
     "runner.kind": ("model", "oracle"),
     "runner.dtype": ("auto", "float32", "bfloat16", "float16"),
+    "runner.model_impl": ("auto", "penstock", "transformers"),
+    "front.generation_config": ("auto", "vllm", "none"),
     "transfer.transport": ("auto", "shared_memory", "tcp"),
     "router.placement.policy": tuple(POLICIES),
+    "front.metrics_aliases": ("vllm", "none"),
+    "logs.format": ("text", "json"),
+    "logs.level": ("debug", "info", "warning", "error"),
 }
 MAY_BE_ZERO = frozenset(
     {
@@ -34,6 +43,7 @@ MAY_BE_ZERO = frozenset(
         "pools.decode",
         "pools.mixed",
         "front.port",
+        "front.grpc_port",
         "router.placement.local_prefill_tokens",
         "router.placement.local_penalty",
         "router.placement.handover_tokens",
@@ -48,21 +58,27 @@ MAY_BE_ZERO = frozenset(
         "router.retry.max_internal_failures",
         "router.retry.poison_clear_tokens",
         "router.index.assume_s",
+        "tracing.sample_ratio",
         "ray.worker_num_cpus",
+        "ray.worker_num_gpus",
+        "ray.max_ingress_per_node",
         "ray.ingress_num_cpus",
     }
 )
 UPPER = {
     "front.port": 65535,
+    "front.grpc_port": 65535,
     "kv.block_size": 1024,
     "limits.max_logprobs": 20,
     "scheduler.watermark": 1,
     "transfer.digest_sample": 1,
+    "tracing.sample_ratio": 1,
     "pools.prefill": 1024,
     "pools.decode": 1024,
     "pools.mixed": 1024,
 }
 MAX_NAME_CHARS = 256
+CLUSTER_NAME = re.compile(r"[A-Za-z0-9._-]{0,64}")
 
 
 def check_values(config: ClusterConfig, keys: list[str]) -> ClusterConfig:
@@ -82,8 +98,10 @@ def check_values(config: ClusterConfig, keys: list[str]) -> ClusterConfig:
 def check_whole(config: ClusterConfig) -> ClusterConfig:
     """The keys against each other, after everything has been derived."""
     _pools(config)
+    _ray(config)
     _sizes(config)
     _front(config)
+    _tracing(config)
     return config
 
 
@@ -101,13 +119,45 @@ def _number(config: ClusterConfig, key: str, value: float) -> None:
         raise wrong(config, key, f"{value!r} is more than {UPPER[key]}")
 
 
-def _pools(config: ClusterConfig) -> None:
-    pools = config.pools
+def pools_problem(pools: PoolSettings) -> tuple[str, str] | None:
+    """The key and the reason why pools of these sizes could serve nothing; asked also before running ones change."""
+    for name in ("prefill", "decode", "mixed"):
+        if not 0 <= getattr(pools, name) <= UPPER[f"pools.{name}"]:
+            return f"pools.{name}", f"must be 0 to {UPPER[f'pools.{name}']}"
     if pools.total == 0:
-        raise wrong(config, "pools.mixed", "there is no worker at all; ask for mixed, or for prefill and decode ones")
+        return "pools.mixed", "there is no worker at all; ask for mixed, or for prefill and decode ones"
     for role, other in (("prefill", "decode"), ("decode", "prefill")):
         if getattr(pools, role) and not getattr(pools, other) and not pools.mixed:
-            raise wrong(config, f"pools.{other}", f"{role} workers need at least one {other} or mixed worker")
+            return f"pools.{other}", f"{role} workers need at least one {other} or mixed worker"
+    return None
+
+
+def _pools(config: ClusterConfig) -> None:
+    problem = pools_problem(config.pools)
+    if problem is not None:
+        raise wrong(config, *problem)
+
+
+def _ray(config: ClusterConfig) -> None:
+    ray = config.ray
+    if ray.worker_host:
+        try:
+            ipaddress.ip_address(ray.worker_host)
+        except ValueError as error:
+            raise wrong(config, "ray.worker_host", f"{ray.worker_host!r} is not an IP address") from error
+    for key in ("ray.prefill_resources", "ray.decode_resources", "ray.mixed_resources"):
+        for name, amount in value_of(config, key).items():
+            if not name or not math.isfinite(amount) or amount <= 0:
+                raise wrong(config, key, f"{name!r}: {amount!r} must be more than zero")
+    if not CLUSTER_NAME.fullmatch(ray.cluster_name):
+        raise wrong(config, "ray.cluster_name", "letters, digits, '.', '_' and '-' only, at most 64")
+
+
+def _tracing(config: ClusterConfig) -> None:
+    parts = urlsplit(config.tracing.endpoint)
+    if config.tracing.endpoint and not (parts.scheme in ("http", "https") and parts.hostname):
+        reason = f"{config.tracing.endpoint!r} is no http(s) URL; spans go by OTLP over HTTP (port 4318, usually)"
+        raise wrong(config, "tracing.endpoint", reason)
 
 
 def _sizes(config: ClusterConfig) -> None:
@@ -141,5 +191,9 @@ def _front(config: ClusterConfig) -> None:
             ipaddress.ip_address(front.host)
         except ValueError as error:
             raise wrong(config, "front.host", f"{front.host!r} is not an IP address") from error
+    if front.grpc_port and front.grpc_port == front.port:
+        raise wrong(config, "front.grpc_port", f"{front.grpc_port} is the HTTP server's port")
+    if front.api_keys_file:
+        read_key_file(Path(front.api_keys_file))
     if not front.api_key.isascii() or any(c.isspace() for c in front.api_key):
         raise wrong(config, "front.api_key", "must be ASCII without spaces")

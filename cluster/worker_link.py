@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from penstock.cluster.channel import Answer, Order, Seat
+from penstock.cluster.channel import Answer, Finding, Order, Seat
 from penstock.cluster.roster import RosterEntry
 from penstock.router.emission import TokenLogprob
 from penstock.router.router import Router
@@ -25,6 +25,7 @@ from penstock.workers.errors import RefusedError, WireError
 from penstock.workers.protocol import (
     WIRE_VERSION,
     Cancel,
+    Embedding,
     Failed,
     FailureCode,
     Granted,
@@ -33,6 +34,7 @@ from penstock.workers.protocol import (
     KVEvents,
     KVSnapshot,
     Load,
+    PromptLogprobs,
     Queued,
     RequestSnapshot,
     Started,
@@ -191,6 +193,8 @@ class WorkerLink:
                 self._deliver_frame(message)
             case Queued() | Granted() | Started() | Failed():
                 self._answer(message)
+            case PromptLogprobs() | Embedding():
+                self._learn(message)
             case Load():
                 self.load, self.load_at = message, asyncio.get_running_loop().time()
                 self._router.load_arrived(self.entry.worker_id, message, self.load_at)
@@ -206,6 +210,11 @@ class WorkerLink:
         seat = self._seats.get(message.slot)
         if seat is not None and seat.attempt == message.attempt:
             seat.answer(message)
+
+    def _learn(self, finding: Finding) -> None:
+        seat = self._seats.get(finding.slot)
+        if seat is not None and seat.attempt == finding.attempt:
+            seat.learn(finding)
 
     def _deliver_frame(self, frame: TokenFrame) -> None:
         """Hand every row to its emission. Runs once per engine step; lists, because numpy scalars are slow to touch."""

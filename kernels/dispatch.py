@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -37,6 +38,24 @@ logger = logging.getLogger(__name__)
 _FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64)
 
 
+class PagedAttention(Protocol):
+    """The signature of `ops.paged_attention`."""
+
+    def __call__(
+        self,
+        q_THD: Tensor,
+        kv_BLCHPD: Tensor,
+        layer: int,
+        plan: AttentionPlan,
+        scale: float,
+        *,
+        window: int = 0,
+        soft_cap: float = 0.0,
+    ) -> Tensor:
+        """See `ops.paged_attention`."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Backend:
     """One implementation of every operation; each field has the signature of its namesake in `ops.py`."""
@@ -46,12 +65,13 @@ class Backend:
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     rotary: Callable[[Tensor, Tensor, Tensor], Tensor]
     silu_and_mul: Callable[[Tensor], Tensor]
+    gelu_and_mul: Callable[[Tensor], Tensor]
     pack_weight: Callable[[Tensor, Tensor | None], PackedWeight]
     linear: Callable[[Tensor, PackedWeight], Tensor]
     write_kv: Callable[[Tensor, int, Tensor, AttentionPlan], None]
     copy_blocks: Callable[[Tensor, Tensor], None]
     plan_attention: Callable[[Tensor, RaggedBatch], AttentionPlan]
-    paged_attention: Callable[[Tensor, Tensor, int, AttentionPlan, float], Tensor]
+    paged_attention: PagedAttention
     philox: Callable[[Tensor, Tensor], Tensor]
     gumbel: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -62,6 +82,7 @@ REFERENCE = Backend(
     add_rms_norm=reference_norm.add_rms_norm,
     rotary=reference_rotary.rotary,
     silu_and_mul=reference_activation.silu_and_mul,
+    gelu_and_mul=reference_activation.gelu_and_mul,
     pack_weight=reference_linear.pack_weight,
     linear=reference_linear.linear,
     write_kv=reference_kv_blocks.write_kv,
@@ -78,6 +99,7 @@ CPU = Backend(
     add_rms_norm=cpu_norm.add_rms_norm,
     rotary=cpu_rotary.rotary,
     silu_and_mul=cpu_activation.silu_and_mul,
+    gelu_and_mul=cpu_activation.gelu_and_mul,
     pack_weight=cpu_linear.pack_weight,
     linear=cpu_linear.linear,
     write_kv=cpu_kv_blocks.write_kv,

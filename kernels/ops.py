@@ -22,7 +22,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm over the last dimension (Zhang and Sennrich 2019).
 
     Semantics: y[..., d] = x[..., d] / sqrt(mean_d(x[..., d]^2) + eps) * weight[..., d]
-    Shapes: x [..., D]; weight [D], or [Hq, D] for one weight per head of x [T, Hq, D]. Not in place.
+    Shapes: x [..., D]; weight [D], or [Hq, D] for one weight per head of x [T, Hq, D], of x's dtype or float32 (then
+    the product is taken in float32); result of x's dtype. Not in place.
     """
     return backend_for(x).rms_norm(x, weight, eps)
 
@@ -53,6 +54,15 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     Shapes: gate_up [T, 2 F]; result [T, F]. Not in place.
     """
     return backend_for(gate_up).silu_and_mul(gate_up)
+
+
+def gelu_and_mul(gate_up: Tensor) -> Tensor:
+    """Gated activation with the tanh form of the Gaussian error unit (GEGLU, Shazeer 2020; Hendrycks and Gimpel 2016).
+
+    Semantics: y[t, f] = gelu(x[t, f]) * x[t, f + F], gelu(z) = z / 2 * (1 + tanh(sqrt(2 / pi) * (z + 0.044715 z^3)))
+    Shapes: gate_up [T, 2 F]; result [T, F]. Not in place.
+    """
+    return backend_for(gate_up).gelu_and_mul(gate_up)
 
 
 def pack_weight(weight_MK: Tensor, bias: Tensor | None = None) -> PackedWeight:
@@ -104,16 +114,29 @@ def copy_blocks(kv_BLCHPD: Tensor, pairs: Tensor) -> None:
     backend_for(kv_BLCHPD).copy_blocks(kv_BLCHPD, pairs)
 
 
-def paged_attention(q_THD: Tensor, kv_BLCHPD: Tensor, layer: int, plan: AttentionPlan, scale: float) -> Tensor:
+def paged_attention(
+    q_THD: Tensor,
+    kv_BLCHPD: Tensor,
+    layer: int,
+    plan: AttentionPlan,
+    scale: float,
+    *,
+    window: int = 0,
+    soft_cap: float = 0.0,
+) -> Tensor:
     """Causal attention of every new token over its row's stored keys and values (Kwon et al. 2023, section 4).
 
-    Semantics: for row i, new token j (t = offsets[i] + j), query head h, with g = Hq / H and
-        k_p = kv[table[i, p // P], layer, 0, h // g, p % P], v_p likewise with 1, p in [0, starts[i] + j]:
-        y[t, h] = sum_p softmax_p(scale * q[t, h] . k_p) v_p
+    Semantics: for row i, new token j (t = offsets[i] + j) at position x = starts[i] + j, query head h, with g = Hq / H,
+        k_p = kv[table[i, p // P], layer, 0, h // g, p % P], v_p likewise with 1, p in (x - w, x] and p >= 0, where
+        w = window, or all where window is 0 (Beltagy et al. 2020, section 3.1):
+        y[t, h] = sum_p softmax_p(cap(scale * q[t, h] . k_p)) v_p
+        cap(s) = soft_cap * tanh(s / soft_cap), or s where soft_cap is 0 (Gemma 2, section 2)
     Shapes: q [T, Hq, D] of kv's dtype; kv [B, L, C, H, P, D]; result [T, Hq, D]. Softmax in float32 at least.
     The new tokens' own keys and values must have been written.
     """
-    return backend_for(kv_BLCHPD).paged_attention(q_THD, kv_BLCHPD, layer, plan, scale)
+    return backend_for(kv_BLCHPD).paged_attention(
+        q_THD, kv_BLCHPD, layer, plan, scale, window=window, soft_cap=soft_cap
+    )
 
 
 def philox(counter: Tensor, key: Tensor) -> Tensor:

@@ -56,8 +56,11 @@ class AttentionGroup:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionPlan:
-    """A batch together with what a backend worked out about it in advance."""
+    """A batch together with what a backend worked out about it in advance.
+
+    `groups` is filled while the step runs: the first layer with a given window plans it for the others.
+    """
 
     batch: RaggedBatch
     write_rows: Tensor  # [T * C * H] storage rows of D numbers in layer 0 that receive the new keys and values
-    groups: tuple[AttentionGroup, ...]
+    groups: dict[int, tuple[AttentionGroup, ...]]  # by window, 0 = all

@@ -14,7 +14,7 @@ from penstock.router.admission import Admission
 from penstock.router.fleet import Fleet, Stake
 from penstock.router.handovers import Handovers
 from penstock.router.journey import AttemptError, Journey
-from penstock.router.placement import Placement, Route
+from penstock.router.placement import Ask, Placement, Route
 from penstock.router.prefix_index import PrefixIndex
 from penstock.router.settings import RetrySettings
 from penstock.workers.protocol import EndReason, FailureCode, Role
@@ -92,7 +92,7 @@ class Attempts:
         stake = journey.stakes.get(worker_id)
         if stake is not None:
             stake.started = True
-        if "started" not in journey.times:
+        if "started" not in journey.trail.times:
             journey.emission.cached_tokens = cached_tokens
         journey.mark("started")
 
@@ -108,13 +108,15 @@ class Attempts:
         view = self._fleet.workers.get(cause.worker_id)
         if view is not None and cause.code in _BLAMED and not self._lost_a_partner(journey):
             view.breaker.failed(now)
+        journey.note_end("moved" if cause.moved else cause.code)
         try:
             journey.survive(cause)
         finally:
             self.end(journey)
         if journey.remaining == 0:
-            last = journey.emission.tokens[-1:]
-            stopped = bool(last) and last[0] in journey.request.sampling.stop_token_ids
+            last, sampling = journey.emission.tokens[-1:], journey.request.sampling
+            may_stop = journey.emission.count > sampling.min_tokens
+            stopped = may_stop and bool(last) and last[0] in sampling.stop_token_ids
             journey.emission.conclude(EndReason.STOP if stopped else EndReason.LENGTH)
             return 0.0
         return 0.0 if cause.refusal else journey.next_backoff(self._draw())
@@ -148,6 +150,7 @@ class Attempts:
         journey.route = route
         journey.attempt_base = journey.emission.count
         ask = journey.ask()
+        journey.note_attempt(route, _kind_of_choice(journey, route, ask), now)
         if journey.predicted_cached is None:
             journey.predicted_cached = ask.context_tokens - route.prefill_tokens
         for worker_id in route.workers:
@@ -174,7 +177,12 @@ class Attempts:
         journey.stakes[route.decode].started = True
         self._index.assume(route.decode, journey.digests, now)
         self._handovers.begin(journey.digests, now)
-        emission.notify_at(emission.count + 1, lambda: self._handovers.done(journey.digests))
+        emission.notify_at(emission.count + 1, lambda: self._handed_over(journey))
+
+    def _handed_over(self, journey: Journey) -> None:
+        """The decode worker's first own token is there."""
+        journey.mark("handed_over")
+        self._handovers.done(journey.digests)
 
     def _alone(self, journey: Journey) -> Route | None:
         """A suspect runs on one worker that takes nothing else: claim one and let it run empty.
@@ -207,3 +215,11 @@ class Attempts:
     def _lost_a_partner(self, journey: Journey) -> bool:
         """True when a worker of the route is gone: the other one's complaint is no fault of its own."""
         return any(self._fleet.workers.get(stake.view.worker_id) is not stake.view for stake in journey.stakes.values())
+
+
+def _kind_of_choice(journey: Journey, route: Route, ask: Ask) -> str:
+    """What the choice came to; a closed set, fit for a metric's label."""
+    if journey.suspect:
+        return "alone"
+    where = "split" if route.split else "local" if route.decode is not None else "first_token"
+    return where if route.prefill_tokens >= ask.context_tokens else f"{where}_cached"

@@ -2,7 +2,8 @@
 
 A link calls `apply` for every token row that a worker reports, the reader calls `take`, the request path starts
 attempts. Rows may arrive late, twice, or a later one before an earlier one; rows of an attempt that is no longer
-current are ignored. Pure: no clock, no I/O, no knowledge of workers.
+current are ignored. What is said of the prompt (its logprobs, its embedding) is kept beside the tokens; workers send it
+before the first of them. Pure: no clock, no I/O, no knowledge of workers.
 
 Invariants: `tokens` only grows and has no gap; every token is handed out by `take` exactly once; after `ended`
 nothing changes; what is held out of order is bounded by the choice's `max_tokens`.
@@ -13,18 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from penstock.workers.protocol import EndReason, GenerateRequest, Tokens
+import numpy as np
+from numpy.typing import NDArray
 
+from penstock.router.logprobs import UNKNOWN, PromptScores, TokenLogprob
+from penstock.router.trail import Trail
+from penstock.workers.protocol import EndReason, GenerateRequest, PromptLogprobs, Tokens
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """Natural-log probability of one emitted token and of its most likely alternatives, best first."""
-
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
-
-
-_UNKNOWN = (TokenLogprob(float("nan")),)
+__all__ = ["Delta", "Emission", "TokenLogprob"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +50,18 @@ class Emission:
         *,
         logprobs: bool = False,
         on_progress: Callable[[], None] | None = None,
+        scores: PromptScores | None = None,
     ) -> None:
         self.tokens: list[int] = list(emitted)  # all generated tokens so far, without gaps
         self.end = EndReason.NONE
         self.attempt = 0
         self.cached_tokens = 0  # of the first attempt's context; set by the request path
+        self.trail = Trail()  # of the request these tokens answer; written by the request path
         self.ignored_rows = 0  # rows that were stale, malformed or past the end
+        self.embedding: NDArray[np.float32] | None = None  # of the prompt, where the request asks; see `Embedding`
         self.on_progress = on_progress
         self._max_tokens = max_tokens
+        self._scores = scores
         self._logprobs: list[TokenLogprob] | None = [] if logprobs else None
         self._logprob_base = len(emitted)  # index of the first token that can have a logprob
         self._taken = len(emitted)
@@ -74,8 +75,9 @@ class Emission:
     def for_request(request: GenerateRequest, on_progress: Callable[[], None] | None = None) -> Emission:
         """The emission that fits a request."""
         sampling = request.sampling
-        wants = sampling.logprobs is not None
-        return Emission(sampling.max_tokens, request.emitted, logprobs=wants, on_progress=on_progress)
+        wants, alternatives = sampling.logprobs is not None, sampling.prompt_logprobs
+        scores = None if alternatives is None else PromptScores(len(request.prompt), alternatives)
+        return Emission(sampling.max_tokens, request.emitted, logprobs=wants, on_progress=on_progress, scores=scores)
 
     @property
     def count(self) -> int:
@@ -91,6 +93,16 @@ class Emission:
     def pending(self) -> bool:
         """True when `take` has something new to hand out."""
         return self._taken < len(self.tokens) or (self.ended and not self._end_taken)
+
+    @property
+    def scored(self) -> bool:
+        """True once every prompt token has its logprob; at once where nobody asked."""
+        return self._scores is None or self._scores.complete
+
+    @property
+    def prompt_logprobs(self) -> tuple[TokenLogprob | None, ...]:
+        """One entry per prompt token, None for the first; empty when not asked. Final once the first token is out."""
+        return () if self._scores is None else self._scores.read()
 
     def begin_attempt(self, attempt: int) -> None:
         """From now on only rows of `attempt` count; what older ones sent ahead of a gap is dropped."""
@@ -151,6 +163,19 @@ class Emission:
             self.on_progress()
         return self.ended
 
+    def apply_scores(self, message: PromptLogprobs) -> None:
+        """Take in logprobs of prompt tokens. Never raises on what comes from the wire."""
+        current = message.attempt == self.attempt and not self.ended
+        if not current or self._scores is None or not self._scores.apply(message):
+            self.ignored_rows += 1
+
+    def apply_embedding(self, attempt: int, values: NDArray[np.float32]) -> None:
+        """Take in the prompt's embedding."""
+        if attempt != self.attempt or self.ended:
+            self.ignored_rows += 1
+            return
+        self.embedding = values
+
     def take(self) -> Delta:
         """All tokens since the last call; empty with `EndReason.NONE` if there is nothing new."""
         start, stop = self._taken, len(self.tokens)
@@ -181,7 +206,7 @@ class Emission:
         if known < len(tokens):
             self.tokens.extend(tokens[known:])
             if self._logprobs is not None:
-                self._logprobs.extend(logprobs[known:] if logprobs is not None else _UNKNOWN * (len(tokens) - known))
+                self._logprobs.extend(logprobs[known:] if logprobs is not None else [UNKNOWN] * (len(tokens) - known))
         if end:
             self.end = EndReason(end) if end in (EndReason.STOP, EndReason.LENGTH) else EndReason.STOP
             self._held.clear()

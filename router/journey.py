@@ -22,6 +22,7 @@ from penstock.router.placement import Ask, Route
 from penstock.router.port import Event, Lost
 from penstock.router.prefix_index import short_digests
 from penstock.router.settings import RetrySettings
+from penstock.router.trail import AttemptTrail, Trail, attempt_context, route_context
 from penstock.workers.errors import PenstockError, RefusedError, RequestError
 from penstock.workers.protocol import EndReason, Failed, FailureCode, GenerateRequest
 
@@ -75,6 +76,8 @@ class RequestReport:
     prefill_worker: str | None
     decode_worker: str | None
     times: dict[str, float]
+    trail: Trail = field(default_factory=Trail)
+    traceparent: str = ""  # as the caller gave it
 
 
 @dataclass(slots=True, eq=False)
@@ -105,13 +108,16 @@ class Journey:
     unserved_since: float | None = None  # nobody is left to serve it
     predicted_cached: int | None = None  # by the index, for the first attempt
     reported: bool = False
-    times: dict[str, float] = field(default_factory=dict)
+    trail: Trail = field(init=False)
 
     def __post_init__(self) -> None:
         self.arrived = self.clock()
-        self.digests = (
-            short_digests(self.request.prefix_digests) if self.request.cache_prefix else np.zeros(0, np.uint64)
-        )
+        self.trail = self.emission.trail
+        self.trail.arrived = self.arrived
+        request = self.request
+        # A prompt that is to be scored is computed whole: no worker is better for having its prefix.
+        matches = request.cache_prefix and request.sampling.prompt_logprobs is None
+        self.digests = short_digests(request.prefix_digests) if matches else np.zeros(0, np.uint64)
 
     @property
     def deadline(self) -> float:
@@ -139,7 +145,18 @@ class Journey:
 
     def mark(self, what: str) -> None:
         """Remember when a stage was first reached."""
-        self.times.setdefault(what, self.clock() - self.arrived)
+        self.trail.mark(what, self.clock() - self.arrived)
+
+    def note_attempt(self, route: Route, choice: str, decided: float) -> None:
+        """An attempt begins; its place was looked for since `decided`."""
+        now = self.clock()
+        began = decided - self.arrived
+        attempt = AttemptTrail(self.attempt, route.prefill, route.decode, choice, began, max(0.0, now - decided))
+        self.trail.begin(attempt)
+
+    def note_end(self, how: str) -> None:
+        """The current attempt, if there is one, is over."""
+        self.trail.end(self.clock() - self.arrived, how)
 
     def raise_if_over(self, event: Event) -> None:
         """Raises AttemptError when the event says that its worker serves this attempt no longer."""
@@ -187,13 +204,24 @@ class Journey:
         return Ask(context, growth_of(self.remaining), self.digests, single=self.remaining == 1)
 
     def resumed(self) -> GenerateRequest:
-        """The request as the next worker must see it: with what is already out, and the time that is left."""
+        """The request as the next worker must see it: with what is already out, and the time that is left.
+
+        Prompt logprobs are asked for until all are there.
+        """
         now = self.clock()
         wait_s = self.deadline - now
         if not self.started:
             wait_s = min(wait_s, self.request.queue_timeout_s - (now - self.arrived))
+        sampling = self.request.sampling
+        if sampling.prompt_logprobs is not None and self.emission.scored:
+            sampling = dataclasses.replace(sampling, prompt_logprobs=None)
+        traced = route_context(self.request.traceparent, self.request.request_id)
         return dataclasses.replace(
-            self.request, emitted=tuple(self.emission.tokens), queue_timeout_s=max(0.001, wait_s)
+            self.request,
+            sampling=sampling,
+            emitted=tuple(self.emission.tokens),
+            queue_timeout_s=max(0.001, wait_s),
+            traceparent=attempt_context(traced, self.attempt).header() if traced is not None else "",
         )
 
     def survive(self, cause: AttemptError) -> None:
@@ -257,7 +285,9 @@ class Journey:
             recomputed_tokens=self.recomputed,
             prefill_worker=route.computes if route else None,
             decode_worker=route.decode if route else None,
-            times=self.times,
+            times=self.trail.times,
+            trail=self.trail,
+            traceparent=self.request.traceparent,
         )
 
 

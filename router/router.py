@@ -130,6 +130,8 @@ class Router:
 
     def finish(self, journey: Journey) -> None:
         """Give everything back. A request that was not reported was cancelled."""
+        if journey.emission.ended and not journey.reported:
+            self.complete(journey)  # its reader had the end, and left before the request path heard of it
         self.attempts.end(journey)
         self.admission.leave(journey.ticket)
         self._journeys.pop(journey, None)
@@ -150,6 +152,7 @@ class Router:
 
     def _report(self, journey: Journey, terminal: str) -> RequestReport:
         journey.mark("ended")
+        journey.note_end(terminal)
         journey.reported = True
         report = journey.report(terminal)
         if self._observe is not None:

@@ -1,7 +1,8 @@
 """Hosts one worker inside a Ray actor: the same assembly as `process.py`, owned by the cluster's controller.
 
-`cluster/actor_host.py` makes a detached Ray actor of the class; Ray itself is not needed here. Calls are for control
-only: requests and tokens go over the worker's own gRPC streams.
+`cluster/actor_host.py` makes a detached Ray actor of the class; Ray itself is only asked for the node's address, where
+the settings leave the worker's open. Calls are for control only: requests and tokens go over the worker's own gRPC
+streams.
 
 Fate: the process ends, and with it the actor, when the engine fails or when the controller has not renewed the lease
 for `lease_s`: a worker whose cluster is gone must not stay behind. Nobody has to notice by asking: streams break, and
@@ -11,6 +12,7 @@ the pending call of `ended` fails.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import os
@@ -18,10 +20,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from penstock.workers.assembly import Worker, build_worker
 from penstock.workers.errors import PenstockError
+from penstock.workers.logs import configure
 from penstock.workers.process import EXIT_ENGINE_FAILED, EXIT_ORPHANED, SWITCH_INTERVAL_S
 from penstock.workers.settings import WorkerSettings
 
@@ -34,18 +38,15 @@ class WorkerActor:
     """One worker. All methods run on the actor's asyncio loop; none blocks it."""
 
     def __init__(self, settings_json: str, lease_s: float, leave: Callable[[int], NoReturn] = os._exit) -> None:
-        self._settings = WorkerSettings.from_json(settings_json)
+        self._settings = on_this_node(WorkerSettings.from_json(settings_json))
         self._lease_s = lease_s
         self._leave = leave
         self._renewed = time.monotonic()
         self._worker: Worker | None = None
         self._stopping = False
-        logging.basicConfig(
-            stream=sys.stderr,
-            level=logging.INFO,
-            format=f"%(asctime)s %(levelname)s {self._settings.worker_id} %(name)s: %(message)s",
-        )
+        configure(self._settings.logs, self._settings.worker_id)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
+        take_normal_priority()
         threading.Thread(target=self._watch, name="fate", daemon=True).start()
 
     async def start(self) -> dict[str, object]:
@@ -92,3 +93,22 @@ class WorkerActor:
             if time.monotonic() - self._renewed > self._lease_s:
                 log.error("no sign of the controller for %.0f s; the worker ends", self._lease_s)
                 self._leave(EXIT_ORPHANED)
+
+
+def on_this_node(settings: WorkerSettings) -> WorkerSettings:
+    """`settings` with the addresses that are left open filled in: those under which other nodes reach this one."""
+    if settings.host and settings.transfer.host:
+        return settings
+    from ray.util import get_node_ip_address  # late: a worker with its addresses given needs no Ray
+
+    address = str(get_node_ip_address())  # type: ignore[no-untyped-call]
+    transfer = dataclasses.replace(settings.transfer, host=settings.transfer.host or address)
+    return dataclasses.replace(settings, host=settings.host or address, transfer=transfer)
+
+
+def take_normal_priority() -> None:
+    """Undo the low priority that Ray gives to actors: workers are who serves. Needs the right to; goes on without."""
+    with contextlib.suppress(PermissionError, ProcessLookupError):
+        for thread in Path("/proc/self/task").iterdir():  # Linux keeps a priority per thread
+            if os.getpriority(os.PRIO_PROCESS, int(thread.name)) > 0:
+                os.setpriority(os.PRIO_PROCESS, int(thread.name), 0)

@@ -22,12 +22,15 @@ from penstock.workers.kv.layout import KVLayout
 from penstock.workers.kv.prefix_cache import PrefixCache
 from penstock.workers.kv.storage import KVStorage
 from penstock.workers.kv_feed import KVEventFeed
+from penstock.workers.observation import Observation
 from penstock.workers.oracle import OracleRunner, oracle_layout
 from penstock.workers.protocol import WIRE_VERSION, Welcome
 from penstock.workers.scheduler.plan import Runner
 from penstock.workers.scheduler.scheduler import Scheduler
 from penstock.workers.service import WorkerService
 from penstock.workers.settings import WorkerSettings
+from penstock.workers.spans import SpanSink, open_sink
+from penstock.workers.tracing import WorkerTracer
 from penstock.workers.transfer.engine import TransferEngine
 from penstock.workers.transfer.faults import TransferFaults
 from penstock.workers.transfer.host import host_id
@@ -62,12 +65,14 @@ class Worker:
         engine: Engine,
         service: WorkerService,
         transfer: TransferEngine,
+        spans: SpanSink | None = None,
     ) -> None:
         self.facts = facts
         self._engine = engine
         self._service = service
         self._transfer = transfer
         self._settings = settings
+        self._spans = spans
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._ended = threading.Event()
         self.address = ""
@@ -93,6 +98,8 @@ class Worker:
             self._thread.join(_LAST_STEP_S)
         self._service.stop()
         self._transfer.stop()
+        if self._spans is not None:
+            self._spans.close()
 
     def drain(self) -> None:
         """Refuse new work from now on."""
@@ -146,11 +153,14 @@ def build_worker(settings: WorkerSettings, faults: TransferFaults | None = None)
     identity = GranterIdentity(
         settings.worker_id, settings.incarnation, host, layout.compatibility, settings.transfer.lease_s
     )
-    handover = HandOver(transfer, identity, lambda: os.urandom(_SESSION_ID_BYTES))
-    parts = EngineParts(scheduler, runner, handover, KVEventFeed(cache, service), service)
+    sink = open_sink(settings.tracing, settings.worker_id)
+    tracer = WorkerTracer(sink, settings.worker_id) if sink is not None else None
+    observation = Observation(storage.block_bytes, tracer)
+    handover = HandOver(transfer, identity, lambda: os.urandom(_SESSION_ID_BYTES), observation)
+    parts = EngineParts(scheduler, runner, handover, KVEventFeed(cache, service), service, observation)
     engine = Engine(parts, time.monotonic, awake)
     facts = _facts(settings, storage, transfer.address, time.monotonic() - began)
-    return Worker(settings, facts, engine, service, transfer)
+    return Worker(settings, facts, engine, service, transfer, sink)
 
 
 def _build_runner(settings: WorkerSettings) -> tuple[Runner, KVStorage, KVLayout]:

@@ -15,16 +15,18 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from penstock.workers.errors import DeviceError
-from penstock.workers.frames import frame_of_ended, split_by_router
+from penstock.workers.frames import frame_of_ended, prompt_logprobs_of, split_by_router
 from penstock.workers.handover import HandOver
 from penstock.workers.inbox import Attached, Detached, Drain, Inbox, Post
 from penstock.workers.kv_feed import KVEventFeed, Reporter
 from penstock.workers.leases import RouterLeases
+from penstock.workers.observation import Observation
 from penstock.workers.protocol import (
     Cancel,
+    Embedding,
     Failed,
     FailureCode,
     Generate,
@@ -38,6 +40,7 @@ from penstock.workers.protocol import (
     Reserve,
     Started,
 )
+from penstock.workers.request_check import problem_with_tokens
 from penstock.workers.scheduler.events import (
     EndedEvent,
     GrantedEvent,
@@ -79,6 +82,7 @@ class EngineParts:
     handover: HandOver
     feed: KVEventFeed
     reporter: Reporter
+    observation: Observation = field(default_factory=Observation)
 
 
 class Engine:
@@ -91,6 +95,7 @@ class Engine:
         self._handover = parts.handover
         self._feed = parts.feed
         self._reporter = parts.reporter
+        self._observation = parts.observation
         self._clock = clock
         self._leases = RouterLeases()
         self._step_time = StepTimeModel()
@@ -137,6 +142,7 @@ class Engine:
             len(self._handover),
             stats.preemptions,
             stats.draining,
+            self._observation.totals(stats.reserved),
         )
 
     # --- engine thread ---
@@ -157,8 +163,7 @@ class Engine:
         self._report_events()  # what was granted or started is said before its first token
         outcome = None if plan is None else self._compute(plan)
         if plan is not None and outcome is not None:
-            for router_id, frame in split_by_router(plan.step, outcome):
-                self._reporter.send(router_id, frame)
+            self._report_tokens(plan.step, outcome)
             self._handover.offer(outcome.offers, outcome.sent_tails)
             self._report_events()
         self._feed.flush(now, idle=plan is None)
@@ -187,7 +192,9 @@ class Engine:
         self._failed_steps = 0
         self._step_time.observe(plan.num_tokens, ended - began)
         self._progress = _Progress(plan.step, None, self._step_time.predict(plan.num_tokens))
-        return self._scheduler.commit(plan, result, ended)
+        outcome = self._scheduler.commit(plan, result, ended)
+        self._observation.stepped(plan.num_tokens, outcome, began, ended)
+        return outcome
 
     def _abort(self, plan: StepPlan, error: Exception) -> None:
         self._progress = _Progress(plan.step, None, 0.0)
@@ -205,6 +212,7 @@ class Engine:
             self._receive(*post, now)
         for router_id in self._leases.expired(now):
             log.warning("router %s did not renew its lease", router_id)
+            self._observation.lease_expired()
             self._reporter.cut(router_id)
             self._end_router(router_id, now)
 
@@ -225,6 +233,7 @@ class Engine:
                 key = SequenceKey(router_id, slot, attempt)
                 self._scheduler.cancel(key, now)
                 self._handover.drop(key, "cancelled")
+                self._observation.over(key, FailureCode.CANCELLED)
             case RequestSnapshot():
                 self._feed.snapshot(router_id)
             case Detached():
@@ -237,42 +246,40 @@ class Engine:
     def _submit(
         self, key: SequenceKey, message: Reserve | Prefill | Generate, request: GenerateRequest, now: float
     ) -> None:
-        problem = self._problem_with(key, message, request)
+        unknown = problem_with_tokens(request, self._runner.vocab_size)
+        if unknown is not None:
+            self._fail(key, FailureCode.BAD_REQUEST, unknown)
+            return
+        problem = self._handover.problem_with(key, message.grant) if isinstance(message, Prefill) else None
         if problem is not None:
             self._fail(key, *problem)
             return
+        work = Work.RESERVE if isinstance(message, Reserve) else Work.PREFILL
+        work = Work.GENERATE if isinstance(message, Generate) else work
+        self._observation.received(key, work, request, now)
         if isinstance(message, Prefill) and message.grant is not None:
             if self._handover.open(key, message.grant):
                 first_block = message.grant.first_block
                 self._scheduler.submit(key, Work.PREFILL, request, now, sends_kv=True, first_block=first_block)
             return
-        work = Work.RESERVE if isinstance(message, Reserve) else Work.PREFILL
-        self._scheduler.submit(key, Work.GENERATE if isinstance(message, Generate) else work, request, now)
-
-    def _problem_with(
-        self, key: SequenceKey, message: Reserve | Prefill | Generate, request: GenerateRequest
-    ) -> tuple[FailureCode, str] | None:
-        """Why the request cannot even be queued; what is left to the scheduler to judge is not asked here."""
-        vocab = self._runner.vocab_size
-        if max(request.prompt, default=0) >= vocab or max(request.emitted, default=0) >= vocab:
-            return FailureCode.BAD_REQUEST, f"prompt: a token id is not below the vocabulary size {vocab}"
-        grant = message.grant if isinstance(message, Prefill) else None
-        if grant is None:
-            return None
-        if self._handover.lingers(key):
-            return FailureCode.QUEUE_FULL, "slot and attempt still name a cancelled transfer"
-        if self._handover.taken(key, grant):
-            return FailureCode.BAD_REQUEST, "the grant is already used by another request"
-        if grant.compatibility != self._handover.compatibility:
-            return FailureCode.INCOMPATIBLE, f"KV blocks of worker {grant.worker_id} have another layout or revision"
-        return None
+        self._scheduler.submit(key, work, request, now)
 
     def _end_router(self, router_id: str, now: float) -> None:
         self._leases.end(router_id)
         for key in self._scheduler.cancel_router(router_id, now):
             self._handover.drop(key, "the router is gone")
+            self._observation.over(key, FailureCode.CANCELLED)
 
     # --- what goes out ---
+
+    def _report_tokens(self, step: int, outcome: StepOutcome) -> None:
+        """What is known of prompts goes before the tokens: with the first of them, a reader has everything."""
+        for chunk in outcome.scored:
+            self._reporter.send(chunk.key.router_id, prompt_logprobs_of(chunk))
+        for key, values in outcome.embedded:
+            self._reporter.send(key.router_id, Embedding(key.slot, key.attempt, values))
+        for router_id, frame in split_by_router(step, outcome):
+            self._reporter.send(router_id, frame)
 
     def _report_events(self) -> None:
         for event in self._scheduler.take_events():
@@ -280,6 +287,7 @@ class Engine:
 
     def _report(self, event: SchedulerEvent) -> None:
         key, send = event.key, self._reporter.send
+        self._observation.happened(event)
         match event:
             case GrantedEvent():
                 send(key.router_id, Granted(key.slot, key.attempt, self._handover.grant(event)))
@@ -296,4 +304,5 @@ class Engine:
                 log.info("preempted slot %d of %s", key.slot, key.router_id)
 
     def _fail(self, key: SequenceKey, code: FailureCode, message: str, retry_after_s: float | None = None) -> None:
+        self._observation.over(key, code)
         self._reporter.send(key.router_id, Failed(key.slot, key.attempt, code, message, retry_after_s))

@@ -12,8 +12,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.workers.protocol import TokenFrame
-from penstock.workers.scheduler.events import EndedEvent
+from penstock.workers.protocol import PromptLogprobs, TokenFrame
+from penstock.workers.scheduler.events import EndedEvent, ScoredChunk
 from penstock.workers.scheduler.plan import SampledLogprobs
 
 _LogprobColumns = tuple[NDArray[np.float32], NDArray[np.uint8], NDArray[np.int32], NDArray[np.float32]]
@@ -87,14 +87,27 @@ def _logprob_columns(sampled: SampledLogprobs | None, pick: slice | NDArray[np.i
     chosen = sampled.chosen[pick]
     if bool(np.isnan(chosen).all()):
         return _NO_LOGPROBS
-    counts = sampled.top_counts[pick]
-    wanted = np.arange(sampled.top_ids.shape[1]) < counts[:, None]
+    return _flat(chosen, sampled.top_counts[pick], sampled.top_ids[pick], sampled.top_logprobs[pick])
+
+
+def _flat(
+    chosen: NDArray[np.float32], counts: NDArray[np.int32], ids: NDArray[np.int32], logprobs: NDArray[np.float32]
+) -> _LogprobColumns:
+    """The columns of a message, from one row per token with `counts` used alternatives."""
+    wanted = np.arange(ids.shape[1]) < counts[:, None]
     return (
         np.ascontiguousarray(chosen, np.float32),
         counts.astype(np.uint8),
-        sampled.top_ids[pick][wanted].astype(np.int32, copy=False),
-        sampled.top_logprobs[pick][wanted].astype(np.float32, copy=False),
+        ids[wanted].astype(np.int32, copy=False),
+        logprobs[wanted].astype(np.float32, copy=False),
     )
+
+
+def prompt_logprobs_of(chunk: ScoredChunk) -> PromptLogprobs:
+    """The message with a chunk's prompt logprobs."""
+    scores = chunk.scores
+    columns = _flat(scores.chosen, scores.top_counts, scores.top_ids, scores.top_logprobs)
+    return PromptLogprobs(chunk.key.slot, chunk.key.attempt, chunk.start, *columns)
 
 
 def frame_of_ended(step: int, event: EndedEvent) -> TokenFrame:

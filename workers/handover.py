@@ -13,7 +13,8 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from penstock.workers.protocol import EndReason, Grant
+from penstock.workers.observation import Observation
+from penstock.workers.protocol import EndReason, FailureCode, Grant
 from penstock.workers.scheduler.events import GrantedEvent, Offer, SentTail, SequenceKey
 from penstock.workers.scheduler.scheduler import Scheduler
 from penstock.workers.transfer.port import (
@@ -45,10 +46,17 @@ class GranterIdentity:
 class HandOver:
     """Sessions granted to peers' prefills (incoming) and opened by own prefills (outgoing)."""
 
-    def __init__(self, transfer: TransferPort, identity: GranterIdentity, new_session_id: Callable[[], bytes]) -> None:
+    def __init__(
+        self,
+        transfer: TransferPort,
+        identity: GranterIdentity,
+        new_session_id: Callable[[], bytes],
+        observation: Observation | None = None,
+    ) -> None:
         self._transfer = transfer
         self._identity = identity
         self._new_session_id = new_session_id  # 16 unguessable bytes
+        self._observation = observation or Observation()
         self._keys: dict[bytes, SequenceKey] = {}
         self._incoming: dict[SequenceKey, bytes] = {}
         self._outgoing: dict[SequenceKey, bytes] = {}
@@ -57,10 +65,17 @@ class HandOver:
     def __len__(self) -> int:
         return len(self._keys)
 
-    @property
-    def compatibility(self) -> str:
-        """What a grant must carry for this worker to send blocks under it."""
-        return self._identity.compatibility
+    def problem_with(self, key: SequenceKey, grant: Grant | None) -> tuple[FailureCode, str] | None:
+        """Why a prefill cannot send its blocks under this grant."""
+        if grant is None:
+            return None
+        if key in self._dropped:  # its sequence is over, its session not yet: the name is taken until the final event
+            return FailureCode.QUEUE_FULL, "slot and attempt still name a cancelled transfer"
+        if self._keys.get(grant.session_id, key) != key:
+            return FailureCode.BAD_REQUEST, "the grant is already used by another request"
+        if grant.compatibility != self._identity.compatibility:
+            return FailureCode.INCOMPATIBLE, f"KV blocks of worker {grant.worker_id} have another layout or revision"
+        return None
 
     def grant(self, event: GrantedEvent) -> Grant:
         """Open an incoming session over the blocks just reserved; the grant may be sent from here on."""
@@ -81,16 +96,13 @@ class HandOver:
             me.compatibility,
         )
 
-    def taken(self, key: SequenceKey, grant: Grant) -> bool:
-        """Another sequence already has this grant's session."""
-        return self._keys.get(grant.session_id, key) != key
-
     def open(self, key: SequenceKey, grant: Grant) -> bool:
         """Open an outgoing session at once, so that its lease is renewed while the prefill waits. False: repeated."""
         if key in self._outgoing:
             return False
         self._keys[grant.session_id] = key
         self._outgoing[key] = grant.session_id
+        self._observation.sending(key, len(grant.blocks))
         self._transfer.start(grant)
         return True
 
@@ -99,19 +111,17 @@ class HandOver:
         for offer in offers:
             session_id = self._outgoing.get(offer.key)
             if session_id is not None:
+                self._observation.offered(offer.key)
                 self._transfer.offer(session_id, offer.fragments)
         for tail in tails:
             session_id = self._outgoing.get(tail.key)
             if session_id is None:
                 continue
             if tail.end is EndReason.NONE:
+                self._observation.offered(tail.key)
                 self._transfer.finish(session_id, Tail((tail.first_token,)))
             else:
                 self._transfer.abandon(session_id, "the request ended at its first token")
-
-    def lingers(self, key: SequenceKey) -> bool:
-        """The key's sequence is over, its session not yet: the name is taken until the final event."""
-        return key in self._dropped
 
     def drop(self, key: SequenceKey, reason: str) -> None:
         """The sequence is over: ask for the end of its session, whose final event still comes."""
@@ -137,9 +147,11 @@ class HandOver:
         match event:
             case Arrived(tail=tail):
                 del self._incoming[key]
+                self._observation.arrived(key, now)
                 scheduler.kv_arrived(key, tail.tokens, now)
-            case IncomingFailed(reason=reason):
+            case IncomingFailed(reason=reason, cause=cause):
                 del self._incoming[key]
+                self._observation.arrived(key, now, cause)
                 log.info("incoming KV of slot %d failed: %s", key.slot, reason)
                 scheduler.kv_failed(key, now)
             case IncomingClosed():
@@ -147,8 +159,10 @@ class HandOver:
                 scheduler.kv_closed(key, now)
             case OutgoingDone():
                 del self._outgoing[key]
+                self._observation.sent(key, now)
                 scheduler.kv_sent(key, now)
-            case OutgoingFailed(reason=reason):
+            case OutgoingFailed(reason=reason, cause=cause):
                 del self._outgoing[key]
+                self._observation.sent(key, now, cause)
                 log.info("outgoing KV of slot %d failed: %s", key.slot, reason)
                 scheduler.kv_sent(key, now)

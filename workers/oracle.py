@@ -9,12 +9,16 @@ The KV of one token is its id (in the k plane) and its position (in the v plane)
 The hash is a sum over positions of `mix(token, stored position, true position)` (the finaliser of SplitMix64; Steele,
 Lea, Flood, "Fast Splittable Pseudorandom Number Generators", 2014), finalised once more with the seed for sampled
 requests. A sum of mixed terms can be taken block by block in any order and still depends on every position.
+
+It has no logits, so penalties, biases, bad words and allowed tokens change nothing here; `min_tokens` holds as far as
+the scheduler ends no choice before. Logprobs are well-formed and mean nothing; embeddings hash the context.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +35,7 @@ _MUL_B = 0x94D049BB133111EB
 _POSITION = 0xD6E8FEB86659FD93
 _STORED = 0xA0761D6478BD642F
 _MASK = (1 << 64) - 1
+EMBEDDING_SIZE = 16
 
 
 def oracle_layout(runner: RunnerSettings, kv: KVSettings) -> KVLayout:
@@ -76,7 +81,12 @@ class OracleRunner:
         rows = plan.sample_rows
         lengths = plan.starts[rows] + np.diff(plan.offsets)[rows]
         sums = self._context_sums(plan.block_tables[rows], lengths)
-        result = _sample(sums, plan.sampling, self._settings.oracle_vocab)
+        vocab, scored = self._settings.oracle_vocab, plan.scored
+        result = replace(
+            _sample(sums, plan.sampling, vocab),
+            scored=None if scored is None else _synthetic_logprobs(scored.targets, scored.alternatives, vocab),
+            embeddings=_embeddings(sums[plan.embed_rows]) if len(plan.embed_rows) else None,
+        )
         self._pace(began, plan.num_tokens)
         return result
 
@@ -127,10 +137,17 @@ def expected_tokens(
         token = (_mix(total + seed * _STEP + choice * _MUL_A) >> 1) % vocab
         context.append(token)
         answer.append(token)
-        if token in sampling.stop_token_ids:
+        if token in sampling.stop_token_ids and len(answer) > sampling.min_tokens:
             break
         total += _mix(token + position * (_POSITION + _STORED))
     return tuple(answer[len(emitted) :])
+
+
+def expected_embedding(prompt: Sequence[int]) -> NDArray[np.float32]:
+    """What an oracle worker must give as the embedding of `prompt`."""
+    total = sum(_mix(token + position * (_POSITION + _STORED)) for position, token in enumerate(prompt))
+    vector: NDArray[np.float32] = _embeddings(np.array([total & _MASK], np.uint64))[0]
+    return vector
 
 
 def _mix(value: int) -> int:
@@ -161,6 +178,12 @@ def _sample(sums: U64, sampling: SamplingBatch, vocab: int) -> StepResult:
     tokens = ((hashes >> np.uint64(1)) % np.uint64(vocab)).astype(np.int32)
     logprobs = _synthetic_logprobs(tokens, sampling.logprobs, vocab) if bool((sampling.logprobs >= 0).any()) else None
     return StepResult(tokens, logprobs)
+
+
+def _embeddings(sums: U64) -> NDArray[np.float32]:
+    """[S, EMBEDDING_SIZE] values in [-1, 1), hashed from the context sums [S]."""
+    hashes = _mix_array(sums[:, None] + np.arange(1, EMBEDDING_SIZE + 1, dtype=np.uint64) * np.uint64(_MUL_B))
+    return ((hashes >> np.uint64(40)).astype(np.float32) / np.float32(1 << 23)) - np.float32(1)
 
 
 def _synthetic_logprobs(tokens: I32, wanted: I32, vocab: int) -> SampledLogprobs:

@@ -1,8 +1,8 @@
 """What waits to be sent to one router: pushed by the engine and heartbeat threads, taken by the RPC thread.
 
 Knows the order rules: messages leave as they came, but token frames that wait side by side for a slow reader become
-one, and of several heartbeats only the newest leaves. Bounded: a reader too far behind is cut off, never buffered
-without end.
+one, and of several heartbeats only the newest leaves. No frame is merged over anything else, so what was said of a
+prompt stays before its first token. Bounded: a reader too far behind is cut off, never buffered without end.
 
 Invariant: after an overflow or `close` the outbox is empty and stays so.
 """
@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 
 from penstock.workers.frames import merge_frames
-from penstock.workers.protocol import KVEvents, KVSnapshot, Load, TokenFrame, ToRouter
+from penstock.workers.protocol import Embedding, KVEvents, KVSnapshot, Load, PromptLogprobs, TokenFrame, ToRouter
 from penstock.workers.wire import encode
 
 MAX_PENDING_BYTES = 32 << 20
@@ -74,6 +74,10 @@ def _size(message: ToRouter) -> int:
     match message:
         case TokenFrame():
             return _SMALL + 17 * len(message.slots) + 5 * len(message.logprobs) + 8 * len(message.top_ids)
+        case PromptLogprobs():
+            return _SMALL + 5 * len(message.logprobs) + 8 * len(message.top_ids)
+        case Embedding():
+            return _SMALL + 4 * len(message.values)
         case KVEvents():
             return _SMALL + len(message.stored) + len(message.evicted)
         case KVSnapshot():

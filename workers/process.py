@@ -21,6 +21,7 @@ from typing import TextIO
 
 from penstock.workers.assembly import Worker, build_worker
 from penstock.workers.errors import PenstockError
+from penstock.workers.logs import configure
 from penstock.workers.settings import WorkerSettings
 from penstock.workers.transfer.faults import TransferFaults
 
@@ -48,11 +49,7 @@ def main(faults: TransferFaults | None = None) -> int:
 
 
 def _begin(settings: WorkerSettings) -> None:
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.INFO,
-        format=f"%(asctime)s %(levelname)s {settings.worker_id} %(name)s: %(message)s",
-    )
+    configure(settings.logs, settings.worker_id)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     if settings.parent_pid:
         watch_parent(settings.parent_pid)

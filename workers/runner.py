@@ -7,6 +7,7 @@ scheduler, or who owns a block. Invariant: between `run` calls nothing of a sequ
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 import time
@@ -23,12 +24,14 @@ from penstock.kernels.ragged import RaggedBatch
 from penstock.workers.errors import ConfigError
 from penstock.workers.kv.layout import KVLayout
 from penstock.workers.model.checkpoint import Checkpoint
-from penstock.workers.model.config import DTYPES, DecoderConfig, read_config
-from penstock.workers.model.decoder import Decoder
+from penstock.workers.model.config import DTYPES, DecoderConfig, read_raw_config
+from penstock.workers.model.implementation import choose_implementation
 from penstock.workers.model.loading import TORCH_DTYPES, Progress, load_decoder
+from penstock.workers.model.port import DecoderModel
 from penstock.workers.sampling import sample
-from penstock.workers.scheduler.plan import StepPlan, StepResult
+from penstock.workers.scheduler.plan import SampledLogprobs, ScoredPrompt, StepPlan, StepResult
 from penstock.workers.settings import KVSettings, RunnerSettings, SchedulerSettings
+from penstock.workers.token_logprobs import reduce_logits
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +48,10 @@ class BlockStorage(Protocol):
 class ModelRunner:
     """One decoder on one device with `threads` threads for its products."""
 
-    def __init__(self, decoder: Decoder, layout: KVLayout, threads: int) -> None:
+    def __init__(self, decoder: DecoderModel, layout: KVLayout, vocab_size: int, threads: int) -> None:
         self._decoder = decoder
         self._layout = layout
+        self._vocab_size = vocab_size
         self._threads = threads
         self._thread_id: int | None = None
         self._kv: Tensor | None = None
@@ -60,7 +64,7 @@ class ModelRunner:
     @property
     def vocab_size(self) -> int:
         """Token ids are below this."""
-        return self._decoder.config.vocab_size
+        return self._vocab_size
 
     def attach(self, storage: BlockStorage) -> None:
         """Take the storage whose blocks every later `run` reads and writes. Raises ConfigError if its size is wrong."""
@@ -76,20 +80,39 @@ class ModelRunner:
                 ops.copy_blocks(self._kv, torch.from_numpy(plan.copies.astype(np.int64)))
             if plan.num_tokens == 0:
                 return StepResult(np.zeros(0, np.int32))
-            return sample(self._decoder.logits(self._forward(plan, self._kv)), plan.sampling)
+            hidden = self._forward(plan, self._kv)
+            sampled = len(plan.sample_rows)
+            result = sample(self._decoder.logits(hidden[:sampled]), plan.sampling)
+            if plan.scored is not None:
+                result = dataclasses.replace(result, scored=self._score(hidden[sampled:], plan.scored))
+            if len(plan.embed_rows):
+                states = hidden[torch.from_numpy(plan.embed_rows.astype(np.int64))]
+                result = dataclasses.replace(result, embeddings=states.float().numpy())
+            return result
+
+    def _score(self, hidden: Tensor, scored: ScoredPrompt) -> SampledLogprobs:
+        """Logprobs of M prompt tokens from hidden states [M, E]; their logits exist a few rows at a time only."""
+        return reduce_logits(
+            lambda begin, end: self._decoder.logits(hidden[begin:end]),
+            self._vocab_size,
+            scored.targets,
+            scored.alternatives,
+        )
 
     def _forward(self, plan: StepPlan, kv: Tensor) -> Tensor:
-        """Hidden states [S, E] of the tokens whose successors are sampled."""
+        """Hidden states [S + M, E]: of the tokens whose successors are sampled, then of those that score the next."""
         counts = np.diff(plan.offsets)
         positions = np.arange(plan.num_tokens) + np.repeat(plan.starts - plan.offsets[:-1], counts)
-        sampled = plan.offsets[plan.sample_rows + 1].astype(np.int64) - 1
+        wanted = plan.offsets[plan.sample_rows + 1].astype(np.int64) - 1
+        if plan.scored is not None:
+            wanted = np.concatenate((wanted, plan.scored.token_rows))
         batch = RaggedBatch(plan.starts, plan.offsets, plan.block_tables)
         return self._decoder.forward(
             torch.from_numpy(plan.token_ids.astype(np.int64)),
             torch.from_numpy(positions.astype(np.int64)),
             kv,
             ops.plan_attention(kv, batch),
-            torch.from_numpy(sampled),
+            torch.from_numpy(wanted),
         )
 
     def _use_threads(self) -> None:
@@ -116,28 +139,40 @@ def build_model_runner(
     begin = time.monotonic()
     torch.set_num_threads(settings.threads)
     model_dir = Path(settings.model_dir)
-    config = read_config(model_dir)
-    dtype = resolve_dtype(settings.dtype, config)
+    chosen = choose_implementation(settings.model_impl, read_raw_config(model_dir), str(model_dir / "config.json"))
+    config = chosen.config
+    dtype = resolve_dtype(settings.dtype, config.dtype)
     if scheduler.max_model_len > config.max_positions:
         raise ConfigError(
-            f"max_model_len {scheduler.max_model_len} is above the model's {config.max_positions} positions",
+            f"max_model_len {scheduler.max_model_len} is above the model's {config.max_positions} positions "
+            f"({chosen.length_key})",
             key="scheduler.max_model_len",
         )
-    checkpoint = Checkpoint(model_dir)
-    decoder = load_decoder(config, checkpoint, dtype, scheduler.max_model_len, progress)
-    logger.info("%s: loaded as %s in %.2f s", model_dir, dtype, time.monotonic() - begin)
-    return ModelRunner(decoder, model_layout(config, kv.block_size, dtype, checkpoint.revision), settings.threads)
+    model: DecoderModel
+    if isinstance(config, DecoderConfig):
+        code, checkpoint = "our own decoder", Checkpoint(model_dir)
+        model = load_decoder(config, checkpoint, dtype, scheduler.max_model_len, progress)
+        layout = model_layout(config, kv.block_size, dtype, checkpoint.revision)
+    else:
+        # transformers takes seconds to import, which our own decoders do without.
+        from penstock.workers.model.transformers_backend import load_transformers
+
+        code = "the transformers backend"
+        model, layout = load_transformers(model_dir, config, dtype, kv.block_size, scheduler.max_model_len)
+    took = time.monotonic() - begin
+    logger.info("%s: loaded as %s by %s (%s) in %.2f s", model_dir, dtype, code, chosen.reason, took)
+    return ModelRunner(model, layout, config.vocab_size, settings.threads)
 
 
-def resolve_dtype(wanted: str, config: DecoderConfig) -> str:
-    """`auto` means the checkpoint's own. Raises ConfigError for unknown names."""
+def resolve_dtype(wanted: str, stored: str) -> str:
+    """`auto` means `stored`, the checkpoint's own. Raises ConfigError for unknown names."""
     if wanted == "auto":
-        return config.dtype
+        return stored
     if wanted not in DTYPES:
         raise ConfigError(f"dtype {wanted!r} is not one of auto, {', '.join(DTYPES)}", key="runner.dtype")
     return wanted
 
 
 def model_layout(config: DecoderConfig, block_size: int, dtype: str, revision: str) -> KVLayout:
-    """What one KV block of this model holds."""
+    """What one KV block of our own decoder holds."""
     return KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, block_size, dtype, revision)

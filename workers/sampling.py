@@ -1,4 +1,4 @@
-"""From logits to tokens for a whole step at once: greedy, temperature, top-k, top-p, min-p, seeds, logprobs.
+"""From logits to tokens for a whole step at once: edits, greedy, temperature, top-k, top-p, min-p, seeds, logprobs.
 
 Called by `workers/runner.py`. Every row's token depends only on its own logits and parameters, never on the batch: the
 filters are thresholds on the row's values, and the noise is a function of (seed, choice, position, token).
@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from penstock.kernels import ops
+from penstock.workers.logit_edits import Rows, apply_edits, edited_rows, select_rows
 from penstock.workers.scheduler.plan import SampledLogprobs, SamplingBatch, StepResult
+from penstock.workers.token_logprobs import reduce_logits
 
 LARGEST_GUMBEL = -math.log(-math.log1p(-(2.0**-33)))
 # Below this a temperature is greedy: dividing by it would overflow or leave one token anyway.
@@ -32,14 +34,32 @@ _PIECE_ELEMENTS = 4 << 20
 
 
 def sample(logits: Tensor, batch: SamplingBatch) -> StepResult:
-    """One token per row of logits [S, V] float32, with logprobs where asked."""
+    """One token per row of logits [S, V] float32, with logprobs (of the logits as they are given) where asked.
+
+    Rows that edit their logits are copied, edited and sampled from piece by piece; `logits` stays as it is.
+    """
     tokens = logits.argmax(dim=-1)
-    drawn = np.flatnonzero(batch.temperature >= LEAST_TEMPERATURE)
-    step = max(1, _PIECE_ELEMENTS // logits.shape[1])
-    for begin in range(0, len(drawn), step):
-        rows = drawn[begin : begin + step]
-        tokens[torch.from_numpy(rows)] = _draw(logits[torch.from_numpy(rows)], _Drawn.of(batch, rows))
+    drawn = batch.temperature >= LEAST_TEMPERATURE
+    edited = edited_rows(batch.edits) if batch.edits is not None else np.zeros(len(batch), np.bool_)
+    for rows in _pieces(np.flatnonzero(drawn), logits.shape[1]):
+        tokens[torch.from_numpy(rows)] = _draw(_edited(logits, batch, edited, rows), _Drawn.of(batch, rows))
+    for rows in _pieces(np.flatnonzero(edited & ~drawn), logits.shape[1]):
+        tokens[torch.from_numpy(rows)] = _edited(logits, batch, edited, rows).argmax(dim=-1)
     return StepResult(tokens.numpy().astype(np.int32), _logprobs(logits, tokens, batch))
+
+
+def _pieces(rows: Rows, vocab: int) -> list[Rows]:
+    """The rows in groups that bound the memory a step takes."""
+    step = max(1, _PIECE_ELEMENTS // vocab)
+    return [rows[begin : begin + step] for begin in range(0, len(rows), step)]
+
+
+def _edited(logits: Tensor, batch: SamplingBatch, edited: NDArray[np.bool_], rows: Rows) -> Tensor:
+    """Logits [R, V] of these rows after their edits; a copy."""
+    piece = logits[torch.from_numpy(rows)]
+    if batch.edits is not None and edited[rows].any():
+        apply_edits(piece, select_rows(batch.edits, rows))
+    return piece
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,22 +142,22 @@ def _ranked_floor(scaled: Tensor, floor: Tensor, k: Tensor, top_p: Tensor, width
 
 
 def _logprobs(logits: Tensor, tokens: Tensor, batch: SamplingBatch) -> SampledLogprobs | None:
-    """Natural logarithms of the model's own distribution, before temperature and filters."""
+    """Natural logarithms of the model's own distribution, before edits, temperature and filters."""
     asked = np.flatnonzero(batch.logprobs >= 0)
     if len(asked) == 0:
         return None
     rows = torch.from_numpy(asked)
-    normal = torch.log_softmax(logits[rows], dim=-1)
-    wanted = np.minimum(batch.logprobs[asked], logits.shape[1])
-    widest = int(wanted.max())
-    values, ids = torch.topk(normal, widest, dim=-1)
-    used = np.arange(widest) < wanted[:, None]
-    chosen = np.full(len(batch), np.nan, np.float32)
-    chosen[asked] = normal.gather(1, tokens[rows][:, None])[:, 0].numpy()
-    counts = np.zeros(len(batch), np.int32)
-    counts[asked] = wanted
-    top_ids = np.zeros((len(batch), widest), np.int32)
-    top_ids[asked] = np.where(used, ids.numpy(), 0)
-    top_logprobs = np.zeros((len(batch), widest), np.float32)
-    top_logprobs[asked] = np.where(used, values.numpy(), 0.0)
-    return SampledLogprobs(chosen, counts, top_ids, top_logprobs)
+    chosen = tokens[rows].numpy().astype(np.int32)
+    found = reduce_logits(lambda a, b: logits[rows[a:b]], logits.shape[1], chosen, batch.logprobs[asked])
+    if len(asked) == len(batch):
+        return found
+    shape = len(batch), found.top_ids.shape[1]
+    spread = SampledLogprobs(
+        np.full(len(batch), np.nan, np.float32),
+        np.zeros(len(batch), np.int32),
+        np.zeros(shape, np.int32),
+        np.zeros(shape, np.float32),
+    )
+    spread.chosen[asked], spread.top_counts[asked] = found.chosen, found.top_counts
+    spread.top_ids[asked], spread.top_logprobs[asked] = found.top_ids, found.top_logprobs
+    return spread

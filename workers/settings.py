@@ -57,12 +57,33 @@ class RunnerSettings:
     kind: str = "model"  # model | oracle
     model_dir: str = ""
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16
+    model_impl: str = "auto"  # auto | penstock | transformers: our own decoder, or transformers' module
     device: str = "cpu"
     threads: int = 1
     oracle_vocab: int = 32000
     oracle_step_s: float = 0.0  # least duration of an oracle step, to pace tests
     oracle_token_s: float = 0.0  # added per token computed in an oracle step
     oracle_block_bytes: int = 0  # oracle KV bytes per block; 0 = just what it needs
+
+
+@dataclass(frozen=True, slots=True)
+class TracingSettings:
+    """Where spans go. One part of requests is traced; who comes in with a trace of its own decides for itself."""
+
+    endpoint: str = ""  # OTLP over HTTP, like http://127.0.0.1:4318; empty = no tracing at all
+    sample_ratio: float = 1.0  # of the requests that bring no trace context
+    service_name: str = "penstock"
+    max_queue: int = 2048  # spans waiting to be sent; more are dropped
+    export_interval_s: float = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class LogSettings:
+    """How every process writes its log."""
+
+    format: str = "text"  # text | json, one line per record either way
+    level: str = "info"  # debug | info | warning | error
+    access: bool = True  # one line per HTTP request
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +105,8 @@ class WorkerSettings:
     kv: KVSettings = field(default_factory=KVSettings)
     transfer: TransferSettings = field(default_factory=TransferSettings)
     runner: RunnerSettings = field(default_factory=RunnerSettings)
+    tracing: TracingSettings = field(default_factory=TracingSettings)
+    logs: LogSettings = field(default_factory=LogSettings)
 
     def to_json(self) -> str:
         """Inverse of `from_json`."""
@@ -99,6 +122,8 @@ class WorkerSettings:
             raw["kv"] = KVSettings(**raw.get("kv", {}))
             raw["transfer"] = TransferSettings(**raw.get("transfer", {}))
             raw["runner"] = RunnerSettings(**raw.get("runner", {}))
+            raw["tracing"] = TracingSettings(**raw.get("tracing", {}))
+            raw["logs"] = LogSettings(**raw.get("logs", {}))
             return WorkerSettings(**raw)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"worker settings: {error}") from error

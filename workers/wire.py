@@ -78,6 +78,8 @@ _BY_FIELD: dict[tuple[str, str], Codec] = {
     ("GenerateRequest", "prefix_digests"): octets(protocol.DIGEST_BYTES),
     ("GenerateRequest", "priority"): integer(-(2**31), 2**31 - 1),
     ("Grant", "session_id"): octets(1, exact=16),
+    ("WorkerTotals", "step_s"): real(0.0, 1e12),
+    ("WorkerTotals", "transfer_s"): real(0.0, 1e12),
     ("KVEvents", "stored"): octets(8),
     ("KVEvents", "evicted"): octets(8),
     ("KVSnapshot", "digests"): octets(8),
@@ -167,7 +169,7 @@ class _Schema:
 
 def _build_schemas() -> tuple[_Schema, ...]:
     nested: dict[str, _Schema] = {}
-    for part in (protocol.SamplingParams, protocol.GenerateRequest, protocol.Grant):
+    for part in (protocol.SamplingParams, protocol.GenerateRequest, protocol.Grant, protocol.WorkerTotals):
         nested[part.__name__] = _Schema(part, nested)
     return tuple(_Schema(kind, nested) for kind in (*get_args(ToWorker), *get_args(ToRouter)))
 

@@ -34,8 +34,16 @@ SERVE_FLAGS = (
     Flag("--mixed", "pools.mixed", "Workers that do both; alone they replace the split pair.", "N"),
     Flag("--host", "front.host", "Address the HTTP server listens on.", "H"),
     Flag("--port", "front.port", "Its port; 0 takes a free one.", "P"),
+    Flag("--grpc-port", "front.grpc_port", "Serve gRPC too, on this port, with reflection.", "P"),
     Flag("--served-model-name", "front.served_model_name", "Name in the API; may be repeated.", "S", many=True),
     Flag("--dtype", "runner.dtype", "auto, float32, bfloat16 or float16.", "D"),
+    Flag("--model-impl", "runner.model_impl", "auto, penstock (our own decoders) or transformers.", "IMPL"),
+    Flag(
+        "--generation-config",
+        "front.generation_config",
+        "auto: sampling defaults from generation_config.json; vllm or none: without them.",
+        "G",
+    ),
     Flag("--max-model-len", "scheduler.max_model_len", "Longest sequence in tokens; takes 8k, 8K.", "L"),
     Flag("--block-size", "kv.block_size", "Tokens per KV block.", "B"),
     Flag("--max-num-seqs", "scheduler.max_num_seqs", "Most sequences in one step.", "S"),
@@ -53,6 +61,14 @@ SERVE_FLAGS = (
     Flag("--tensor-parallel-size", "pools.tensor_parallel_size", "Devices per worker; only 1 so far.", "K"),
     Flag("--address", "ray.address", "Join this Ray cluster instead of starting one.", "RAY"),
     Flag("--api-key", "front.api_key", "Ask callers for this key; better: $PENSTOCK_API_KEY.", "K"),
+    Flag("--api-keys", "front.api_keys_file", "YAML file of keys with tenants, models and limits.", "FILE"),
+    Flag("--metrics-aliases", "front.metrics_aliases", "vllm: its metric names beside ours; or none.", "WHOSE"),
+    Flag("--otlp-traces-endpoint", "tracing.endpoint", "Send spans there, by OTLP over HTTP.", "URL"),
+    Flag("--otlp-traces-sample-ratio", "tracing.sample_ratio", "Share of requests traced, 0 to 1.", "R"),
+    Flag("--log-format", "logs.format", "text or json.", "F"),
+    Flag("--log-level", "logs.level", "debug, info, warning or error.", "L"),
+    Flag("--access-log/--no-access-log", "logs.access", "One line per HTTP request; never its text."),
+    Flag("--enable-tokenizer-info-endpoint", "front.enable_tokenizer_info", "Serve GET /tokenizer_info."),
 )
 
 

@@ -1,20 +1,20 @@
 """JSON of the answers to `/v1/completions` and `/v1/chat/completions`, streamed and whole.
 
-One `AnswerFormat` per call, used by `app.py`. Streamed chunks are put together from prepared text: per chunk only the
-new text is quoted, since this runs once per token of every request. Both kinds share everything but a few words.
+One `AnswerFormat` per call, used by `service.py`. Streamed chunks are put together from prepared text: per chunk only
+the new text is quoted, since this runs once per token of every request. Both kinds share everything but a few words.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from penstock.cluster.ingress.call import Call
 from penstock.cluster.ingress.choice_text import Piece
-from penstock.cluster.ingress.choices import Tally
-from penstock.cluster.ingress.logprob_format import chat_logprobs, completion_logprobs
+from penstock.cluster.ingress.choices import Scores, Tally
+from penstock.cluster.ingress.logprob_format import chat_logprobs, completion_logprobs, prompt_logprobs
+from penstock.cluster.ingress.results import ChoiceResult
 from penstock.cluster.text import TextCodec
 from penstock.router.emission import TokenLogprob
 
@@ -22,50 +22,32 @@ DONE = b"data: [DONE]\n\n"
 _quote: Callable[[str], str] = json.JSONEncoder(ensure_ascii=False).encode
 
 
-@dataclass(slots=True)
-class ChoiceResult:
-    """A whole choice, collected from its pieces."""
-
-    text: list[str] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish_reason: str | None = None
-
-    def add(self, piece: Piece) -> None:
-        """Append one piece."""
-        self.text.append(piece.text)
-        self.tokens.extend(piece.tokens)
-        self.logprobs.extend(piece.logprobs or ())
-        self.finish_reason = piece.finish_reason
-
-
 class AnswerFormat:
-    """Writes one call's answer. `chat` chooses the API."""
+    """Writes one call's answer. `chat` chooses the API; `scores` fills up while the call runs."""
 
-    def __init__(self, call: Call, codec: TextCodec, chat: bool, answer_id: str, created: int) -> None:
+    def __init__(
+        self, call: Call, codec: TextCodec, chat: bool, head: Mapping[str, Any], scores: Mapping[int, Scores]
+    ) -> None:
         self._call = call
         self._codec = codec
         self._chat = chat
-        self._head = {
-            "id": answer_id,
-            "object": _object(chat, call.output.stream),
-            "created": created,
-            "model": call.model,
-        }
+        self._scores = scores
+        self._head = {**head, "object": _object(chat, call.output.stream)}
         self._prefix = "data: " + json.dumps(self._head)[:-1] + ',"choices":['
         self._begun: set[int] = set()
         self._offsets = [0] * call.num_choices
 
     def chunk(self, piece: Piece, tally: Tally) -> bytes:
         """The events for one piece: for chat also the one that opens the choice and the one that closes it."""
-        text = _quote(piece.text)
-        extras = self._extras(piece)
         usage = self._usage(tally)
         first = piece.index not in self._begun
         if first:
             self._begun.add(piece.index)
         if not self._chat:
+            echoed = self._echoed(piece.index) if first else ""
+            text = _quote(echoed + piece.text)
             reason = "null" if piece.finish_reason is None else f'"{piece.finish_reason}"'
+            extras = self._extras(piece, first)
             prompt = self._prompt_ids(piece.index) if first else ""
             choice = f'{{"index":{piece.index},"text":{text},"finish_reason":{reason}{extras}{prompt}}}'
             return f"{self._prefix}{choice}]{usage}}}\n\n".encode()
@@ -74,34 +56,43 @@ class AnswerFormat:
             whole = usage + self._prompt_ids(0) if len(self._begun) == 1 else usage
             events = self._event(piece.index, '{"role":"assistant","content":""}', "null", "", whole)
         if piece.text or piece.tokens:
-            events += self._event(piece.index, f'{{"content":{text}}}', "null", extras, usage)
+            delta = f'{{"content":{_quote(piece.text)}}}'
+            events += self._event(piece.index, delta, "null", self._extras(piece, False), usage)
         if piece.finish_reason is not None:
             events += self._event(piece.index, "{}", f'"{piece.finish_reason}"', "", usage)
         return events.encode()
 
-    def tail(self, tally: Tally) -> bytes:
-        """What follows the last piece of a complete answer."""
+    def tail(self, tally: Tally, comment: bytes = b"") -> bytes:
+        """What follows the last piece of a complete answer; `comment` stands before its end."""
         if not self._call.output.include_usage:
-            return DONE
-        return f'{self._prefix}],"usage":{json.dumps(usage_object(tally))}}}\n\n'.encode() + DONE
+            return comment + DONE
+        return f'{self._prefix}],"usage":{json.dumps(usage_object(tally))}}}\n\n'.encode() + comment + DONE
 
-    def whole(self, results: Sequence[ChoiceResult], tally: Tally) -> bytes:
-        """The answer in one piece."""
+    def whole(self, results: Sequence[ChoiceResult], tally: Tally) -> dict[str, Any]:
+        """The answer in one piece; `results` in the order of choices."""
+        call = self._call
         choices = [self._choice(index, result) for index, result in enumerate(results)]
         answer: dict[str, Any] = {**self._head, "choices": choices, "usage": usage_object(tally)}
-        if self._chat and self._call.output.return_token_ids:
-            answer["prompt_token_ids"] = list(self._call.prompts[0])
-        return json.dumps(answer).encode()
+        if self._chat and call.output.return_token_ids:
+            answer["prompt_token_ids"] = list(call.prompts[0])
+        if self._chat and call.output.prompt_logprobs:
+            answer["prompt_logprobs"] = prompt_logprobs(self._codec, call.prompts[0], self._scores[0])
+        return answer
 
     def _event(self, index: int, delta: str, reason: str, extras: str, whole: str) -> str:
         """`extras` go into the choice, `whole` beside it."""
         choice = f'{{"index":{index},"delta":{delta},"finish_reason":{reason}{extras}}}'
         return f"{self._prefix}{choice}]{whole}}}\n\n"
 
-    def _extras(self, piece: Piece) -> str:
+    def _echoed(self, index: int) -> str:
+        """The prompt's text, where the answer begins with it."""
+        call = self._call
+        return call.texts[index // call.n] if call.output.echo else ""
+
+    def _extras(self, piece: Piece, first: bool) -> str:
         extras = ""
-        if piece.logprobs is not None:
-            extras = f',"logprobs":{json.dumps(self._logprobs(piece.index, piece.tokens, piece.logprobs))}'
+        if self._call.output.logprobs:
+            extras = f',"logprobs":{json.dumps(self._logprobs(piece.index, piece.tokens, piece.logprobs or (), first))}'
         if self._call.output.return_token_ids:
             extras += f',"token_ids":{json.dumps(list(piece.tokens))}'
         return extras
@@ -117,26 +108,35 @@ class AnswerFormat:
             return ""
         return f',"prompt_token_ids":{json.dumps(list(self._call.prompts[index // self._call.n]))}'
 
-    def _logprobs(self, index: int, tokens: Sequence[int], logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+    def _logprobs(
+        self, index: int, tokens: Sequence[int], logprobs: Sequence[TokenLogprob], first: bool
+    ) -> dict[str, Any]:
+        """Of these tokens, after the prompt's when an echo begins."""
         if self._chat:
             return chat_logprobs(self._codec, tokens, logprobs)
-        formatted, self._offsets[index] = completion_logprobs(self._codec, tokens, logprobs, self._offsets[index])
+        entries: list[TokenLogprob | None] = [*logprobs]
+        if first and self._call.output.echo:
+            prompt = index // self._call.n
+            tokens, entries = [*self._call.prompts[prompt], *tokens], [*self._scores[prompt], *logprobs]
+        formatted, self._offsets[index] = completion_logprobs(self._codec, tokens, entries, self._offsets[index])
         return formatted
 
     def _choice(self, index: int, result: ChoiceResult) -> dict[str, Any]:
-        wanted = self._call.sampling.logprobs is not None
+        output, prompt = self._call.output, index // self._call.n
         text = "".join(result.text)
         choice: dict[str, Any] = {"index": index}
         if self._chat:
             choice["message"] = {"role": "assistant", "content": text, "refusal": None}
         else:
-            choice["text"] = text
-        choice["logprobs"] = self._logprobs(index, result.tokens, result.logprobs) if wanted else None
+            choice["text"] = self._echoed(index) + text
+        choice["logprobs"] = self._logprobs(index, result.tokens, result.logprobs, True) if output.logprobs else None
         choice["finish_reason"] = result.finish_reason
-        if self._call.output.return_token_ids:
+        if output.return_token_ids:
             choice["token_ids"] = result.tokens
             if not self._chat:
-                choice["prompt_token_ids"] = list(self._call.prompts[index // self._call.n])
+                choice["prompt_token_ids"] = list(self._call.prompts[prompt])
+        if output.prompt_logprobs and not self._chat:
+            choice["prompt_logprobs"] = prompt_logprobs(self._codec, self._call.prompts[prompt], self._scores[prompt])
         return choice
 
 

@@ -21,11 +21,16 @@ class OutputOptions:
     skip_special_tokens: bool = True
     include_stop: bool = False
     stops: tuple[str, ...] = ()
+    logprobs: bool = False  # tell the logprobs of what was generated
+    prompt_logprobs: bool = False  # tell those of the prompt, in an object of their own
+    echo: bool = False  # the answer begins with the prompt, and so do its logprobs
+    hide_generated: bool = False  # max_tokens 0: the one token that had to be generated is not shown
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A completions or chat request. `prompts[i]` may give `max_tokens[i]` tokens, `n` times over."""
+    """A completions or chat request. `prompts[i]` may give `max_tokens[i]` tokens, `runs` times over; the `n` best of
+    them are answered."""
 
     model: str
     prompts: tuple[Tokens, ...]
@@ -34,8 +39,26 @@ class Call:
     sampling: SamplingParams  # of choice 0; `max_tokens` is replaced per prompt
     output: OutputOptions
     cache_salt: str = ""
+    best_of: int = 0  # 0 = n
+    texts: tuple[str, ...] = ()  # of the prompts, where they are echoed
+    embed: bool = False
+
+    @property
+    def runs(self) -> int:
+        """Choices generated per prompt."""
+        return self.best_of or self.n
+
+    @property
+    def num_runs(self) -> int:
+        """Choices generated over all prompts; run index = prompt index x runs + number."""
+        return len(self.prompts) * self.runs
 
     @property
     def num_choices(self) -> int:
-        """Choices over all prompts; choice index = prompt index x n + number."""
+        """Choices answered over all prompts; choice index = prompt index x n + number."""
         return len(self.prompts) * self.n
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Over all prompts, each counted once."""
+        return sum(map(len, self.prompts))

@@ -1,7 +1,8 @@
 """From the tokens of one choice to what its caller is shown: text, stop strings, finish reason.
 
 One `ChoiceText` per choice, fed by `choices.py` with every delta. Pure. Text that could still become a stop string,
-and bytes that are not yet a whole character, wait; tokens after a stop string are dropped and not counted.
+and bytes that are not yet a whole character, wait; tokens after a stop string are dropped and not counted. Stop
+strings are looked for in what comes after the first `min_tokens` tokens only, as vLLM does.
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ class Piece:
 class ChoiceText:
     """State of one choice's text."""
 
-    __slots__ = ("_include_stop", "_index", "_matcher", "_stream")
+    __slots__ = ("_exempt", "_include_stop", "_index", "_matcher", "_stream")
 
-    def __init__(self, index: int, codec: TextCodec, output: OutputOptions) -> None:
+    def __init__(self, index: int, codec: TextCodec, output: OutputOptions, min_tokens: int = 0) -> None:
         self._index = index
         self._stream = codec.stream(output.skip_special_tokens)
         self._matcher = StopMatcher(output.stops, output.include_stop) if output.stops else None
         self._include_stop = output.include_stop
+        self._exempt = min_tokens  # tokens to come in which no stop string counts
 
     def read(self, delta: Delta) -> Piece:
         """Take in everything new. A stop string ends the choice here, whatever the delta says."""
@@ -63,7 +65,12 @@ class ChoiceText:
         """Safe text, and how many tokens it took to complete a stop (all of them if none is complete)."""
         text = ""
         for count, token in enumerate(tokens, 1):
-            text += matcher.push(self._stream.push((token,)))
+            piece = self._stream.push((token,))
+            if self._exempt:
+                self._exempt -= 1
+                text += piece
+                continue
+            text += matcher.push(piece)
             if matcher.stopped is not None:
                 return text, count
         return text, len(tokens)

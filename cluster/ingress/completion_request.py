@@ -1,22 +1,29 @@
 """Parses the body of `POST /v1/completions` into a `Call`.
 
-Called by `app.py`. Prompts may be a string, strings, token ids, or lists of token ids; text is bounded in bytes
-before it is tokenised.
+Called by `service.py` for every front. Prompts may be a string, strings, token ids, or lists of token ids; text is
+bounded in bytes before it is tokenised. `echo` with `logprobs` scores the prompt; `max_tokens: 0` with `echo` only
+scores: one token is generated, as something must be, and not shown.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from penstock.cluster.ingress.call import Call
+from penstock.cluster.ingress.call import Call, OutputOptions
 from penstock.cluster.ingress.fields import Fields, shown
+from penstock.cluster.ingress.messages import check_text_length
 from penstock.cluster.ingress.sampling_fields import (
+    check_min_tokens,
+    check_scored,
     fit,
     read_max_tokens,
     read_model,
     read_output,
+    read_prompt_logprobs,
     read_salt,
     read_sampling,
+    read_truncation,
     refuse_unsupported,
 )
 from penstock.cluster.ingress.settings import IngressSettings
@@ -32,70 +39,117 @@ def parse_completion(body: dict[str, Any], settings: IngressSettings, text: Text
     fields = Fields(body)
     model = read_model(fields, settings)
     refuse_unsupported(fields, settings)
-    fields.only("echo", (False,))
     fields.only("suffix", ("",))
     n = fields.integer("n", 1, settings.limits.max_choices, 1) or 1
-    fields.only("best_of", (1, n))
-    logprobs = fields.integer("logprobs", 0, settings.limits.max_logprobs)
-    sampling = read_sampling(fields, settings, text, logprobs)
-    output = read_output(fields, settings, text)
+    best_of = _best_of(fields, settings, n)
+    logprobs, scored = _logprobs(fields, settings)
+    # The best of several are found by their logprobs, which the caller need not have asked for.
+    needed = 0 if logprobs is None and best_of > n else logprobs
+    sampling = replace(read_sampling(fields, settings, text), logprobs=needed, prompt_logprobs=scored)
+    output = _output(fields, settings, text, logprobs)
     salt = read_salt(fields)
-    stated = read_max_tokens(fields, "max_tokens", settings)
-    raw_prompts = _separate(fields.raw("prompt"), settings, n)
+    stated = read_max_tokens(fields, "max_tokens", settings, low=0 if output.echo else 1)
+    output = replace(output, hide_generated=stated == 0)
+    keep = read_truncation(fields, settings, stated)
+    stated_prompts = read_prompts(fields, "prompt", settings, best_of)
     add_special = fields.boolean("add_special_tokens", default=True)
-    prompts = tuple(_ids(prompt, settings, text, add_special) for prompt in raw_prompts)
+    prompts = tuple(read_ids(prompt, "prompt", settings, text, keep, add_special) for prompt in stated_prompts)
+    check_scored(prompts, scored, settings, "prompt")
+    stated = 1 if stated == 0 else stated
     limits = tuple(fit(stated, DEFAULT_MAX_TOKENS, prompt, settings, "prompt") for prompt in prompts)
-    return Call(model, prompts, limits, n, sampling, output, salt)
+    check_min_tokens(sampling.min_tokens, limits)
+    texts = _echoed(stated_prompts, prompts, keep is not None, output, text)
+    return Call(model, prompts, limits, n, sampling, output, salt, best_of, texts)
 
 
-def _separate(prompt: object, settings: IngressSettings, n: int) -> list[str | list[int]]:
-    """The single prompts in any of the four accepted forms."""
+def read_prompts(fields: Fields, name: str, settings: IngressSettings, runs: int = 1) -> list[str | list[int]]:
+    """The single prompts of a field in any of its four forms; token ids are not checked yet."""
+    prompt = fields.raw(name)
     if isinstance(prompt, str):
         return [prompt]
     if not isinstance(prompt, list):
-        raise RequestError("prompt: must be text, token ids, or a list of either", field="prompt", code="invalid_type")
+        raise fields.refuse(name, "must be text, token ids, or a list of either", "invalid_type")
     if not prompt:
-        raise RequestError("prompt: is empty", field="prompt")
+        raise fields.refuse(name, "is empty")
     if all(type(item) is int for item in prompt):
         return [prompt]
-    if len(prompt) > settings.limits.max_prompts or len(prompt) * n > settings.limits.max_choices:
-        raise RequestError(
-            f"prompt: {len(prompt)} prompts x n {n} is more than {settings.limits.max_prompts} prompts or "
-            f"{settings.limits.max_choices} choices",
-            field="prompt",
-            code="out_of_range",
+    limits = settings.limits
+    if len(prompt) > limits.max_prompts or len(prompt) * runs > limits.max_choices:
+        raise fields.refuse(
+            name,
+            f"{len(prompt)} prompts x {runs} choices is more than {limits.max_prompts} prompts or "
+            f"{limits.max_choices} choices",
+            "out_of_range",
         )
     if all(isinstance(item, str) for item in prompt) or all(isinstance(item, list) for item in prompt):
         return prompt
     odd = next(item for item in prompt if type(item) is not type(prompt[0]) or not isinstance(item, (str, list)))
-    raise RequestError(f"prompt: {shown(odd)} does not belong into this list", field="prompt", code="invalid_type")
+    raise fields.refuse(name, f"{shown(odd)} does not belong into this list", "invalid_type")
 
 
-def _ids(prompt: str | list[int], settings: IngressSettings, text: TextCodec, add_special: bool) -> Tokens:
-    """Token ids of one prompt, checked against vocabulary and context before and after tokenising."""
-    if isinstance(prompt, str):
-        if not prompt:
-            raise RequestError("prompt: is empty", field="prompt")
-        check_text_length(len(prompt), settings, text, "prompt")
-        ids = text.encode(prompt, "prompt", add_special)
+def read_ids(
+    prompt: str | list[int], name: str, settings: IngressSettings, text: TextCodec, keep: int | None, add_special: bool
+) -> Tokens:
+    """Ids of one prompt, or its last `keep`; checked against vocabulary and context before it is tokenised."""
+    if not isinstance(prompt, str):
+        ids = _checked(prompt, name, text)
+        ids = ids if keep is None else text.cut(ids, keep)
+    elif not prompt:
+        ids = []
+    elif keep is not None:
+        ids = text.encode_end(prompt, name, keep, add_special)
     else:
-        ids = prompt
-        if not all(type(token) is int and 0 <= token < text.vocab_size for token in ids):
-            raise RequestError(
-                f"prompt: token ids are integers from 0 to {text.vocab_size - 1}", field="prompt", code="out_of_range"
-            )
+        check_text_length(len(prompt), settings, text, name)
+        ids = text.encode(prompt, name, add_special)
     if not ids:
-        raise RequestError("prompt: holds no token", field="prompt")
+        raise RequestError(f"{name}: is empty, or holds no token", field=name)
     return tuple(ids)
 
 
-def check_text_length(num_chars: int, settings: IngressSettings, text: TextCodec, field: str) -> None:
-    """Refuse text that cannot fit the context however it is cut into tokens; a character has at least one byte."""
-    most = text.longest_text(settings.max_model_len)
-    if text.has_tokenizer and num_chars > most:
+def _checked(ids: list[int], name: str, text: TextCodec) -> list[int]:
+    if not all(type(token) is int and 0 <= token < text.vocab_size for token in ids):
         raise RequestError(
-            f"{field}: {num_chars} characters cannot fit this model's maximum context length of "
-            f"{settings.max_model_len} tokens",
-            field=field,
-            code="context_length_exceeded",
+            f"{name}: token ids are integers from 0 to {text.vocab_size - 1}", field=name, code="out_of_range"
         )
+    return ids
+
+
+def _best_of(fields: Fields, settings: IngressSettings, n: int) -> int:
+    best_of = fields.integer("best_of", 1, settings.limits.max_choices, n) or n
+    if best_of < n:
+        raise fields.refuse("best_of", f"must be at least n, which is {n}", "out_of_range")
+    if best_of > n and fields.raw("stream"):
+        raise fields.refuse("best_of", "does not go with stream: true", "unsupported_value")
+    return best_of
+
+
+def _logprobs(fields: Fields, settings: IngressSettings) -> tuple[int | None, int | None]:
+    """Of the generated tokens, and of the prompt: asked for by itself, or by `echo`."""
+    logprobs = fields.integer("logprobs", 0, settings.limits.max_logprobs)
+    scored = read_prompt_logprobs(fields, settings)
+    if fields.boolean("echo") and logprobs is not None:
+        scored = max(logprobs, scored or 0)
+    return logprobs, scored
+
+
+def _output(fields: Fields, settings: IngressSettings, text: TextCodec, logprobs: int | None) -> OutputOptions:
+    return replace(
+        read_output(fields, settings, text),
+        logprobs=logprobs is not None,
+        prompt_logprobs=fields.raw("prompt_logprobs") is not None,
+        echo=fields.boolean("echo"),
+    )
+
+
+def _echoed(
+    stated: list[str | list[int]], prompts: tuple[Tokens, ...], cut: bool, output: OutputOptions, text: TextCodec
+) -> tuple[str, ...]:
+    """The prompts' texts: as the caller wrote them, decoded where ids came or text was cut."""
+    if not output.echo:
+        return ()
+    if not text.has_tokenizer:
+        return ("",) * len(prompts)
+    return tuple(
+        prompt if isinstance(prompt, str) and not cut else text.decode_whole(ids, output.skip_special_tokens)
+        for prompt, ids in zip(stated, prompts, strict=True)
+    )

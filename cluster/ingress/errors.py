@@ -7,12 +7,14 @@ expect. Nothing internal (paths, addresses, tracebacks) leaves through here: unk
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 
 from penstock.workers.errors import RefusedError, RequestError
 from penstock.workers.protocol import FailureCode
 
 DEFAULT_RETRY_AFTER_S = 1.0
+_WITH_RETRY_AFTER = {429, 503}
 
 
 @dataclass(eq=False)  # not frozen: an exception's traceback is set while it travels
@@ -37,8 +39,11 @@ class HttpProblem(Exception):  # noqa: N818 - the answer itself, raised to leave
     def headers(self) -> list[tuple[bytes, bytes]]:
         """Headers beside content type and length."""
         found: list[tuple[bytes, bytes]] = []
-        if self.retry_after_s is not None:
-            found.append((b"retry-after", str(max(1, round(self.retry_after_s))).encode()))
+        wait_s = self.retry_after_s
+        if wait_s is None and self.status in _WITH_RETRY_AFTER:
+            wait_s = DEFAULT_RETRY_AFTER_S
+        if wait_s is not None:
+            found.append((b"retry-after", str(max(1, math.ceil(wait_s))).encode()))
         if self.may_retry is not None:
             found.append((b"x-should-retry", b"true" if self.may_retry else b"false"))
         if self.allow:
@@ -74,7 +79,6 @@ _BY_CODE = {
     FailureCode.CANCELLED: _Answer(499, "cancelled", "cancelled"),
     FailureCode.INTERNAL: _Answer(500, "server_error", "internal", may_retry=False),
 }
-_WITH_RETRY_AFTER = {429, 503}
 
 
 def problem_of(error: BaseException) -> HttpProblem:
@@ -86,12 +90,11 @@ def problem_of(error: BaseException) -> HttpProblem:
     if isinstance(error, RefusedError):
         answer = _BY_CODE[error.code]
         retry = error.retry_after_s
-        if retry is None and answer.status in _WITH_RETRY_AFTER:
-            retry = DEFAULT_RETRY_AFTER_S
         return HttpProblem(
             answer.status, answer.kind, str(error), code=answer.code, retry_after_s=retry, may_retry=answer.may_retry
         )
-    return HttpProblem(500, "server_error", "internal error; the server's log has the details", code="internal")
+    message = "internal error; the server's log has the details"
+    return HttpProblem(500, "server_error", message, code="internal", may_retry=False)
 
 
 def model_not_found(name: str) -> HttpProblem:

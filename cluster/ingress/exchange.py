@@ -9,12 +9,12 @@ which case the server closes the connection and the client sees a broken transpo
 from __future__ import annotations
 
 import asyncio
-import json
 import re
+import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from contextlib import suppress
-from typing import Any, NoReturn
+from typing import Any
 
 from penstock.cluster.ingress.errors import HttpProblem
 from penstock.cluster.settings import LimitSettings
@@ -26,7 +26,6 @@ Send = Callable[[Message], Awaitable[None]]
 JSON = b"application/json"
 LINGER_S = 1.0
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}\Z")
-_SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89abcdefABCDEF]")
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
@@ -49,7 +48,9 @@ class Exchange:
         self._send = send
         self._limits = limits
         self._headers: list[tuple[bytes, bytes]] = scope["headers"]
-        self._echo: list[tuple[bytes, bytes]] = []
+        self.id = secrets.token_hex(16)  # ours; the caller's own is only echoed
+        self.extra: list[tuple[bytes, bytes]] = []  # headers to go with the answer, whatever it is
+        self._identity = [(b"x-request-id", self.id.encode()), (b"x-penstock-request-id", self.id.encode())]
         self._writing = asyncio.Lock()
         self._write_began: float | None = None
         self._left = False
@@ -59,8 +60,17 @@ class Exchange:
         """All values of one header (lower-case name)."""
         return [value for key, value in self._headers if key.lower() == name]
 
+    def single(self, name: bytes) -> str:
+        """The value of a header that was sent once, in ASCII; empty otherwise."""
+        values = self.headers(name)
+        return values[0].decode() if len(values) == 1 and values[0].isascii() else ""
+
+    def asks(self, name: bytes, value: bytes) -> bool:
+        """True where a header was sent with this value."""
+        return value in self.headers(name)
+
     def check_headers(self) -> None:
-        """Refuse header floods and ambiguous framing; remember a harmless request id for the answer."""
+        """Refuse header floods and ambiguous framing; a harmless request id of the caller's goes into the answer."""
         size = sum(len(name) + len(value) for name, value in self._headers)
         if len(self._headers) > self._limits.max_headers or size > self._limits.max_header_bytes:
             raise HttpProblem(431, "invalid_request_error", "the request's headers are too large", close=True)
@@ -68,7 +78,12 @@ class Exchange:
             raise HttpProblem(400, "invalid_request_error", "both Content-Length and Transfer-Encoding", close=True)
         stated = self.headers(b"x-request-id")
         if len(stated) == 1 and _REQUEST_ID.match(stated[0]):
-            self._echo = [(b"x-request-id", stated[0])]
+            self._identity[0] = (b"x-request-id", stated[0])
+
+    @property
+    def request_id(self) -> str:
+        """As answered in `x-request-id`: the caller's, where it is harmless, else ours."""
+        return self._identity[0][1].decode()
 
     async def read_body(self) -> bytes:
         """The whole JSON body, within its limits of type, size and time."""
@@ -129,7 +144,8 @@ class Exchange:
     ) -> None:
         """A whole answer."""
         self.status = status
-        headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode()), *self._echo, *(extra or ())]
+        headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode()), *self._identity]
+        headers += [*self.extra, *(extra or ())]
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
         await self._send({"type": "http.response.body", "body": b"" if self.method == "HEAD" else body})
 
@@ -146,7 +162,7 @@ class Exchange:
             self._write_began = time.monotonic()
             if not self.status:
                 self.status = 200
-                headers = [*_STREAM_HEADERS, *self._echo]
+                headers = [*_STREAM_HEADERS, *self._identity, *self.extra]
                 await self._send({"type": "http.response.start", "status": 200, "headers": headers})
             await self._send({"type": "http.response.body", "body": events, "more_body": True})
             self._write_began = None
@@ -195,27 +211,3 @@ class Exchange:
     async def end_stream(self) -> None:
         """The proper end of a stream."""
         await self._send({"type": "http.response.body", "body": b""})
-
-
-def parse_json(raw: bytes) -> dict[str, Any]:
-    """A JSON object out of a body, or a 400. NaN, deep nesting, bad UTF-8 and lone surrogates are refused."""
-    try:
-        body = json.loads(raw.decode(), parse_constant=_no_constant)
-        if _SURROGATE_ESCAPE.search(raw):
-            json.dumps(body, ensure_ascii=False).encode()
-    except RecursionError:
-        raise HttpProblem(400, "invalid_request_error", "the body is nested too deeply", code="invalid_json") from None
-    except UnicodeError:
-        raise HttpProblem(400, "invalid_request_error", "the body is not valid UTF-8", code="invalid_json") from None
-    except ValueError as error:
-        reason = str(error)[:200]
-        raise HttpProblem(
-            400, "invalid_request_error", f"the body is not JSON: {reason}", code="invalid_json"
-        ) from None
-    if not isinstance(body, dict):
-        raise HttpProblem(400, "invalid_request_error", "the body must be a JSON object", code="invalid_json")
-    return body
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")

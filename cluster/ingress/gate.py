@@ -1,40 +1,74 @@
-"""Who may ask for what: the table of routes, and the check of the key. Anything not in the table does not exist.
+"""What exists and who may ask for it: the table of routes. Anything not in the table does not exist.
 
-Used by `app.py`. Paths match exactly as the server decoded them: no doubled, trailing or dotted variants.
+Used by `app.py`; `openapi.py` describes the same table. Paths match exactly as the server decoded them: no doubled,
+trailing or dotted variants.
+
+A server without keys trusts whoever reaches it, so a browser that was led to it must not: operator routes then refuse
+requests that a page of another site makes (`Origin`) or that name a public host (`Host`, DNS rebinding).
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
+import ipaddress
 from dataclasses import dataclass
+from enum import Enum
 
 from penstock.cluster.ingress.errors import HttpProblem
 from penstock.cluster.ingress.exchange import Exchange
+from penstock.cluster.ingress.keys import Access, Caller
 
 MODEL_PREFIX = "/v1/models/"
+_PRIVATE_SUFFIXES = (".localhost", ".local", ".internal", ".svc")
+
+
+class Door(Enum):
+    """What a route asks of its caller, where the server has keys at all."""
+
+    OPEN = "open"  # nothing
+    KEY = "key"  # any key
+    OPERATOR = "operator"  # a key with the right to look at the whole server
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One path. `open`: served without the key. `name` is its label in metrics."""
+    """One path. `switched`: exists only where the configuration says so."""
 
     name: str
     methods: tuple[str, ...]
-    open: bool = False
+    door: Door
+    switched: bool = False
 
 
+_READ, _WRITE = ("GET", "HEAD"), ("POST",)
 ROUTES: dict[str, Route] = {
-    "/v1/completions": Route("completions", ("POST",)),
-    "/v1/chat/completions": Route("chat_completions", ("POST",)),
-    "/v1/models": Route("models", ("GET", "HEAD")),
-    "/status": Route("status", ("GET", "HEAD")),
-    "/metrics": Route("metrics", ("GET", "HEAD")),
-    "/health": Route("health", ("GET", "HEAD"), open=True),
-    "/ready": Route("ready", ("GET", "HEAD"), open=True),
+    "/v1/completions": Route("completions", _WRITE, Door.KEY),
+    "/v1/chat/completions": Route("chat_completions", _WRITE, Door.KEY),
+    "/v1/embeddings": Route("embeddings", _WRITE, Door.KEY),
+    "/v1/models": Route("models", _READ, Door.KEY),
+    "/tokenize": Route("tokenize", _WRITE, Door.KEY),
+    "/detokenize": Route("detokenize", _WRITE, Door.KEY),
+    "/tokenizer_info": Route("tokenizer_info", _READ, Door.KEY, switched=True),
+    "/version": Route("version", _READ, Door.KEY),
+    "/openapi.json": Route("openapi", _READ, Door.KEY),
+    "/status": Route("status", _READ, Door.OPERATOR),
+    "/metrics": Route("metrics", _READ, Door.OPERATOR),
+    "/health": Route("health", _READ, Door.OPEN),
+    "/ready": Route("ready", _READ, Door.OPEN),
+    "/live": Route("live", _READ, Door.OPEN),
 }
-ONE_MODEL = Route("model", ("GET", "HEAD"))
-UNKNOWN = Route("other", ())
+ONE_MODEL = Route("model", _READ, Door.KEY)
+UNKNOWN = Route("other", (), Door.KEY)
+_METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
+_LABELS = {
+    **{route.name: path for path, route in ROUTES.items()},
+    ONE_MODEL.name: f"{MODEL_PREFIX}{{model}}",
+    UNKNOWN.name: "other",
+}
+
+
+def labels_of(route: Route, method: str) -> tuple[str, str]:
+    """Handler and method as metrics and logs name them: closed sets, whatever callers send."""
+    return _LABELS[route.name], method if method in _METHODS else "other"
 
 
 def route_of(path: str) -> Route:
@@ -44,23 +78,38 @@ def route_of(path: str) -> Route:
     return ROUTES.get(path, UNKNOWN)
 
 
-class Gate:
-    """Checks the key, if there is one, in constant time."""
+def admit(exchange: Exchange, route: Route, access: Access) -> Caller | None:
+    """Who asks; None at an open door. Raises HttpProblem 401, 403, 404 or 405, in this order: strangers learn nothing,
+    not even what does not exist."""
+    caller = None if route.door is Door.OPEN else access.authorise(exchange.headers(b"authorization"))
+    if route is UNKNOWN:
+        raise HttpProblem(404, "not_found_error", "no such path", code="not_found")
+    if caller is not None and route.door is Door.OPERATOR:
+        _check_operator(exchange, caller, access)
+    if exchange.method not in route.methods:
+        allowed = ", ".join(route.methods)
+        raise HttpProblem(
+            405, "invalid_request_error", f"only {allowed} here", code="method_not_allowed", allow=allowed
+        )
+    return caller
 
-    def __init__(self, api_key: str) -> None:
-        self._expected = hashlib.sha256(b"Bearer " + api_key.encode()).digest() if api_key else b""
 
-    def admit(self, exchange: Exchange, route: Route) -> None:
-        """Raises HttpProblem 401, 404 or 405."""
-        if self._expected and not route.open:
-            stated = exchange.headers(b"authorization")
-            digest = hashlib.sha256(stated[0] if len(stated) == 1 else b"").digest()
-            if not hmac.compare_digest(digest, self._expected):
-                raise HttpProblem(401, "authentication_error", "a valid API key is required", code="invalid_api_key")
-        if route is UNKNOWN:
-            raise HttpProblem(404, "not_found_error", "no such path", code="not_found")
-        if exchange.method not in route.methods:
-            allowed = ", ".join(route.methods)
-            raise HttpProblem(
-                405, "invalid_request_error", f"only {allowed} here", code="method_not_allowed", allow=allowed
-            )
+def _check_operator(exchange: Exchange, caller: Caller, access: Access) -> None:
+    if not caller.operator:
+        raise HttpProblem(403, "permission_error", "this key is not an operator's", code="operators_only")
+    if access.asks_for_keys:
+        return
+    hosts = [value.decode("latin-1") for value in exchange.headers(b"host")]
+    if exchange.headers(b"origin") or any(_is_public(host) for host in hosts):
+        raise HttpProblem(403, "permission_error", "not from another site's page", code="foreign_origin")
+
+
+def _is_public(host: str) -> bool:
+    """True for a name that public DNS may point anywhere."""
+    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() and not host.endswith("]") else host
+    name = name.strip("[]").rstrip(".").lower()
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return "." in name and not name.endswith((*_PRIVATE_SUFFIXES, ".svc.cluster.local"))
+    return False

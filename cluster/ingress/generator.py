@@ -8,7 +8,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Protocol
 
-from penstock.router.emission import Delta
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.router.emission import Delta, TokenLogprob
+from penstock.router.trail import Trail
 from penstock.workers.protocol import GenerateRequest
 
 
@@ -18,6 +22,24 @@ class Generation(Protocol):
     @property
     def cached_tokens(self) -> int:
         """Prompt tokens that came from a prefix cache; final once the first delta is there."""
+        ...
+
+    @property
+    def prompt_logprobs(self) -> tuple[TokenLogprob | None, ...]:
+        """One entry per prompt token, None for the first; final once the first delta is there, empty when not asked.
+
+        NaN where a score was lost. Read it once: every call builds it anew.
+        """
+        ...
+
+    @property
+    def embedding(self) -> NDArray[np.float32] | None:
+        """The last prompt token's hidden state, float32 [hidden size]; there with the first delta where asked."""
+        ...
+
+    @property
+    def trail(self) -> Trail:
+        """Where the request has been, and when; grows while it runs."""
         ...
 
     def __aiter__(self) -> AsyncIterator[Delta]: ...

@@ -33,21 +33,27 @@ def token_text(codec: TextCodec, token: int) -> str:
 
 
 def completion_logprobs(
-    codec: TextCodec, tokens: Sequence[int], logprobs: Sequence[TokenLogprob], offset: int
+    codec: TextCodec, tokens: Sequence[int], logprobs: Sequence[TokenLogprob | None], offset: int
 ) -> tuple[dict[str, Any], int]:
-    """The `logprobs` object of `/v1/completions` for these tokens, and the text offset after them."""
+    """The `logprobs` object of `/v1/completions` for these tokens, and the text offset after them.
+
+    A first token that is echoed has no logprob: null.
+    """
     texts = [token_text(codec, token) for token in tokens]
     offsets = []
     for text in texts:
         offsets.append(offset)
         offset += len(text)
-    top: list[dict[str, float]] = []
+    top: list[dict[str, float] | None] = []
     for text, entry in zip(texts, logprobs, strict=True):
+        if entry is None:
+            top.append(None)
+            continue
         named = {text: finite(entry.logprob)}
         for token, value in entry.top:
             named.setdefault(token_text(codec, token), finite(value))
         top.append(named)
-    chosen = [finite(entry.logprob) for entry in logprobs]
+    chosen = [None if entry is None else finite(entry.logprob) for entry in logprobs]
     return {"tokens": texts, "token_logprobs": chosen, "top_logprobs": top, "text_offset": offsets}, offset
 
 
@@ -58,6 +64,33 @@ def chat_logprobs(codec: TextCodec, tokens: Sequence[int], logprobs: Sequence[To
         top = [_named(codec, other, value) for other, value in entry.top]
         content.append({**_named(codec, token, entry.logprob), "top_logprobs": top})
     return {"content": content}
+
+
+def prompt_logprobs(
+    codec: TextCodec, tokens: Sequence[int], scores: Sequence[TokenLogprob | None]
+) -> list[dict[str, Any] | None]:
+    """vLLM's `prompt_logprobs`: per token a map from token id to its logprob, text and rank; null for the first.
+
+    The rank of a token that is not among the alternatives is not known: null.
+    """
+    told: list[dict[str, Any] | None] = []
+    for token, entry in zip(tokens, scores, strict=True):
+        if entry is None:
+            told.append(None)
+            continue
+        ranked = {other: (value, rank) for rank, (other, value) in enumerate(entry.top, 1)}
+        ranked.setdefault(token, (entry.logprob, 0))
+        told.append(
+            {
+                str(other): {
+                    "logprob": finite(value),
+                    "rank": rank or None,
+                    "decoded_token": token_text(codec, other),
+                }
+                for other, (value, rank) in ranked.items()
+            }
+        )
+    return told
 
 
 def _named(codec: TextCodec, token: int, logprob: float) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Reads the fields that completions and chat share: sampling, stops, output options, and those not built yet.
 
 Used by `completion_request.py` and `chat_request.py`. Limits come first: nothing is tokenised or allocated here.
-What this version cannot do is refused by name; what changes nothing (`penalty: 0`) is accepted, as clients send it.
+What this version cannot do is refused by name; what changes nothing is accepted, as clients send it.
 
 Meanings: temperature below 1e-5 is greedy; top_k -1 and 0 mean all; seeds are taken modulo 2^64; a request without a
 seed gets 64 random bits. `ignore_eos` runs are bounded by max_tokens and the context.
@@ -9,6 +9,7 @@ seed gets 64 random bits. `ignore_eos` runs are bounded by max_tokens and the co
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import secrets
 
@@ -16,6 +17,7 @@ from penstock.cluster.ingress.call import OutputOptions
 from penstock.cluster.ingress.errors import model_not_found
 from penstock.cluster.ingress.fields import Fields, shown
 from penstock.cluster.ingress.settings import IngressSettings
+from penstock.cluster.ingress.token_edits import read_token_edits, read_token_ids
 from penstock.cluster.text import TextCodec
 from penstock.workers.errors import RequestError
 from penstock.workers.protocol import SamplingParams, Tokens
@@ -24,26 +26,26 @@ GREEDY_BELOW = 1e-5
 MAX_TEMPERATURE = 100.0
 MAX_TOP_K = 1 << 31
 _SALT = re.compile(r"[A-Za-z0-9_-]{1,256}\Z")
-_UNSUPPORTED: dict[str, tuple[object, ...]] = {
-    "repetition_penalty": (1, 1.0),
+# Fields that are refused, with the values that change nothing and are accepted all the same.
+UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "length_penalty": (1, 1.0),
-    "logit_bias": ({},),
-    "min_tokens": (0,),
-    "bad_words": ([],),
-    "allowed_token_ids": (),
-    "truncate_prompt_tokens": (),
-    "prompt_logprobs": (),
     "use_beam_search": (False,),
     "structured_outputs": (),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
     "guided_grammar": (),
+    "guided_decoding_backend": (),
+    "logits_processors": ([],),
     "prompt_embeds": (),
     "lora_request": (),
+    "lora_path": (),
+    "custom_logit_processor": (),
     "kv_transfer_params": (),
+    "chat_template": (),
 }
-_UNUSED = (
+# Fields that are accepted, bounded, and not used.
+UNUSED = (
     "user",
     "metadata",
     "store",
@@ -67,15 +69,14 @@ def read_model(fields: Fields, settings: IngressSettings) -> str:
     return name
 
 
-def read_sampling(fields: Fields, settings: IngressSettings, text: TextCodec, logprobs: int | None) -> SamplingParams:
-    """Sampling of choice 0, without `max_tokens` (1 stands there)."""
+def read_sampling(fields: Fields, settings: IngressSettings, text: TextCodec) -> SamplingParams:
+    """Sampling of choice 0, without `max_tokens` (1 stands there) and logprobs."""
     defaults = settings.defaults
     temperature = fields.number("temperature", 0.0, MAX_TEMPERATURE, defaults.temperature)
     top_k = fields.integer("top_k", -1, MAX_TOP_K, defaults.top_k) or 0
     seed = fields.integer("seed", -(1 << 63), (1 << 64) - 1)
-    for name in ("presence_penalty", "frequency_penalty"):
-        if fields.number(name, -2.0, 2.0, 0.0) != 0.0:
-            raise fields.refuse(name, "penalties are not supported by this server", "unsupported_value")
+    stop_ids = _stop_token_ids(fields, settings, text)
+    edits = read_token_edits(fields, settings, text, stop_ids)
     return SamplingParams(
         max_tokens=1,
         temperature=0.0 if temperature < GREEDY_BELOW else temperature,
@@ -83,8 +84,8 @@ def read_sampling(fields: Fields, settings: IngressSettings, text: TextCodec, lo
         top_p=fields.number("top_p", 0.0, 1.0, defaults.top_p, above=True),
         min_p=fields.number("min_p", 0.0, 1.0, defaults.min_p),
         seed=secrets.randbits(64) if seed is None else seed % (1 << 64),
-        stop_token_ids=_stop_token_ids(fields, settings, text),
-        logprobs=logprobs,
+        stop_token_ids=stop_ids,
+        **{edit.name: getattr(edits, edit.name) for edit in dataclasses.fields(edits)},
     )
 
 
@@ -120,18 +121,47 @@ def read_salt(fields: Fields) -> str:
 
 def refuse_unsupported(fields: Fields, settings: IngressSettings) -> None:
     """Fields that would change the answer and are not built yet; and the size of those that change nothing."""
-    for name, harmless in _UNSUPPORTED.items():
+    for name, harmless in UNSUPPORTED.items():
         fields.only(name, harmless)
     response_format = fields.child("response_format")
     if response_format is not None and response_format.raw("type") != "text":
         raise fields.refuse("response_format", "only type 'text' is supported by this server", "unsupported_value")
-    for name in _UNUSED:
+    for name in UNUSED:
         fields.sized(name, settings.limits.max_label_bytes)
 
 
-def read_max_tokens(fields: Fields, name: str, settings: IngressSettings) -> int | None:
+def read_max_tokens(fields: Fields, name: str, settings: IngressSettings, low: int = 1) -> int | None:
     """Stated bound on generated tokens; whether it fits depends on the prompt."""
-    return fields.integer(name, 1, max(settings.max_model_len, 1 << 31))
+    return fields.integer(name, low, max(settings.max_model_len, 1 << 31))
+
+
+def read_truncation(fields: Fields, settings: IngressSettings, stated: int | None) -> int | None:
+    """`truncate_prompt_tokens`: how many tokens to keep at the prompt's end; -1 = as many as the context allows."""
+    most = settings.max_model_len - 1
+    keep = fields.integer("truncate_prompt_tokens", -1, most)
+    if keep == 0:
+        raise fields.refuse("truncate_prompt_tokens", f"must be -1, or from 1 to {most}", "out_of_range")
+    return max(1, settings.max_model_len - (stated or 1)) if keep == -1 else keep
+
+
+def read_prompt_logprobs(fields: Fields, settings: IngressSettings) -> int | None:
+    """`prompt_logprobs`: alternatives beside every prompt token."""
+    wanted = fields.integer("prompt_logprobs", 0, settings.limits.max_logprobs)
+    if wanted is not None and fields.raw("stream"):
+        raise fields.refuse("prompt_logprobs", "does not go with stream: true", "unsupported_value")
+    return wanted
+
+
+def check_scored(prompts: tuple[Tokens, ...], wanted: int | None, settings: IngressSettings, field: str) -> None:
+    """Refuse prompts whose scores would be too many for one answer."""
+    entries = 0 if wanted is None else sum(map(len, prompts)) * (wanted + 1)
+    if entries > settings.limits.max_prompt_logprobs:
+        raise RequestError(
+            f"{field}: logprobs of the prompts would be {entries} entries, more than "
+            f"{settings.limits.max_prompt_logprobs}; send fewer prompts, or ask for fewer alternatives",
+            field=field,
+            code="out_of_range",
+        )
 
 
 def fit(stated: int | None, default: int | None, prompt: Tokens, settings: IngressSettings, field: str) -> int:
@@ -147,12 +177,18 @@ def fit(stated: int | None, default: int | None, prompt: Tokens, settings: Ingre
     return stated if stated is not None else min(default or limit, limit - used)
 
 
+def check_min_tokens(min_tokens: int, limits: Tokens) -> None:
+    """A least length beyond the greatest cannot be kept."""
+    if min_tokens > min(limits):
+        raise RequestError(
+            f"min_tokens: {min_tokens} is more than the {min(limits)} tokens that may be generated",
+            field="min_tokens",
+            code="out_of_range",
+        )
+
+
 def _stop_token_ids(fields: Fields, settings: IngressSettings, text: TextCodec) -> Tokens:
-    stated = fields.raw("stop_token_ids") or ()
-    if not isinstance(stated, (list, tuple)) or len(stated) > settings.limits.max_stop_token_ids:
-        raise fields.refuse("stop_token_ids", f"must be a list of at most {settings.limits.max_stop_token_ids} ids")
-    if not all(type(token) is int and 0 <= token < text.vocab_size for token in stated):
-        raise fields.refuse("stop_token_ids", f"token ids are integers from 0 to {text.vocab_size - 1}", "out_of_range")
+    stated = read_token_ids(fields, "stop_token_ids", text, settings.limits.max_stop_token_ids) or ()
     eos = () if fields.boolean("ignore_eos") else text.eos_token_ids
     return tuple(sorted({*stated, *eos}))
 

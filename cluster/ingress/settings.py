@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from penstock.cluster.key_file import KeyEntry, read_key_file
 from penstock.cluster.model_directory import GenerationDefaults, ModelDescription
 from penstock.cluster.settings import ClusterConfig, LimitSettings
 
@@ -25,6 +27,9 @@ class IngressSettings:
     revision: str = ""
     root: str = ""  # `root` of /v1/models: the model directory's name, never its path
     api_key: str = field(default="", repr=False)
+    keys: tuple[KeyEntry, ...] = field(default=(), repr=False)
+    limits_share: float = 1.0  # this process's part of the keys' limits: 1 / number of ingresses
+    enable_tokenizer_info: bool = False
     defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
     limits: LimitSettings = field(default_factory=LimitSettings)
 
@@ -35,15 +40,19 @@ class IngressSettings:
 
 
 def ingress_settings(config: ClusterConfig, model: ModelDescription) -> IngressSettings:
-    """The application's piece of a cluster's configuration."""
+    """The application's piece of a cluster's configuration. Raises ConfigError for a bad file of keys."""
+    front = config.front
     return IngressSettings(
-        model_names=config.front.served_model_name or (model.name,),
+        model_names=front.served_model_name or (model.name,),
         max_model_len=config.scheduler.max_model_len,
         block_size=config.kv.block_size,
         prefix_caching=config.kv.prefix_caching,
         revision=model.revision,
         root=model.name,
-        api_key=config.front.api_key,
-        defaults=model.defaults,
+        api_key=front.api_key,
+        keys=read_key_file(Path(front.api_keys_file)) if front.api_keys_file else (),
+        limits_share=1 / config.ray.ingress_replicas,
+        enable_tokenizer_info=front.enable_tokenizer_info,
+        defaults=model.defaults if config.front.generation_config == "auto" else GenerationDefaults(),
         limits=config.limits,
     )

@@ -1,7 +1,9 @@
 """Paged attention on the CPU: rows of similar shape become one padded batch, gathered block by block.
 
 A plan is made once per step and serves every layer. Rows with a single new token (decodes) are computed as two batched
-products; rows with more go through torch's fused attention, without a mask where they start at position 0.
+products; rows with more go through torch's fused attention, without a mask where they start at position 0. That one
+cannot cap scores: with a soft cap the products are written out, in tiles. A sliding window has a plan of its own, over
+the blocks that it reaches.
 Padding never changes a result: padded keys are masked, padded queries dropped, and a padded table entry names the row's
 own first block, so no row ever reads a block of another.
 
@@ -18,18 +20,36 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from penstock.kernels.cpu.grouping import RowGroup, group_rows
+from penstock.kernels.cpu.windows import windowed
 from penstock.kernels.ragged import AttentionGroup, AttentionPlan, RaggedBatch
 
 I64 = NDArray[np.int64]
 
+# The written-out scores of one tile stay within this many float32 numbers.
+SCORE_ELEMENTS = 1 << 20
+
 
 def plan_attention(kv_BLCHPD: Tensor, batch: RaggedBatch) -> AttentionPlan:
-    """See `ops.plan_attention`."""
+    """See `ops.plan_attention`. Groups are planned when the first layer asks, since only it knows its window."""
+    return AttentionPlan(batch, _write_rows(batch, kv_BLCHPD.shape), {})
+
+
+def _groups(kv_BLCHPD: Tensor, plan: AttentionPlan, window: int) -> tuple[AttentionGroup, ...]:
+    """The plan's groups for this window, made at the first call."""
+    if window not in plan.groups:
+        batch = windowed(plan.batch, window, kv_BLCHPD.shape[4]) if window else plan.batch
+        if window and batch is plan.batch:  # nobody is longer than the window
+            plan.groups[window] = _groups(kv_BLCHPD, plan, 0)
+        else:
+            plan.groups[window] = _plan_groups(kv_BLCHPD, batch, window)
+    return plan.groups[window]
+
+
+def _plan_groups(kv_BLCHPD: Tensor, batch: RaggedBatch, window: int) -> tuple[AttentionGroup, ...]:
     _, _, _, heads, _, dim = kv_BLCHPD.shape
     token_bytes = 2 * heads * dim * kv_BLCHPD.element_size()
-    shapes = group_rows(batch.starts, batch.counts, token_bytes)
-    groups = tuple(_plan_group(kv_BLCHPD, batch, shape) for shape in shapes)
-    return AttentionPlan(batch, _write_rows(batch, kv_BLCHPD.shape), groups)
+    shapes = group_rows(batch.starts, batch.counts, token_bytes, window)
+    return tuple(_plan_group(kv_BLCHPD, batch, shape, window) for shape in shapes)
 
 
 def _write_rows(batch: RaggedBatch, shape: torch.Size) -> Tensor:
@@ -43,7 +63,7 @@ def _write_rows(batch: RaggedBatch, shape: torch.Size) -> Tensor:
     return torch.from_numpy((first[:, None] + np.arange(parts * heads, dtype=np.int64) * slots).reshape(-1))
 
 
-def _plan_group(kv_BLCHPD: Tensor, batch: RaggedBatch, shape: RowGroup) -> AttentionGroup:
+def _plan_group(kv_BLCHPD: Tensor, batch: RaggedBatch, shape: RowGroup, window: int) -> AttentionGroup:
     rows, slots = shape.rows, kv_BLCHPD.shape[4]
     width = -(-shape.num_keys // slots)
     counts, starts = batch.counts[rows], batch.starts[rows]
@@ -54,7 +74,7 @@ def _plan_group(kv_BLCHPD: Tensor, batch: RaggedBatch, shape: RowGroup) -> Atten
         num_keys=width * slots,
         gather=_gather_rows(batch.block_tables[rows, :width], starts + counts, kv_BLCHPD.shape),
         tokens=tokens,
-        mask=None if shape.causal else _mask(starts, counts, shape.num_queries, width * slots, kv_BLCHPD.dtype),
+        mask=None if shape.causal else _mask(starts, counts, shape, width * slots, kv_BLCHPD.dtype, window),
         padded=padded,
         kept=kept,
     )
@@ -87,35 +107,60 @@ def _gather_rows(tables: NDArray[np.int32], lengths: NDArray[np.int32], shape: t
 
 
 def _mask(
-    starts: NDArray[np.int32], counts: NDArray[np.int32], num_queries: int, num_keys: int, dtype: torch.dtype
+    starts: NDArray[np.int32],
+    counts: NDArray[np.int32],
+    shape: RowGroup,
+    num_keys: int,
+    dtype: torch.dtype,
+    window: int,
 ) -> Tensor:
     """Additive mask [R, 1, Q, S]; float32 where one query per row makes the scores float32."""
-    last = starts[:, None] + np.minimum(np.arange(num_queries), counts[:, None] - 1)
-    hidden = torch.from_numpy(np.arange(num_keys) > last[:, None, :, None])
-    return torch.zeros(hidden.shape, dtype=torch.float32 if num_queries == 1 else dtype).masked_fill_(
-        hidden, -torch.inf
+    last = (starts[:, None] + np.minimum(np.arange(shape.num_queries), counts[:, None] - 1))[:, None, :, None]
+    keys = np.arange(num_keys)
+    hidden = keys > last
+    if window:
+        hidden |= keys <= last - window
+    return torch.zeros(hidden.shape, dtype=torch.float32 if shape.num_queries == 1 else dtype).masked_fill_(
+        torch.from_numpy(hidden), -torch.inf
     )
 
 
-def paged_attention(q_THD: Tensor, kv_BLCHPD: Tensor, layer: int, plan: AttentionPlan, scale: float) -> Tensor:
+def paged_attention(
+    q_THD: Tensor,
+    kv_BLCHPD: Tensor,
+    layer: int,
+    plan: AttentionPlan,
+    scale: float,
+    *,
+    window: int = 0,
+    soft_cap: float = 0.0,
+) -> Tensor:
     """See `ops.paged_attention`."""
     _, _, parts, heads, slots, dim = kv_BLCHPD.shape
     storage = kv_BLCHPD.view(-1, slots * dim)[layer * parts * heads :]
     out = torch.empty(q_THD.shape, dtype=q_THD.dtype)
-    for group in plan.groups:
+    for group in _groups(kv_BLCHPD, plan, window):
         both = storage.index_select(0, group.gather).view(2, group.num_rows, heads, group.num_keys, dim)
         q = q_THD[group.tokens] if group.padded is None else q_THD.index_select(0, group.padded)
-        run = _one_query if group.num_queries == 1 else _many_queries
-        result = run(q, both[0], both[1], group, scale)
+        if group.num_queries == 1:
+            result = _one_query(q, both[0], both[1], group, scale, soft_cap)
+        elif soft_cap:
+            result = _many_capped_queries(q, both[0], both[1], group, scale, soft_cap)
+        else:
+            result = _many_queries(q, both[0], both[1], group, scale)
         out[group.tokens] = result if group.kept is None else result.index_select(0, group.kept)
     return out
 
 
-def _one_query(q_RhD: Tensor, k_RHSD: Tensor, v_RHSD: Tensor, group: AttentionGroup, scale: float) -> Tensor:
+def _one_query(
+    q_RhD: Tensor, k_RHSD: Tensor, v_RHSD: Tensor, group: AttentionGroup, scale: float, soft_cap: float
+) -> Tensor:
     """Scores and softmax in float32; the weights are rounded to the value's dtype."""
     rows, heads, _, dim = k_RHSD.shape
     q_RHGD = (q_RhD.float() * scale).view(rows, heads, -1, dim)
     scores = torch.matmul(q_RHGD, k_RHSD.float().transpose(-1, -2))
+    if soft_cap:
+        _cap(scores, soft_cap)
     if group.mask is not None:
         scores.add_(group.mask)
     weights = torch.softmax(scores, dim=-1).to(v_RHSD.dtype)
@@ -132,3 +177,36 @@ def _many_queries(q_tokens: Tensor, k_RHSD: Tensor, v_RHSD: Tensor, group: Atten
         q_RhQD, k_RHSD, v_RHSD, attn_mask=group.mask, is_causal=group.mask is None, scale=scale, enable_gqa=grouped
     )
     return out.transpose(1, 2).reshape(q_tokens.shape)
+
+
+def _many_capped_queries(
+    q_tokens: Tensor, k_RHSD: Tensor, v_RHSD: Tensor, group: AttentionGroup, scale: float, soft_cap: float
+) -> Tensor:
+    """Row by row in tiles of queries, so that the float32 scores of a tile stay within SCORE_ELEMENTS."""
+    rows, heads, _, dim = k_RHSD.shape
+    queries, keys = group.num_queries, group.num_keys
+    q_RHGQD = q_tokens.view(rows, queries, heads, -1, dim).permute(0, 2, 3, 1, 4)
+    out = torch.empty_like(q_tokens)
+    out_RHGQD = out.view(rows, queries, heads, -1, dim).permute(0, 2, 3, 1, 4)
+    size = max(1, SCORE_ELEMENTS // (q_RHGQD.shape[1] * q_RHGQD.shape[2] * keys))
+    for row in range(rows):
+        for begin in range(0, queries, size):
+            end = min(begin + size, queries)
+            reach = keys if group.mask is not None else end  # causal from position 0: later keys matter to nobody
+            k_HSD, v_HSD = k_RHSD[row, :, :reach], v_RHSD[row, :, :reach]
+            q_HND = (q_RHGQD[row, :, :, begin:end].float() * scale).reshape(heads, -1, dim)
+            scores = torch.matmul(q_HND, k_HSD.float().transpose(-1, -2))
+            scores = _cap(scores, soft_cap).view(heads, -1, end - begin, reach)
+            if group.mask is None:
+                scores.masked_fill_(torch.ones(end - begin, reach, dtype=torch.bool).triu_(begin + 1), -torch.inf)
+            else:
+                scores.add_(group.mask[row, :, begin:end])
+            weights = torch.softmax(scores, dim=-1).to(v_HSD.dtype).view(heads, -1, reach)
+            tile = torch.matmul(weights, v_HSD)
+            out_RHGQD[row, :, :, begin:end] = tile.view(heads, -1, end - begin, dim)
+    return out
+
+
+def _cap(scores: Tensor, soft_cap: float) -> Tensor:
+    """In place."""
+    return scores.div_(soft_cap).tanh_().mul_(soft_cap)

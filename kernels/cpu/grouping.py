@@ -23,7 +23,7 @@ SHORT = 64
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowGroup:
-    """Rows, in ascending order, and the padded shape they share; `causal`: they all start at position 0."""
+    """Rows, in ascending order, and the padded shape they share; `causal`: all start at position 0, no window cuts."""
 
     rows: NDArray[np.int64]
     num_queries: int
@@ -31,10 +31,13 @@ class RowGroup:
     causal: bool
 
 
-def group_rows(starts: I32, counts: I32, token_bytes: int) -> list[RowGroup]:
-    """Partition the rows; every row has at least one new token. `token_bytes`: keys and values of one token."""
+def group_rows(starts: I32, counts: I32, token_bytes: int, window: int = 0) -> list[RowGroup]:
+    """Partition the rows; every row has at least one new token. `token_bytes`: keys and values of one token.
+
+    `window`: tokens that each query attends to, 0 = all.
+    """
     single = counts == 1
-    fresh = ~single & (starts == 0)
+    fresh = ~single & (starts == 0) & ((counts <= window) if window else True)
     groups = []
     for kind in (single, fresh, ~single & ~fresh):
         rows = np.flatnonzero(kind)

@@ -5,6 +5,8 @@ Called through `kernels/ops.py`; knows only tensors. Legend: T tokens, F feed-fo
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,3 +15,10 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     """See `ops.silu_and_mul`; float32 arithmetic at least."""
     gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, dim=-1)
     return (gate / (1 + torch.exp(-gate)) * up).to(gate_up.dtype)
+
+
+def gelu_and_mul(gate_up: Tensor) -> Tensor:
+    """See `ops.gelu_and_mul`; float32 arithmetic at least."""
+    gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, dim=-1)
+    inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
+    return (gate / 2 * (1 + torch.tanh(inner)) * up).to(gate_up.dtype)

@@ -89,9 +89,7 @@ async def bare_side(config: ClusterConfig, load: Load, vocab: int, seed: int) ->
 async def http_side(url: str, load: Load, vocab: int, seed: int) -> dict[str, float]:
     async def ask(count: int, output: int, concurrency: int, seed: int) -> tuple[list[Any], float]:
         plan = fixed_plan(count, load.input_tokens, output, [0.0] * count)
-        run = await run_load(
-            Target(url, "bench", vocab, max_concurrency=concurrency, seed=seed), plan, lambda _: None
-        )
+        run = await run_load(Target(url, "bench", vocab, max_concurrency=concurrency, seed=seed), plan, lambda _: None)
         failed = [outcome.error for outcome in run.outcomes if outcome.error]
         if failed:
             raise RuntimeError(failed[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fakes.fake_generator import FakeFleet, FakeGenerator, deltas
 from fakes.http_server import HttpServer
@@ -146,6 +148,86 @@ def test_a_server_that_ends_a_stream_early(tmp_path: Path) -> None:
 
     with HttpServer(app) as server, connect(server.url) as handle, pytest.raises(RefusedError, match="broke before"):
         list(handle.stream("x"))
+
+
+def test_prompts_are_scored(handle_on: Connect, codec: TextCodec) -> None:
+    handle = handle_on(FakeGenerator())
+    ids = codec.encode("hello fox", "prompt")
+    for prompt in ("hello fox", ids):
+        score = handle.score(prompt, top=2)
+        assert score.token_ids == tuple(ids)
+        assert [entry.logprob for entry in score.logprobs] == [None, *(-0.25 * t for t in ids[1:])]
+        assert [len(entry.top) for entry in score.logprobs] == [0] + [2] * (len(ids) - 1)
+        assert score.total == sum(-0.25 * t for t in ids[1:])
+        assert score.perplexity == pytest.approx(math.exp(-score.total / (len(ids) - 1)))
+        assert score.usage.completion_tokens == 0
+    chat = handle.score(CHAT)
+    assert len(chat.logprobs) == len(chat.token_ids) > 1
+    answer = handle.generate("hello fox", prompt_logprobs=1, max_tokens=2)
+    assert answer.prompt_logprobs is not None
+    assert answer.prompt_logprobs[1].logprob == -0.25 * ids[1]
+    assert answer.choices[0].prompt_token_ids == tuple(ids)
+
+
+def test_echo_keeps_the_prompts_place_in_the_logprobs(handle_on: Connect, codec: TextCodec) -> None:
+    handle = handle_on(FakeGenerator())
+    answer = handle.generate("hello fox", echo=True, logprobs=1, max_tokens=2)
+    assert answer.text.startswith("hello fox")
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert len(logprobs) == len(codec.encode("hello fox", "prompt")) + 2
+    assert logprobs[0].logprob is None
+    assert logprobs[1].logprob is not None
+
+
+def test_texts_become_vectors(handle_on: Connect) -> None:
+    handle = handle_on(FakeGenerator())
+    found = handle.embed([f"fox {number}" for number in range(130)])  # more than one request holds
+    assert found.vectors.shape == (130, 4)
+    assert found.vectors.dtype == np.float32
+    assert np.linalg.norm(found.vectors, axis=1) == pytest.approx(np.ones(130), abs=1e-6)
+    assert found.usage.prompt_tokens > 130
+    assert handle.embed([[5, 6], [7]]).vectors.shape == (2, 4)
+
+    async def main() -> None:
+        assert (await handle.aembed(["fox"])).vectors.shape == (1, 4)
+        assert (await handle.ascore([5, 6])).token_ids == (5, 6)
+        await handle.aclose()
+
+    asyncio.run(main())
+
+
+def test_text_to_ids_and_back(handle_on: Connect, codec: TextCodec) -> None:
+    handle = handle_on(FakeGenerator())
+    assert handle.tokenize("naïve fox") == tuple(codec.encode("naïve fox", "prompt"))
+    assert handle.tokenize(CHAT) == tuple(codec.encode_chat(CHAT, add_generation_prompt=True))
+    assert handle.detokenize(handle.tokenize("naïve fox")) == "naïve fox"
+
+
+def test_answers_carry_the_request_id(handle_on: Connect) -> None:
+    handle = handle_on(FakeGenerator())
+    assert handle.generate("x", request_id="mine-1").request_id == "mine-1"
+    other = handle.generate("x")
+    assert other.request_id
+    assert other.request_id != "mine-1"
+    assert {chunk.id for chunk in handle.stream("x")} != {""}
+
+
+def test_what_is_not_penstock_is_told(tmp_path: Path) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await receive()
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+            await send({"type": "lifespan.shutdown.complete"})
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/html")]})
+        await send({"type": "http.response.body", "body": b"<html>hello</html>"})
+
+    with HttpServer(app) as server, connect(server.url) as handle:
+        for call in (lambda: handle.generate("x"), lambda: handle.embed(["x"]), lambda: handle.tokenize("x")):
+            with pytest.raises(RefusedError, match="is not Penstock"):
+                call()
 
 
 def test_importing_it_brings_neither_torch_nor_ray() -> None:

@@ -48,7 +48,11 @@ def test_every_key() -> None:
         "health": ["heartbeat_s", "router_lease_s", "drain_s"],
         "pools": ["prefill", "decode", "mixed", "tensor_parallel_size"],
         "front": ["host", "port", "served_model_name", "api_key", "skip_tokenizer_init"],
-        "ray": ["address", "worker_num_cpus", "ingress_num_cpus", "ingress_replicas"],
+        "ray": (
+            "address cluster_name worker_num_cpus worker_num_gpus worker_accelerator_type worker_label_selector "
+            "worker_host prefill_resources decode_resources mixed_resources ingress_num_cpus ingress_replicas "
+            "max_ingress_per_node"
+        ).split(),
     }
     assert all(name.startswith("max_") or name.endswith("_timeout_s") for name in limits)
     assert {name.split(".")[0] for name in router} == {"placement", "admission", "health", "retry", "index"}

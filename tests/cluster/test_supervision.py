@@ -197,3 +197,72 @@ def test_watch_returns_after_its_time_without_news() -> None:
         await supervisor.stop(0.0)
 
     run_virtual(scenario())
+
+
+def test_workers_join_and_leave_while_it_runs() -> None:
+    async def scenario() -> None:
+        host = FakeHost()
+        supervisor = Supervisor(host, ())
+        supervisor.add(settings("a")[0], "one")
+        supervisor.add(settings("a")[0], "one")
+        await asyncio.sleep(2)
+        entry = supervisor.roster.entry("a")
+        assert entry is not None
+        assert (entry.state, entry.edition, len(host.started)) == (WorkerState.READY, "one", 1)
+        assert supervisor.roster.of_edition("two").entries == ()
+        seen: list[WorkerState | None] = []
+
+        async def watch() -> None:
+            while True:
+                seen.append(entry.state if (entry := supervisor.roster.entry("a")) else None)
+                await supervisor.watch(supervisor.roster.version, 5.0)
+
+        watcher = asyncio.ensure_future(watch())
+        await asyncio.sleep(0)
+        await supervisor.remove("a", 7.0)
+        await asyncio.sleep(0)
+        watcher.cancel()
+        assert seen[:2] == [WorkerState.READY, WorkerState.STOPPING], "routers must hear of it before it ends"
+        assert host.workers[0].drained_s == 7.0
+        assert supervisor.roster.entries == ()
+        await asyncio.sleep(100)
+        assert len(host.started) == 1, "it was started again"
+        await supervisor.remove("a", 7.0)
+        await supervisor.stop(0.0)
+
+    run_virtual(scenario())
+
+
+def test_one_that_leaves_while_it_starts_or_waits_for_its_restart_is_gone() -> None:
+    async def scenario() -> None:
+        host = FakeHost(start_s=5.0)
+        supervisor = Supervisor(host, ())
+        supervisor.add(settings("a")[0])
+        await asyncio.sleep(1)
+        await supervisor.remove("a", 1.0)
+        host.failing.add("b")
+        supervisor.add(settings("b")[0])
+        await asyncio.sleep(5.1)
+        await supervisor.remove("b", 1.0)
+        await asyncio.sleep(100)
+        assert host.alive() == []
+        assert supervisor.roster.entries == ()
+        assert [worker for _, worker, _ in host.started] == ["a", "b"]
+        await supervisor.stop(0.0)
+
+    run_virtual(scenario())
+
+
+def test_a_note_says_what_a_worker_waits_for_until_it_is_there() -> None:
+    async def scenario() -> None:
+        supervisor = Supervisor(FakeHost(start_s=5.0), ())
+        supervisor.add(settings("a")[0])
+        supervisor.note("a", "waiting for 1 GPU")
+        supervisor.note("stranger", "waiting")
+        assert [entry.reason for entry in supervisor.roster.entries] == ["waiting for 1 GPU"]
+        await asyncio.sleep(6)
+        supervisor.note("a", "late")
+        assert [entry.reason for entry in supervisor.roster.entries] == [""]
+        await supervisor.stop(0.0)
+
+    run_virtual(scenario())

@@ -10,12 +10,13 @@ from fakes.scripted_worker import KEY, ScriptedWorker, frame, until
 
 from penstock.cluster.channel import RequestChannel
 from penstock.cluster.worker_link import LinkIdentity, WorkerLink, token_logprobs
-from penstock.router.emission import Emission
+from penstock.router.emission import Emission, TokenLogprob
 from penstock.router.port import Ended, Lost
 from penstock.router.router import Router
 from penstock.router.settings import RouterSettings
 from penstock.workers.protocol import (
     Cancel,
+    Embedding,
     EndReason,
     Failed,
     FailureCode,
@@ -24,6 +25,7 @@ from penstock.workers.protocol import (
     KVEvents,
     KVSnapshot,
     Load,
+    PromptLogprobs,
     SamplingParams,
     Started,
 )
@@ -180,3 +182,32 @@ def test_logprobs_follow_their_tokens() -> None:
     assert (first.logprob, first.top) == (-0.5, ((5, -0.5), (9, -1.5)))
     assert (second.logprob, second.top) == (-0.25, ((6, -0.25),))
     assert none is None
+
+
+def test_what_is_said_of_the_prompt_reaches_the_emission_of_its_attempt() -> None:
+    async def scenario() -> None:
+        async with ScriptedWorker() as worker, OneLink(worker) as one:
+            sampling = SamplingParams(max_tokens=8, prompt_logprobs=1)
+            emission = Emission.for_request(dataclasses.replace(REQUEST, sampling=sampling, embed=True))
+            emission.begin_attempt(2)
+            channel = RequestChannel(one, emission)
+            channel.prefill("w", 2, REQUEST, None)
+            slot = (await worker.hear()).slot  # type: ignore[union-attr]
+            values = np.array([-0.5, -0.75], np.float32)
+            columns = (values, np.ones(2, np.uint8), np.array([4, 5], np.int32), values)
+            await worker.say(PromptLogprobs(slot + 1, 2, 1, *columns))
+            await worker.say(PromptLogprobs(slot, 1, 1, *columns))
+            await worker.say(Embedding(slot, 1, values))
+            await worker.say(frame((slot, 1, 0, [7], 0)))
+            await worker.say(PromptLogprobs(slot, 2, 1, *columns))
+            await worker.say(Embedding(slot, 2, values * 2))
+            await worker.say(frame((slot, 2, 0, [7], EndReason.STOP)))
+            while not isinstance((await channel.next_event(2.0)).body, Ended):
+                pass
+            expected = (None, TokenLogprob(-0.5, ((4, -0.5),)), TokenLogprob(-0.75, ((5, -0.75),)))
+            assert channel.emission.prompt_logprobs == expected
+            assert channel.emission.embedding is not None
+            assert channel.emission.embedding.tolist() == [-1.0, -1.5]
+            channel.close()
+
+    asyncio.run(scenario())

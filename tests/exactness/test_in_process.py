@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from fakes.exactness import CheckpointSpec, covering_specs, mixed_prompts
+from fakes.exactness import CheckpointSpec, covering_specs, family_specs, mixed_prompts
 from fakes.threaded_cluster import Answer, HostedWorker, ThreadedCluster
 from fakes.variants import (
     Variant,
@@ -26,6 +26,7 @@ from penstock.workers.runner import kv_view
 from penstock.workers.scheduler.plan import StepPlan
 
 SPECS = covering_specs()
+FAMILIES = family_specs()
 TOKENS = 48
 AGAIN = 24  # prompts that are sent a second time, when their blocks may be cached
 
@@ -37,9 +38,16 @@ def test_every_checkpoint_in_one_variant(
     require_exact(checkpoint(spec), variant)
 
 
+@pytest.mark.parametrize("spec", FAMILIES[::3], ids=lambda spec: spec.name)
+def test_newer_families_split_in_small_chunks_with_preemption(
+    checkpoint: Callable[[CheckpointSpec], Any], spec: CheckpointSpec
+) -> None:
+    require_exact(checkpoint(spec), Variant(split=True, chunk=16, caching=True, preempt=True), count=24)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", all_variants(), ids=str)
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", SPECS + FAMILIES, ids=lambda spec: spec.name)
 def test_every_checkpoint_in_every_variant(
     checkpoint: Callable[[CheckpointSpec], Any], spec: CheckpointSpec, variant: Variant
 ) -> None:
@@ -74,9 +82,9 @@ def test_a_block_that_is_altered_on_the_way_is_noticed(
     assert model.reference.judge(prompts, [answer.tokens for answer in answers]).wrong
 
 
-def require_exact(model: Any, variant: Variant) -> None:
-    """One cluster, 64 prompts together, with a cache some of them again; every token is judged."""
-    prompts = mixed_prompts(model.spec.vocab)
+def require_exact(model: Any, variant: Variant, count: int = 64) -> None:
+    """One cluster, all prompts together, with a cache some of them again; every token is judged."""
+    prompts = mixed_prompts(model.spec.vocab, count)
     answers, cluster = asyncio.run(_run(model.directory, variant, prompts))
     _check_what_happened(variant, cluster, prompts, answers)
     asked = prompts + prompts[: len(answers) - len(prompts)]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fakes.exactness import covering_specs
-from fakes.sampled import COUNT, as_requests, fields, others
+from fakes.sampled import COUNT, as_requests, edited_requests, fields, others
 from fakes.variants import Variant
 
 from penstock.cluster.local import LocalCluster
@@ -32,6 +33,7 @@ def sampled(checkpoint: Callable[..., Any]) -> Callable[[Variant], dict[str, lis
 
 
 SPLIT = Variant(split=True, chunk=16, caching=True, preempt=False)
+RESUMED_AT = (1, 13, 30)
 MIXED = Variant(split=False, chunk=0, caching=False, preempt=True)
 
 
@@ -61,6 +63,17 @@ def test_split_and_mixed_choose_alike(sampled: Any) -> None:
     assert sampled(SPLIT) == sampled(MIXED)
 
 
+@pytest.mark.parametrize("variant", [SPLIT, MIXED], ids=str)
+def test_edited_logits_give_the_same_alone_among_32_and_resumed(sampled: Any, variant: Variant) -> None:
+    """Penalties, biases, bad words, allowed tokens, min_tokens, seeded; resumed is as after the death of a worker."""
+    found = sampled(variant)
+    assert found["edited alone"] == found["edited crowd"]
+    for point in RESUMED_AT:
+        resumed = found[f"edited resumed at {point}"]
+        assert resumed == [tokens[point:] for tokens in found["edited alone"] if len(tokens) > point]
+        assert resumed
+
+
 async def _sample(model_dir: Path, variant: Variant) -> dict[str, list[list[int]]]:
     bodies = fields(SPEC.vocab)
     async with LocalCluster(variant.workers(model_dir), variant.router) as cluster, asyncio.timeout(90.0):
@@ -76,6 +89,14 @@ async def _sample(model_dir: Path, variant: Variant) -> dict[str, list[list[int]
             "choices": await ask(choices),
             "choices again": await ask(choices[::-1]),
         }
+        edited = edited_requests(SPEC.vocab)
+        alone = found["edited alone"] = [(await ask([request]))[0] for request in edited]
+        found["edited crowd"] = (await ask([*edited, *as_requests(others(SPEC.vocab))]))[: len(edited)]
+        for point in RESUMED_AT:
+            pairs = [(request, tokens) for request, tokens in zip(edited, alone, strict=True) if len(tokens) > point]
+            found[f"edited resumed at {point}"] = await ask(
+                [dataclasses.replace(request, emitted=tuple(tokens[:point])) for request, tokens in pairs]
+            )
         found["choices again"].reverse()
     return found
 

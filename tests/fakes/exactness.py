@@ -11,12 +11,30 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 TIE_GAP = 1e-4
+CONFIGS: dict[str, type[PreTrainedConfig]] = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "gemma2": Gemma2Config,
+    "gemma3": Gemma3TextConfig,
+}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -31,7 +49,7 @@ LLAMA3_ROPE = {
 class CheckpointSpec:
     """A small random model; weights are normal with standard deviation `std`, so that outputs are diverse."""
 
-    family: str = "llama"  # llama | qwen3
+    family: str = "llama"  # one of CONFIGS
     heads: int = 6
     kv_heads: int = 2
     head_dim: int = 48
@@ -45,6 +63,7 @@ class CheckpointSpec:
     max_positions: int = 1024
     std: float = 0.1
     seed: int = 0
+    changes: str = "{}"  # JSON object of further keys of the transformers configuration
 
     @property
     def name(self) -> str:
@@ -83,6 +102,36 @@ def covering_specs() -> list[CheckpointSpec]:
     ]
 
 
+def family_specs() -> list[CheckpointSpec]:
+    """Three of each newer family: windows that no block size divides, caps that bite, every kind of rotary scaling."""
+    full, slides = "full_attention", "sliding_attention"
+    plain = {"rope_type": "default", "rope_theta": 1e4}
+    linear = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "original_max_position_embeddings": 64}
+    by_switch = {"use_sliding_window": True, "max_window_layers": 1}
+    gemma2 = {"attn_logit_softcapping": 6.0, "final_logit_softcapping": 6.0, "query_pre_attn_scalar": 24}
+    gemma3 = {"query_pre_attn_scalar": 4, "rope_parameters": {full: {**linear, "rope_theta": 5e4}, slides: plain}}
+    mixed = {"layer_types": [slides, full, slides], "rope_parameters": {full: yarn, slides: plain}}
+    rows: list[tuple[str, tuple[int, int], int, bool, int, dict[str, Any]]] = [
+        ("mistral", (6, 2), 48, False, 2, {"sliding_window": 24}),
+        ("mistral", (5, 5), 64, True, 2, {"sliding_window": 40, "rope_parameters": linear}),
+        ("mistral", (4, 1), 128, False, 2, {"sliding_window": None, "rope_parameters": yarn}),
+        ("qwen2", (4, 1), 48, False, 2, {**by_switch, "sliding_window": 24}),
+        ("qwen2", (6, 2), 64, True, 2, {"rope_parameters": {**yarn, "attention_factor": 1.3, "truncate": False}}),
+        ("qwen2", (5, 5), 80, False, 3, {**by_switch, "sliding_window": 40}),
+        ("gemma2", (6, 2), 64, True, 2, {**gemma2, "sliding_window": 24}),
+        ("gemma2", (4, 1), 256, True, 3, {**gemma2, "sliding_window": 40}),
+        ("gemma2", (5, 5), 48, False, 2, {**gemma2, "sliding_window": 40, "attention_bias": True}),
+        ("gemma3", (4, 1), 80, True, 6, {**gemma3, "sliding_window": 24}),
+        ("gemma3", (6, 2), 256, True, 2, {**gemma3, "sliding_window": 40, "layer_types": [full, slides]}),
+        ("gemma3", (5, 5), 128, False, 3, {**gemma3, **mixed, "sliding_window": 40, "final_logit_softcapping": 8.0}),
+    ]
+    return [
+        CheckpointSpec(family, *heads, dim, layers, tied=tied, seed=50 + n, changes=json.dumps(changes))
+        for n, (family, heads, dim, tied, layers, changes) in enumerate(rows)
+    ]
+
+
 def make_checkpoint(
     directory: Path, spec: CheckpointSpec, *, dtype: torch.dtype = torch.float32, shards: int = 1
 ) -> Path:
@@ -91,36 +140,45 @@ def make_checkpoint(
     model = AutoModelForCausalLM.from_config(_config(spec)).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("bias"):  # transformers starts biases at zero and norms at one
+            if name.endswith("bias"):  # transformers starts biases at zero and norms at one, Gemma's less 1
                 parameter.normal_(0.0, spec.std)
             elif "norm" in name:
-                parameter.normal_(1.0, spec.std)
+                parameter.normal_(_norm_mean(spec, name), spec.std)
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     model.save_pretrained(directory, max_shard_size=size + 1 if shards == 1 else size // shards)
     return directory
 
 
+def _norm_mean(spec: CheckpointSpec, name: str) -> float:
+    """Gemma's scaled embedding, where it is the head too, would have every token repeated but for strong blocks."""
+    if not spec.family.startswith("gemma"):
+        return 1.0
+    return 16.0 if ".post_" in name else 0.0
+
+
 def _config(spec: CheckpointSpec) -> PreTrainedConfig:
-    kind = {"llama": LlamaConfig, "qwen3": Qwen3Config}[spec.family]
-    rope = LLAMA3_ROPE if spec.llama3_rope else {"rope_type": "default", "rope_theta": 10000.0}
-    return kind(
-        vocab_size=spec.vocab,
-        hidden_size=spec.hidden,
-        intermediate_size=spec.intermediate,
-        num_hidden_layers=spec.layers,
-        num_attention_heads=spec.heads,
-        num_key_value_heads=spec.kv_heads,
-        head_dim=spec.head_dim,
-        max_position_embeddings=spec.max_positions,
-        tie_word_embeddings=spec.tied,
-        attention_bias=spec.attention_bias,
-        rope_parameters=dict(rope),
-        initializer_range=spec.std,
-        rms_norm_eps=1e-6,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
+    keys: dict[str, Any] = {
+        "vocab_size": spec.vocab,
+        "hidden_size": spec.hidden,
+        "intermediate_size": spec.intermediate,
+        "num_hidden_layers": spec.layers,
+        "num_attention_heads": spec.heads,
+        "num_key_value_heads": spec.kv_heads,
+        "head_dim": spec.head_dim,
+        "max_position_embeddings": spec.max_positions,
+        "tie_word_embeddings": spec.tied,
+        "initializer_range": spec.std,
+        "rms_norm_eps": 1e-6,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    if spec.family in ("llama", "qwen3"):
+        keys["attention_bias"] = spec.attention_bias
+    if spec.family != "gemma3":
+        rope = LLAMA3_ROPE if spec.llama3_rope else {"rope_type": "default", "rope_theta": 10000.0}
+        keys["rope_parameters"] = dict(rope)
+    return CONFIGS[spec.family](**{**keys, **json.loads(spec.changes)})
 
 
 def mixed_prompts(vocab: int, count: int = 64, longest: int = 150, seed: int = 0) -> list[tuple[int, ...]]:

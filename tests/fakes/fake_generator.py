@@ -6,8 +6,11 @@ import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from penstock.cluster.status import WorkerStatus
 from penstock.router.emission import Delta, TokenLogprob
+from penstock.router.trail import Trail
 from penstock.workers.protocol import EndReason, GenerateRequest, Role
 
 Step = Delta | Exception | float  # what to hand out, what to raise, how long to sleep
@@ -39,12 +42,23 @@ def echo(request: GenerateRequest) -> list[Step]:
     return deltas(tokens, logprobs=request.sampling.logprobs)
 
 
+def fake_scores(request: GenerateRequest) -> tuple[TokenLogprob | None, ...]:
+    """Prompt logprobs -0.25 * id, with `prompt_logprobs` alternatives; None for the first token."""
+    count = request.sampling.prompt_logprobs or 0
+    scores = [TokenLogprob(-0.25 * t, tuple((t + i, -0.25 * t - i) for i in range(count))) for t in request.prompt[1:]]
+    return (None, *scores)
+
+
 class FakeGeneration:
-    def __init__(self, steps: Iterable[Step], on_cancel: Callable[[], None], cached: int) -> None:
-        self._steps = iter(steps)
+    def __init__(self, request: GenerateRequest, script: Script, on_cancel: Callable[[], None], cached: int) -> None:
+        self._steps = iter(script(request))
         self._on_cancel = on_cancel
         self._ended = False
         self.cached_tokens = cached
+        self.trail = Trail()
+        asked = request.sampling.prompt_logprobs
+        self.prompt_logprobs: tuple[TokenLogprob | None, ...] = () if asked is None else fake_scores(request)
+        self.embedding = np.arange(1, 5, dtype=np.float32) if request.embed else None
 
     def __aiter__(self) -> FakeGeneration:
         return self
@@ -79,7 +93,7 @@ class FakeGenerator:
 
     def submit(self, request: GenerateRequest) -> FakeGeneration:
         self.submitted.append(request)
-        return FakeGeneration(self.script(request), lambda: self.cancelled.append(request.request_id), self.cached)
+        return FakeGeneration(request, self.script, lambda: self.cancelled.append(request.request_id), self.cached)
 
 
 @dataclass

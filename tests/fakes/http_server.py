@@ -13,14 +13,17 @@ import uvicorn
 
 
 class HttpServer:
-    """A context manager; `url` is where it listens."""
+    """A context manager; `url` is where it listens. `graceful`: the application's lifespan ends properly."""
 
-    def __init__(self, app: Any, http: str = "httptools") -> None:
+    def __init__(self, app: Any, http: Any = "httptools", graceful: bool = False) -> None:
+        self._graceful = graceful
+        self.http = http
         self._socket = socket.create_server(("127.0.0.1", 0))
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as the real listener
         self.port = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         config = uvicorn.Config(app, log_level="critical", ws="none", lifespan="on", http=http, timeout_keep_alive=5)
+        config.timeout_graceful_shutdown = 1
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -39,7 +42,7 @@ class HttpServer:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._server.should_exit = True
-        self._server.force_exit = True
+        self._server.force_exit = not self._graceful
         self._thread.join(10)
         self._socket.close()
 

@@ -9,6 +9,8 @@ from typing import Self
 
 import numpy as np
 
+from penstock.router.logprobs import PromptScores
+from penstock.workers.frames import prompt_logprobs_of
 from penstock.workers.kv.block_pool import BlockPool
 from penstock.workers.kv.layout import KVLayout
 from penstock.workers.kv.prefix_cache import PrefixCache
@@ -29,6 +31,9 @@ class Output:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[tuple[float, tuple[tuple[int, float], ...]]] = field(default_factory=list)
     end: EndReason = EndReason.NONE
+    scores: PromptScores | None = None
+    scored_pieces: int = 0
+    embedding: np.ndarray | None = None
 
 
 class InProcessWorker:
@@ -66,7 +71,7 @@ class InProcessWorker:
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Output]:
         """Outputs in the order of requests. Raises RuntimeError where one is refused or nothing can go on."""
-        outputs = [Output(start=len(request.emitted)) for request in requests]
+        outputs = [Output(start=len(request.emitted), scores=_scores(request)) for request in requests]
         for slot, request in enumerate(requests):
             self.scheduler.submit(SequenceKey("test", slot, 0), Work.GENERATE, request, now=0.0)
         while any(output.end is EndReason.NONE for output in outputs):
@@ -100,7 +105,19 @@ def load_runner(model_dir: Path, *, dtype: str = "float32", threads: int = 1, **
     return build_model_runner(settings, KVSettings(block_size=block_size), SchedulerSettings(**limits))
 
 
+def _scores(request: GenerateRequest) -> PromptScores | None:
+    asked = request.sampling.prompt_logprobs
+    return None if asked is None else PromptScores(len(request.prompt), asked)
+
+
 def _take(outcome: StepOutcome, outputs: list[Output]) -> None:
+    for chunk in outcome.scored:
+        output = outputs[chunk.key.slot]
+        if output.tokens or output.scores is None or not output.scores.apply(prompt_logprobs_of(chunk)):
+            raise RuntimeError(f"request {chunk.key.slot}: scores from {chunk.start} on are out of place")
+        output.scored_pieces += 1
+    for key, values in outcome.embedded:
+        outputs[key.slot].embedding = values
     for row, slot in enumerate(outcome.slots.tolist()):
         output = outputs[slot]
         if int(outcome.starts[row]) != output.start + len(output.tokens):

@@ -26,11 +26,13 @@ from penstock.workers.kv_feed import KVEventFeed
 from penstock.workers.oracle import OracleRunner, oracle_layout
 from penstock.workers.protocol import (
     Cancel,
+    Embedding,
     Failed,
     Granted,
     KVEvents,
     KVSnapshot,
     Load,
+    PromptLogprobs,
     Queued,
     RequestSnapshot,
     Role,
@@ -193,8 +195,7 @@ class VirtualWorker:
 
     def _flush(self) -> None:
         messages, self.outbox.messages = self.outbox.messages, []
-        for message in messages:
-            self.deliver(message)
+        self.deliver(*messages)
 
     def freeze(self) -> None:
         """Its step never ends; the heartbeat goes on and says so."""
@@ -223,9 +224,14 @@ class VirtualWorker:
             self.engine.post(ROUTER, message)  # type: ignore[arg-type]
             self.wake()
 
-    def deliver(self, message: ToRouter) -> None:
-        """What the worker says reaches the router a little later, in order."""
-        self.cluster.later(self.shape.latency_s, lambda: self._arrive(message))
+    def deliver(self, *messages: ToRouter) -> None:
+        """What the worker says reaches the router a little later, in order. (Timers of one moment have no order.)"""
+
+        def arrive() -> None:
+            for message in messages:
+                self._arrive(message)
+
+        self.cluster.later(self.shape.latency_s, arrive)
 
     def _arrive(self, message: ToRouter) -> None:
         if not self.attached:
@@ -238,6 +244,10 @@ class VirtualWorker:
                 seat = self.seats.get(message.slot)
                 if seat is not None and seat.attempt == message.attempt:
                     seat.answer(message)
+            case PromptLogprobs() | Embedding():
+                seat = self.seats.get(message.slot)
+                if seat is not None and seat.attempt == message.attempt:
+                    seat.learn(message)
             case Load():
                 router.load_arrived(self.worker_id, message, now)
             case KVEvents():

@@ -10,7 +10,7 @@ from collections import defaultdict
 from typing import Any
 
 from penstock.workers.errors import RefusedError, WireError
-from penstock.workers.protocol import EndReason, Failed, Granted, Hello, TokenFrame, ToRouter
+from penstock.workers.protocol import WIRE_VERSION, EndReason, Failed, Granted, Hello, TokenFrame, ToRouter
 from penstock.workers.rpc import AttachedStream, WorkerClient
 from penstock.workers.settings import KVSettings, RunnerSettings, SchedulerSettings, TransferSettings, WorkerSettings
 
@@ -85,7 +85,7 @@ class Attachment:
     @staticmethod
     async def open(address: str, router_id: str = "router", epoch: int = 1, lease_s: float = 30.0) -> "Attachment":
         client = WorkerClient(address, CLUSTER_KEY)
-        return Attachment(client, await client.attach(Hello(1, router_id, epoch, lease_s)))
+        return Attachment(client, await client.attach(Hello(WIRE_VERSION, router_id, epoch, lease_s)))
 
     def send(self, message: Any) -> bool:
         return self.stream.send(message)

@@ -23,9 +23,30 @@ MIXES = {
 }
 
 
-def truth(case, layer, scale):
+# Slots are 4: a window inside one block, up to a border, over it, and longer than some or all contexts.
+WINDOWS = [1, 3, 4, 5, 16, 30, 1000]
+
+
+def truth(case, layer, scale, **limits):
     plan = reference.plan_attention(case.kv, case.batch)
-    return reference.paged_attention(case.q.double(), case.kv.double(), layer, plan, scale)
+    return reference.paged_attention(case.q.double(), case.kv.double(), layer, plan, scale, **limits)
+
+
+def by_hand(case, layer, scale, window=0, soft_cap=0.0):
+    """Token by token and head by head, from the formula alone."""
+    slots, heads = case.kv.shape[4], case.kv.shape[3]
+    out = torch.empty(case.q.shape, dtype=torch.float64)
+    for row, (start, count) in enumerate(zip(case.batch.starts, case.batch.counts, strict=True)):
+        for new in range(count):
+            token, position = int(case.batch.offsets[row]) + new, int(start) + new
+            seen = range(max(0, position - window + 1) if window else 0, position + 1)
+            stored = torch.stack([case.kv[case.tables[row, p // slots], layer, :, :, p % slots] for p in seen]).double()
+            for head in range(case.q.shape[1]):
+                keys, values = stored[:, :, head * heads // case.q.shape[1]].unbind(1)
+                scores = scale * keys @ case.q[token, head].double()
+                scores = soft_cap * torch.tanh(scores / soft_cap) if soft_cap else scores
+                out[token, head] = torch.softmax(scores, -1) @ values
+    return out
 
 
 def bound(dtype):
@@ -59,6 +80,73 @@ def test_any_ragged_batch(rows, seed):
     case = PagedCase(rows, seed=seed)
     out = cpu.paged_attention(case.q, case.kv, 0, cpu.plan_attention(case.kv, case.batch), 0.25)
     torch.testing.assert_close(out.double(), truth(case, 0, 0.25), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("soft_cap", [0.0, 1.5])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_windows_and_caps_by_hand(window, soft_cap):
+    case = PagedCase([(9, 1), (0, 7), (30, 1), (6, 6), (0, 1), (0, 12), (15, 2), (3, 20)])
+    expected = by_hand(case, 1, 0.5, window, soft_cap)
+    limits = {"window": window, "soft_cap": soft_cap}
+    torch.testing.assert_close(truth(case, 1, 0.5, **limits), expected)
+    plan = ops.plan_attention(case.kv, case.batch)
+    for layer in (0, 1):  # the second finds the plan of the first
+        out = ops.paged_attention(case.q, case.kv, layer, plan, 0.5, **limits)
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", MIXES.values(), ids=MIXES.keys())
+@pytest.mark.parametrize(("heads", "group", "dim"), [(2, 3, 48), (1, 4, 256)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("window", "soft_cap"), [(10, 0.0), (0, 2.0), (10, 2.0)])
+def test_limited_cpu_against_float64(rows, heads, group, dim, dtype, window, soft_cap):
+    case = PagedCase(rows, heads=heads, group=group, dim=dim, dtype=dtype)
+    limits = {"window": window, "soft_cap": soft_cap}
+    plan = ops.plan_attention(case.kv, case.batch)
+    out = ops.paged_attention(case.q, case.kv, 1, plan, 1 / math.sqrt(dim), **limits)
+    error = (out.double() - truth(case, 1, 1 / math.sqrt(dim), **limits)).abs().max()
+    assert error <= (bound(dtype) + torch.finfo(dtype).eps) * case.kv.abs().max()
+
+
+@pytest.mark.parametrize(("window", "soft_cap"), [(7, 0.0), (500, 0.0), (0, 2.0), (300, 2.0)])
+def test_long_rows_are_cut_into_pieces_and_tiles(monkeypatch, window, soft_cap):
+    monkeypatch.setattr(cpu, "SCORE_ELEMENTS", 100_000)
+    case = PagedCase([(0, 700), (400, 301), (800, 1), (0, 2)], heads=1, group=2, slots=16)
+    limits = {"window": window, "soft_cap": soft_cap}
+    out = cpu.paged_attention(case.q, case.kv, 0, cpu.plan_attention(case.kv, case.batch), 0.25, **limits)
+    torch.testing.assert_close(out.double(), truth(case, 0, 0.25, **limits), atol=1e-5, rtol=1e-5)
+
+
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 20)), min_size=1, max_size=12),
+    window=st.integers(1, 64),
+    soft_cap=st.sampled_from([0.0, 1.0]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=25, deadline=None)
+def test_any_ragged_batch_with_any_window(rows, window, soft_cap, seed):
+    case, limits = PagedCase(rows, seed=seed), {"window": window, "soft_cap": soft_cap}
+    out = cpu.paged_attention(case.q, case.kv, 0, cpu.plan_attention(case.kv, case.batch), 0.25, **limits)
+    torch.testing.assert_close(out.double(), truth(case, 0, 0.25, **limits), atol=1e-5, rtol=1e-5)
+
+
+def test_one_plan_serves_layers_of_different_windows():
+    case = PagedCase([(30, 1), (9, 12), (0, 25)])
+    plan = cpu.plan_attention(case.kv, case.batch)
+    for window in (8, 0, 20, 8):
+        out = cpu.paged_attention(case.q, case.kv, 0, plan, 0.25, window=window)
+        torch.testing.assert_close(out.double(), truth(case, 0, 0.25, window=window), atol=1e-5, rtol=1e-5)
+    assert set(plan.groups) == {8, 0, 20}
+
+
+def test_blocks_outside_every_window_are_not_read():
+    case = PagedCase([(30, 1), (17, 5), (41, 1)])
+    plan = cpu.plan_attention(case.kv, case.batch)
+    before = cpu.paged_attention(case.q, case.kv, 0, plan, 0.25, window=6)
+    for row, start in enumerate(case.batch.starts):
+        case.kv[torch.from_numpy(case.tables[row, : (start - 5) // 4]).long()] = float("nan")
+    assert torch.equal(cpu.paged_attention(case.q, case.kv, 0, plan, 0.25, window=6), before)
+    assert cpu.paged_attention(case.q, case.kv, 0, plan, 0.25).isnan().any()
 
 
 def test_reference_against_a_dense_formula():

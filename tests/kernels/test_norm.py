@@ -25,6 +25,16 @@ def test_rms_norm(implementation, shape, weight_shape, dtype, tolerance):
 
 
 @pytest.mark.parametrize("implementation", [cpu, reference, ops])
+def test_a_float32_weight_is_not_rounded_to_the_narrow_dtype_of_the_input(implementation):
+    torch.manual_seed(0)
+    x, weight = torch.randn(64, 48).bfloat16(), 1 + torch.randn(48) / 300  # bfloat16 has steps of 1/128 there
+    out = implementation.rms_norm(x, weight, 1e-5)
+    assert out.dtype == torch.bfloat16
+    expected = formula(x, weight, 1e-5)
+    assert ((out.double() - expected).abs() <= expected.abs() * (2**-8 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("implementation", [cpu, reference, ops])
 def test_add_rms_norm_returns_the_sum_too(implementation):
     x, residual, weight = torch.randn(4, 8), torch.randn(4, 8), torch.randn(8)
     out, total = implementation.add_rms_norm(x, residual, weight, 1e-6)

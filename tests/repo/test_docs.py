@@ -12,7 +12,7 @@ import pytest
 from repo.source_tree import ROOT
 
 from penstock.cluster.client import Handle
-from penstock.cluster.client_answers import Options
+from penstock.cluster.client_calls import Options
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)

@@ -11,7 +11,9 @@ DOORS = {
     "torch.distributed": ("workers/parallel/", "workers/transfer/"),
     "fastapi": ("cluster/ingress/",),
     "starlette": ("cluster/ingress/",),
-    "grpc": ("workers/rpc.py",),
+    "grpc": ("workers/rpc.py", "cluster/grpc_front/"),
+    "grpc_reflection": ("cluster/grpc_front/server.py",),
+    "google.protobuf": ("cluster/grpc_front/",),
     "msgpack": ("workers/wire.py", "workers/transfer/messages.py"),
     "transformers": ("workers/model/", "cluster/text.py"),
 }

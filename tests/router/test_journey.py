@@ -16,7 +16,15 @@ from penstock.router.placement import Route
 from penstock.router.port import Event, Lost
 from penstock.router.settings import RetrySettings
 from penstock.workers.errors import RefusedError, RequestError
-from penstock.workers.protocol import EndReason, Failed, FailureCode, GenerateRequest, Role, SamplingParams
+from penstock.workers.protocol import (
+    EndReason,
+    Failed,
+    FailureCode,
+    GenerateRequest,
+    PromptLogprobs,
+    Role,
+    SamplingParams,
+)
 
 
 @dataclass
@@ -229,3 +237,32 @@ def test_the_report_says_what_happened() -> None:
     assert report.times == {"admitted": 0.0, "ended": 1.5}
     assert (report.end, report.generated_tokens, report.prompt_tokens) == (EndReason.STOP, 2, 3)
     assert (report.prefill_worker, report.decode_worker) == ("p", "a")
+
+
+def test_what_is_known_of_the_prompt_is_not_asked_again() -> None:
+    request = GenerateRequest("r", (1, 2, 3), SamplingParams(5, prompt_logprobs=0), prefix_digests=bytes(32))
+    emission = Emission.for_request(request)
+    ticket = Ticket("t", 0, emission, 10, 3, lambda: None)
+    journey = Journey(request, emission, ticket, RetrySettings(), Clock())  # type: ignore[arg-type]
+    assert len(journey.digests) == 0  # nobody's cache shortens the work
+    emission.begin_attempt(1)
+    none = np.zeros(0, np.int32)
+    for start in (1, 2):
+        assert journey.resumed().sampling.prompt_logprobs == 0
+        column = np.array([-1.0], np.float32)
+        emission.apply_scores(PromptLogprobs(1, 1, start, column, np.zeros(1, np.uint8), none, column[:0]))
+    emission.apply(1, 0, [9])
+    resumed = journey.resumed()
+    assert resumed.sampling.prompt_logprobs is None
+    assert resumed.emitted == (9,)
+    assert request.sampling.prompt_logprobs == 0
+
+
+def test_embeddings_are_asked_for_until_they_end() -> None:
+    request = GenerateRequest("r", (1, 2, 3), SamplingParams(1), embed=True)
+    emission = Emission.for_request(request)
+    journey = Journey(request, emission, Ticket("t", 0, emission, 10, 3, lambda: None), RetrySettings(), Clock())  # type: ignore[arg-type]
+    emission.begin_attempt(1)
+    emission.apply_embedding(1, np.ones(2, np.float32))
+    assert journey.resumed().embed
+    assert journey.ask().single

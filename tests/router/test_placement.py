@@ -92,7 +92,7 @@ def test_prefill_goes_where_the_prefix_is_unless_the_queue_outweighs_it() -> Non
     route = bench.choose(3000)
     assert route is not None
     assert (route.prefill, route.prefill_tokens) == ("p1", 1000)
-    bench.fleet.load_arrived("p1", load(queued_prefill_tokens=9000), 0.0)
+    bench.fleet.load_arrived("p1", load(queued_prefill_tokens=21000), 0.0)
     route = bench.choose(3000)
     assert route is not None
     assert (route.prefill, route.prefill_tokens) == ("p0", 3000)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import dataclasses
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from fakes.virtual_cluster import Served, Shape, VirtualCluster, oracle_request
 
 from penstock.router.settings import AdmissionSettings, PlacementSettings, RetrySettings, RouterSettings
 from penstock.workers.errors import RefusedError
+from penstock.workers.oracle import expected_embedding
 from penstock.workers.protocol import FailureCode, Role
 
 SPLIT = {"p0": Role.PREFILL, "p1": Role.PREFILL, "d0": Role.DECODE, "d1": Role.DECODE}
@@ -403,3 +405,32 @@ def test_it_imports_neither_torch_nor_ray_nor_asyncio() -> None:
                 "port.py",
             )
             assert not waits, f"{path} awaits"
+
+
+@pytest.mark.parametrize(("victim", "settings"), [("p0", ALWAYS_SPLIT), ("d0", RouterSettings())])
+def test_scores_of_a_prompt_survive_a_death_at_any_moment(victim: str, settings: RouterSettings) -> None:
+    """Every prompt token has its own score when the first token is out, whoever computed which part of it."""
+
+    async def scenario(moment_s: float) -> int:
+        async with VirtualCluster(SPLIT, Shape(chunk=16), settings) as cluster:
+            requests = []
+            for number in range(6):
+                request = oracle_request(number, 60 + number, max_tokens=1 if number % 4 == 3 else 20)
+                sampling = dataclasses.replace(request.sampling, prompt_logprobs=number % 2 + 1)
+                requests.append(dataclasses.replace(request, sampling=sampling, embed=number % 4 == 3))
+            cluster.later(moment_s, lambda: cluster.kill(victim, 0.5))
+            served = await asyncio.gather(*(cluster.submit(request) for request in requests))
+            for each in served:
+                assert each.right
+                first, *scores = each.emission.prompt_logprobs
+                assert first is None
+                assert [score.top[0][0] for score in scores if score] == list(each.request.prompt[1:])
+                assert {len(score.top) for score in scores if score} == {each.request.sampling.prompt_logprobs}
+                if each.request.embed:
+                    assert each.emission.embedding is not None
+                    assert each.emission.embedding.tolist() == expected_embedding(each.request.prompt).tolist()
+            await cluster.assert_quiet()
+            return sum(report.migrations for report in cluster.reports)
+
+    migrations = [run_virtual(scenario(0.011 + step * 0.023)) for step in range(5)]
+    assert sum(count > 0 for count in migrations) >= 2, "the fault hardly ever fired"

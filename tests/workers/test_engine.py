@@ -1,5 +1,6 @@
 """The step loop with a real scheduler, the oracle and a transfer that moves only when told: texts, failures, leases."""
 
+import dataclasses
 import itertools
 import threading
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 from fakes.loopback_transfer import LoopbackFabric, LoopbackTransfer
 
+from penstock.router.logprobs import PromptScores
 from penstock.workers import inbox as inbox_module
 from penstock.workers.engine import Engine, EngineParts
 from penstock.workers.errors import DeviceError
@@ -16,9 +18,10 @@ from penstock.workers.kv.block_pool import BlockPool
 from penstock.workers.kv.prefix_cache import PrefixCache, chain_digests
 from penstock.workers.kv.storage import KVStorage
 from penstock.workers.kv_feed import KVEventFeed
-from penstock.workers.oracle import OracleRunner, expected_tokens, oracle_layout
+from penstock.workers.oracle import OracleRunner, expected_embedding, expected_tokens, oracle_layout
 from penstock.workers.protocol import (
     Cancel,
+    Embedding,
     EndReason,
     Failed,
     FailureCode,
@@ -29,6 +32,7 @@ from penstock.workers.protocol import (
     KVEvents,
     KVSnapshot,
     Prefill,
+    PromptLogprobs,
     Queued,
     RequestSnapshot,
     Reserve,
@@ -484,3 +488,62 @@ def test_the_loop_sleeps_when_idle_and_wakes_for_a_message(fabric: LoopbackFabri
     assert not thread.is_alive()
     assert bench.told.text(1)[0] == answer(request())
     assert took < 0.2
+
+
+def place(bench: Bench, kind: type, key: tuple[int, int] = (1, 1)) -> list[int]:
+    """Where messages of this kind about (slot, attempt) stand in what was told."""
+    found = []
+    for index, (_, message) in enumerate(bench.told.messages):
+        if isinstance(message, TokenFrame):
+            about = list(zip(message.slots.tolist(), message.attempts.tolist(), strict=True))
+        else:
+            about = [(getattr(message, "slot", -1), getattr(message, "attempt", -1))]
+        if isinstance(message, kind) and key in about:
+            found.append(index)
+    return found
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_scores_and_embedding_are_told_before_the_first_token(fabric: LoopbackFabric, split: bool) -> None:
+    bench = Bench(fabric, max_num_batched_tokens=8)
+    asked = dataclasses.replace(request(30, 1 if split else 6, prompt_logprobs=2), embed=True)
+    bench.post(Prefill(1, 1, asked, None) if split else Generate(1, 1, asked))
+    bench.post(Generate(2, 1, request(21, 6, salt=3)))
+    bench.until_idle()
+    scores = PromptScores(30, 2)
+    for message in bench.told.of(PromptLogprobs):
+        assert scores.apply(message)
+    assert scores.complete
+    assert [score.top[0][0] for score in scores.read()[1:] if score] == list(asked.prompt[1:])
+    assert len(bench.told.of(PromptLogprobs)) > 2
+    (embedding,) = bench.told.of(Embedding)
+    assert embedding.values.tolist() == expected_embedding(asked.prompt).tolist()
+    told = place(bench, Started) + place(bench, PromptLogprobs) + place(bench, Embedding)
+    assert told == sorted(told)
+    assert told[-1] < place(bench, TokenFrame)[0]
+    assert bench.told.text(1) == (answer(asked), EndReason.LENGTH)
+    assert bench.all_free()
+
+
+@pytest.mark.parametrize(
+    "wish", [{"logit_bias": ((VOCAB, 1.0),)}, {"allowed_token_ids": (VOCAB,)}, {"bad_words": ((1, VOCAB),)}]
+)
+def test_a_token_that_the_model_lacks_costs_its_own_request_only(fabric: LoopbackFabric, wish: dict[str, Any]) -> None:
+    bench = Bench(fabric)
+    bench.post(Generate(1, 1, request(**wish)))
+    bench.post(Generate(2, 1, request(salt=2)))
+    bench.until_idle()
+    (failed,) = bench.told.of(Failed)
+    assert (failed.slot, failed.code) == (1, FailureCode.BAD_REQUEST)
+    assert next(iter(wish)) in failed.message
+    assert bench.told.text(2) == (answer(request(salt=2)), EndReason.LENGTH)
+
+
+def test_min_tokens_holds_for_the_oracle_too(fabric: LoopbackFabric) -> None:
+    bench = Bench(fabric)
+    plain = answer(request(max_tokens=8))
+    asked = request(max_tokens=8, stop_token_ids=(plain[1], plain[5]), min_tokens=3)
+    bench.post(Generate(1, 1, asked))
+    bench.until_idle()
+    assert bench.told.text(1) == (plain[:6], EndReason.STOP)
+    assert answer(asked) == plain[:6]

@@ -1,11 +1,12 @@
 """Sessions and keys: each event of the transfer side reaches the scheduler once, under the right key."""
 
+import dataclasses
 from typing import Any
 
 import pytest
 
 from penstock.workers.handover import GranterIdentity, HandOver
-from penstock.workers.protocol import EndReason, Grant
+from penstock.workers.protocol import EndReason, FailureCode, Grant
 from penstock.workers.scheduler.events import GrantedEvent, Offer, SentTail, SequenceKey
 from penstock.workers.transfer.port import (
     Arrived,
@@ -85,8 +86,8 @@ def test_final_events_of_an_incoming_session(
 def test_final_events_of_an_outgoing_session(handover: HandOver, calls: Calls, event: TransferEvent) -> None:
     assert handover.open(KEY, GRANT)
     assert not handover.open(KEY, GRANT)
-    assert handover.taken(OTHER, GRANT)
-    assert not handover.taken(KEY, GRANT)
+    assert problem(handover, OTHER) is FailureCode.BAD_REQUEST
+    assert problem(handover, KEY) is None
     assert calls.calls == [("start", GRANT)]
     assert tell(handover, calls, event) == [("kv_sent", KEY, 9.0)]
     assert len(handover) == 0
@@ -104,6 +105,11 @@ def test_offers_and_tails_go_to_their_session(handover: HandOver, calls: Calls) 
     assert abandoned[:2] == ("abandon", GRANT.session_id)
 
 
+def problem(handover: HandOver, key: SequenceKey, grant: Grant = GRANT) -> FailureCode | None:
+    found = handover.problem_with(key, grant)
+    return None if found is None else found[0]
+
+
 def test_a_dropped_key_lingers_until_the_final_event(handover: HandOver, calls: Calls) -> None:
     handover.grant(GrantedEvent(KEY, 0, (8,), (4,), 0))
     handover.open(OTHER, GRANT)
@@ -111,8 +117,13 @@ def test_a_dropped_key_lingers_until_the_final_event(handover: HandOver, calls: 
     for key in (KEY, OTHER, SequenceKey("r", 5, 1)):
         handover.drop(key, "cancelled")
     assert calls.calls == [("forget", b"own-session-id.."), ("abandon", GRANT.session_id, "cancelled")]
-    assert [handover.lingers(SequenceKey("r", slot, 1)) for slot in (3, 4, 5)] == [True, True, False]
+    lingering = [problem(handover, SequenceKey("r", slot, 1)) for slot in (3, 4)]
+    assert lingering == [FailureCode.QUEUE_FULL] * 2
+    assert problem(handover, SequenceKey("r", 5, 1)) is not FailureCode.QUEUE_FULL
     tell(handover, calls, IncomingClosed(b"own-session-id.."))
     tell(handover, calls, OutgoingFailed(GRANT.session_id, "abandoned"))
-    assert not handover.lingers(KEY)
-    assert not handover.lingers(OTHER)
+    assert problem(handover, KEY) is None
+    assert problem(handover, OTHER) is None
+    foreign = dataclasses.replace(GRANT, compatibility="another layout")
+    assert problem(handover, KEY, foreign) is FailureCode.INCOMPATIBLE
+    assert handover.problem_with(KEY, None) is None

@@ -3,7 +3,17 @@
 import numpy as np
 
 from penstock.workers.outbox import Outbox
-from penstock.workers.protocol import Failed, FailureCode, KVEvents, Load, Started, TokenFrame, ToRouter
+from penstock.workers.protocol import (
+    Embedding,
+    Failed,
+    FailureCode,
+    KVEvents,
+    Load,
+    PromptLogprobs,
+    Started,
+    TokenFrame,
+    ToRouter,
+)
 from penstock.workers.wire import decode_to_router
 
 
@@ -87,3 +97,25 @@ def test_close_drops_what_waits_and_wakes_the_writer() -> None:
     outbox.push(frame(2))
     assert outbox.take() == []
     assert not outbox.overflowed
+
+
+def scores(start: int, count: int = 3) -> PromptLogprobs:
+    column = np.full(count, -1.0, np.float32)
+    none = np.zeros(0, np.int32)
+    return PromptLogprobs(1, 1, start, column, np.zeros(count, np.uint8), none, np.zeros(0, np.float32))
+
+
+def test_no_frame_passes_what_is_said_of_a_prompt() -> None:
+    outbox = Outbox(lambda: None)
+    embedding = Embedding(1, 1, np.ones(4, np.float32))
+    for message in (frame(1), scores(1), load(1), frame(2), scores(4), embedding, load(2), frame(3), frame(4)):
+        outbox.push(message)
+    kinds = [type(message) for message in taken(outbox)]
+    assert kinds == [TokenFrame, PromptLogprobs, TokenFrame, PromptLogprobs, Embedding, Load, TokenFrame]
+
+
+def test_scores_and_embeddings_count_towards_the_bound() -> None:
+    for message in (scores(1, 1000), Embedding(1, 1, np.ones(1000, np.float32))):
+        outbox = Outbox(lambda: None, 4000)
+        outbox.push(message)
+        assert outbox.overflowed

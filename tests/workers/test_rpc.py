@@ -8,12 +8,12 @@ import pytest
 
 from penstock.workers import rpc
 from penstock.workers.errors import ConfigError, RefusedError
-from penstock.workers.protocol import Cancel, FailureCode, Hello, KeepAlive, Queued, Role, Welcome
+from penstock.workers.protocol import WIRE_VERSION, Cancel, FailureCode, Hello, KeepAlive, Queued, Role, Welcome
 from penstock.workers.rpc import Conversation, RpcServer, WorkerClient
 from penstock.workers.wire import encode
 
-HELLO = Hello(1, "router", 1, 5.0)
-WELCOME = Welcome(1, "w", 1, Role.MIXED, 1, 1, 16, 8, 4, 128, 64, "127.0.0.1:1", "host", "same")
+HELLO = Hello(WIRE_VERSION, "router", 1, 5.0)
+WELCOME = Welcome(WIRE_VERSION, "w", 1, Role.MIXED, 1, 1, 16, 8, 4, 128, 64, "127.0.0.1:1", "host", "same")
 
 
 async def echo(conversation: Conversation) -> None:

@@ -1,5 +1,6 @@
 """Sampling against a plain per-row definition, the distributions it draws from, and independence of the batch."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from penstock.kernels.reference import philox
 from penstock.workers import sampling
 from penstock.workers.sampling import LARGEST_GUMBEL, sample
-from penstock.workers.scheduler.plan import SamplingBatch
+from penstock.workers.scheduler.plan import LogitEdits, SamplingBatch
 
 DEFAULTS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0, "choice": 0, "position": 0}
 DTYPES = {
@@ -164,3 +165,54 @@ def test_more_alternatives_than_tokens_and_no_logprobs_at_all():
 
 def test_no_rows():
     assert len(sample(torch.empty(0, 10), batch([])).token_ids) == 0
+
+
+def edits(rows):
+    """`rows`: per row the tokens that are banned, and a bias or None."""
+    none, zeros = np.zeros(0, np.int32), np.zeros(len(rows) + 1, np.int32)
+    column, biased = np.zeros(len(rows), np.float32), [bias for _, bias in rows if bias is not None]
+    counts = [[bias is not None for _, bias in rows], [len(banned) for banned, _ in rows]]
+    bias_offsets, banned_offsets = (np.concatenate(([0], np.cumsum(each))).astype(np.int32) for each in counts)
+    banned = np.array([token for tokens, _ in rows for token in tokens], np.int32)
+    ids, values = np.array([b[0] for b in biased], np.int32), np.array([b[1] for b in biased], np.float32)
+    biases = (ids, values, bias_offsets)
+    return LogitEdits(
+        column, column, column + 1, none, zeros, none, zeros, *biases, banned, banned_offsets, none, zeros
+    )
+
+
+@pytest.mark.parametrize("piece", [100, 5000, 1 << 22])
+def test_edited_rows_are_sampled_from_edited_logits_and_others_from_their_own(piece, monkeypatch):
+    monkeypatch.setattr(sampling, "_PIECE_ELEMENTS", piece)
+    logits = torch.randn(12, 300, generator=torch.Generator().manual_seed(6)) * 2
+    rows = [{"temperature": n % 3 * 0.6, "top_p": 0.9 if n % 2 else 1.0, "seed": n} for n in range(12)]
+    best = logits.topk(4).indices.tolist()
+    wishes = [(best[n] if n % 4 == 1 else (), (7, 9.0) if n % 4 == 2 else None) for n in range(12)]
+    before = logits.clone()
+    found = sample(logits, dataclasses.replace(batch(rows, logprobs=[2] * 12), edits=edits(wishes)))
+    assert torch.equal(logits, before)
+    for n, (row, (banned, bias)) in enumerate(zip(rows, wishes, strict=True)):
+        changed = logits[n].clone()
+        changed[list(banned)] = -math.inf
+        if bias is not None:
+            changed[bias[0]] += bias[1]
+        assert found.token_ids[n] == defined(changed, row), n
+    truth = torch.log_softmax(logits.double(), -1)
+    np.testing.assert_allclose(found.logprobs.chosen, truth[range(12), found.token_ids], atol=1e-5)
+    assert found.logprobs.top_ids.tolist() == [tokens[:2] for tokens in best]
+
+
+def test_a_row_with_one_candidate_left_takes_it_under_every_filter():
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(8))
+    rows = [{"top_p": 0.5}, {"top_k": 20}, {"min_p": 0.3}, {"temperature": 2.0, "top_k": 49, "top_p": 0.999}]
+    wishes = [(tuple(token for token in range(50) if token != 30 + n), None) for n in range(4)]
+    found = sample(logits, dataclasses.replace(batch(rows), edits=edits(wishes)))
+    assert found.token_ids.tolist() == [30, 31, 32, 33]
+
+
+def test_twenty_alternatives_beside_a_token_that_is_not_among_them():
+    logits = torch.arange(100.0)[None] / 10
+    result = sample(logits, dataclasses.replace(batch([{}], logprobs=[20]), edits=edits([(range(1, 100), None)])))
+    assert result.token_ids.tolist() == [0]
+    assert result.logprobs.top_ids[0].tolist() == list(range(99, 79, -1))
+    assert result.logprobs.chosen[0] < result.logprobs.top_logprobs[0].min()

@@ -15,6 +15,7 @@ from penstock.workers.errors import ConfigError, RefusedError
 from penstock.workers.inbox import Attached, Detached
 from penstock.workers.outbox import Outbox
 from penstock.workers.protocol import (
+    WIRE_VERSION,
     Cancel,
     Failed,
     FailureCode,
@@ -31,7 +32,7 @@ from penstock.workers.protocol import (
 from penstock.workers.rpc import AttachedStream, WorkerClient
 from penstock.workers.service import WorkerService
 
-WELCOME = Welcome(1, "w", 1, Role.MIXED, 1, 1, 16, 8, 4, 128, 64, "127.0.0.1:1", "host", "same")
+WELCOME = Welcome(WIRE_VERSION, "w", 1, Role.MIXED, 1, 1, 16, 8, 4, 128, 64, "127.0.0.1:1", "host", "same")
 
 
 class Notes:
@@ -117,9 +118,9 @@ async def test_every_stream_gets_its_own_name_and_the_older_one_ends(service: Wo
 @pytest.mark.parametrize(
     ("hello", "says", "code"),
     [
-        (Hello(2, "r", 1, 5.0), "wire version 2", FailureCode.INCOMPATIBLE),
-        (Hello(1, "r", 1, 0.0), "lease_s", FailureCode.WORKER_LOST),
-        (Hello(1, "r", 1, 1e8), "lease_s", FailureCode.WORKER_LOST),
+        (Hello(WIRE_VERSION + 1, "r", 1, 5.0), f"wire version {WIRE_VERSION + 1}", FailureCode.INCOMPATIBLE),
+        (Hello(WIRE_VERSION, "r", 1, 0.0), "lease_s", FailureCode.WORKER_LOST),
+        (Hello(WIRE_VERSION, "r", 1, 1e8), "lease_s", FailureCode.WORKER_LOST),
     ],
 )
 async def test_a_wrong_hello_is_refused(
@@ -168,7 +169,7 @@ async def test_a_reader_that_stops_is_cut_off_and_its_neighbour_is_not(
     address = start(service, engine)
     neighbour = await Attachment.open(address, "neighbour")
     client = WorkerClient(address, CLUSTER_KEY)
-    stopped = await client.attach(Hello(1, "stopped", 1, 30.0))
+    stopped = await client.attach(Hello(WIRE_VERSION, "stopped", 1, 30.0))
     name = next(name for name in engine.names() if name.startswith("stopped"))
     for number in range(200):
         service.send(name, KVSnapshot(number, bytes(1 << 20)))

@@ -1,8 +1,8 @@
 """A model directory's `config.json` as one checked, frozen value.
 
 Read by `loading.py` and `decoder.py` here, by `workers/runner.py`, and by `cluster/` for context length, vocabulary and
-dtype (it needs no torch). Accepts what transformers 4 and 5 write for the families in `FAMILIES`; anything that would
-change the arithmetic and is not implemented is refused with the key's name, never ignored.
+dtype (it needs no torch). Accepts what transformers 4 and 5 write for the architectures in `FAMILIES`; anything that
+would change the arithmetic and is not implemented is refused with the key's name, never ignored.
 """
 
 from __future__ import annotations
@@ -13,32 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from penstock.workers.errors import ModelError
+from penstock.workers.model.families import FAMILIES, Family
 from penstock.workers.model.fields import FieldReader
+from penstock.workers.model.layer_windows import layer_windows
+from penstock.workers.model.rope_fields import Rope, read_ropes
 
 MAX_CONFIG_BYTES = 4 << 20
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """What distinguishes one `architectures` entry from the plain Llama decoder."""
-
-    qk_norm: bool = False  # RMS norm over each query and key head before the rotation
-    default_theta: float = 10000.0
-
-
-FAMILIES = {"LlamaForCausalLM": Family(), "Qwen3ForCausalLM": Family(qk_norm=True)}
-
-
-@dataclass(frozen=True, slots=True)
-class RopeScaling:
-    """Change of the rotary frequencies for longer contexts; `kind` is `linear` or `llama3` (Llama 3.1)."""
-
-    kind: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 1.0
-    original_positions: int = 0
+# config.json's name -> ours
+ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +29,7 @@ class DecoderConfig:
     """Everything that decides the shapes and the arithmetic of one decoder."""
 
     architecture: str
+    dtype: str  # of the checkpoint; one of DTYPES
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -53,23 +37,32 @@ class DecoderConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rms_eps: float
-    rope_theta: float
-    rope_scaling: RopeScaling | None
     max_positions: int
-    tied_embeddings: bool
-    attention_bias: bool
+    rope: Rope  # of all layers, or of the full ones where `local_rope` is given
+    local_rope: Rope | None  # of the layers with a window
+    windows: tuple[int, ...]  # per layer, the tokens that a query attends to; 0 = all
+    attention_scale: float
+    attention_cap: float  # scores are soft-capped at it; 0 = not
+    logit_cap: float  # so are logits
+    rms_eps: float
+    norm_offset: float  # added to every stored norm weight
+    qk_norm: bool  # queries and keys are normalised head by head
+    post_norms: bool  # the outputs of attention and feed-forward block are normalised
+    qkv_bias: bool
+    output_bias: bool
     mlp_bias: bool
-    dtype: str  # of the checkpoint; one of DTYPES
-
-    @property
-    def qk_norm(self) -> bool:
-        """Whether query and key heads are normalised (Qwen3)."""
-        return FAMILIES[self.architecture].qk_norm
+    activation: str  # of the gate; one of ACTIVATIONS' values
+    embedding_scale: float
+    tied_embeddings: bool
 
 
 def read_config(model_dir: Path) -> DecoderConfig:
     """Read `config.json`. Raises ModelError naming file and key."""
+    return parse_config(read_raw_config(model_dir), str(model_dir / "config.json"))
+
+
+def read_raw_config(model_dir: Path) -> dict[str, Any]:
+    """`config.json` as it stands there. Raises ModelError naming the file."""
     if not model_dir.is_dir():
         raise ModelError(f"{model_dir}: no such model directory", str(model_dir))
     path = model_dir / "config.json"
@@ -83,42 +76,57 @@ def read_config(model_dir: Path) -> DecoderConfig:
         raise ModelError(f"{path}: not JSON: {error}", str(path)) from error
     if not isinstance(raw, dict):
         raise ModelError(f"{path}: the top level must be an object", str(path))
-    return parse_config(raw, str(path))
+    return raw
 
 
 def parse_config(raw: dict[str, Any], path: str) -> DecoderConfig:
     """Check the decoded JSON; `path` is for messages. Raises ModelError naming file and key."""
     fields = FieldReader(raw, path)
     architecture = _architecture(fields)
-    _refuse_unsupported(fields)
-    hidden, heads = fields.integer("hidden_size", 1, 1 << 17), fields.integer("num_attention_heads", 1, 1 << 10)
-    kv_heads = fields.integer("num_key_value_heads", 1, 1 << 10, default=heads)
-    if heads % kv_heads:
-        raise fields.error("num_key_value_heads", f"{kv_heads} does not divide num_attention_heads {heads}")
-    if raw.get("head_dim") is None and hidden % heads:
-        raise fields.error("hidden_size", f"{hidden} is not a multiple of num_attention_heads {heads}")
-    head_dim = fields.integer("head_dim", 2, 1 << 10, default=hidden // heads)
-    if head_dim % 2:
-        raise fields.error("head_dim", f"{head_dim} is odd; rotary embedding needs an even size")
-    theta, scaling = _rope(fields, FAMILIES[architecture])
+    family = FAMILIES[architecture]
+    _refuse_unsupported(fields, family)
+    hidden, (heads, kv_heads, head_dim) = fields.integer("hidden_size", 1, 1 << 17), _heads(fields, family)
+    num_layers = fields.integer("num_hidden_layers", 1, 1 << 10)
+    max_positions = fields.integer("max_position_embeddings", 1, 1 << 26)
+    rope, local_rope = read_ropes(fields, family, max_positions)
+    attention_bias = fields.boolean("attention_bias", default=False) if family.qkv_bias is None else False
     return DecoderConfig(
         architecture=architecture,
+        dtype=_dtype(fields),
         vocab_size=fields.integer("vocab_size", 1, 1 << 24),
         hidden_size=hidden,
         intermediate_size=fields.integer("intermediate_size", 1, 1 << 20),
-        num_layers=fields.integer("num_hidden_layers", 1, 1 << 10),
+        num_layers=num_layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
+        max_positions=max_positions,
+        rope=rope,
+        local_rope=local_rope,
+        windows=layer_windows(fields, family, num_layers),
+        attention_scale=_attention_scale(fields, family, head_dim),
+        attention_cap=_cap(fields, "attn_logit_softcapping", family.attention_cap) if family.gemma else 0.0,
+        logit_cap=_cap(fields, "final_logit_softcapping", family.logit_cap) if family.gemma else 0.0,
         rms_eps=fields.number("rms_norm_eps", 0.0, 1.0, default=1e-6),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        max_positions=fields.integer("max_position_embeddings", 1, 1 << 26),
-        tied_embeddings=fields.boolean("tie_word_embeddings", default=False),
-        attention_bias=fields.boolean("attention_bias", default=False),
+        norm_offset=1.0 if family.gemma else 0.0,
+        qk_norm=family.qk_norm,
+        post_norms=family.gemma,
+        qkv_bias=attention_bias or bool(family.qkv_bias),
+        output_bias=attention_bias,
         mlp_bias=fields.boolean("mlp_bias", default=False),
-        dtype=_dtype(fields),
+        activation=_activation(fields, family),
+        embedding_scale=hidden**0.5 if family.gemma else 1.0,
+        tied_embeddings=fields.boolean("tie_word_embeddings", default=family.tied_embeddings),
     )
+
+
+def is_native(raw_config: dict[str, Any]) -> bool:
+    """Whether our own decoder runs this model exactly: its architecture and every feature that its config asks for."""
+    try:
+        parse_config(raw_config, "config.json")
+    except ModelError:
+        return False
+    return True
 
 
 def _architecture(fields: FieldReader) -> str:
@@ -131,48 +139,52 @@ def _architecture(fields: FieldReader) -> str:
     raise fields.error("architectures", f"{names[0]!r} is not supported; supported are {', '.join(FAMILIES)}")
 
 
-def _refuse_unsupported(fields: FieldReader) -> None:
-    if fields.raw.get("auto_map") is not None:
+def _refuse_unsupported(fields: FieldReader, family: Family) -> None:
+    raw = fields.raw
+    if raw.get("auto_map") is not None:
         raise fields.error("auto_map", "model directories with their own code are not run")
-    if fields.raw.get("quantization_config") is not None:
+    if raw.get("quantization_config") is not None:
         raise fields.error("quantization_config", "quantised checkpoints are not supported")
-    if fields.raw.get("use_sliding_window"):
-        raise fields.error("use_sliding_window", "sliding-window attention is not supported")
-    layers = fields.raw.get("layer_types")
-    if isinstance(layers, list) and any(kind != "full_attention" for kind in layers):
-        raise fields.error("layer_types", "only full_attention layers are supported")
-    if fields.raw.get("hidden_act", "silu") != "silu":
-        raise fields.error("hidden_act", f"{fields.raw['hidden_act']!r} is not supported; supported is silu")
+    if raw.get("mlp_bias") and not family.mlp_bias:
+        raise fields.error("mlp_bias", "this architecture has none")
+    if raw.get("attention_bias") and family.qkv_bias is False:
+        raise fields.error("attention_bias", "this architecture has none")
+    if family.gemma and not family.attention_cap_heeded and raw.get("attn_logit_softcapping") is not None:
+        raise fields.error("attn_logit_softcapping", "not supported with this architecture")
 
 
-def _rope(fields: FieldReader, family: Family) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling) from transformers 5's `rope_parameters` or from `rope_theta` and `rope_scaling`."""
-    if fields.raw.get("rope_parameters") is not None:
-        key, outer = "rope_parameters", fields.section("rope_parameters")
-        theta = outer.number("rope_theta", 1.0, 1e12, default=family.default_theta)
-    else:
-        theta = fields.number("rope_theta", 1.0, 1e12, default=family.default_theta)
-        if fields.raw.get("rope_scaling") is None:
-            return theta, None
-        key, outer = "rope_scaling", fields.section("rope_scaling")
-    kind = outer.raw.get("rope_type", outer.raw.get("type", "default"))
-    if outer.raw.get("partial_rotary_factor", 1.0) != 1.0:
-        raise fields.error(f"{key}.partial_rotary_factor", "only 1.0 is supported")
-    if kind == "default":
-        return theta, None
-    if kind == "linear":
-        return theta, RopeScaling(kind, outer.number("factor", 1.0, 1e6))
-    if kind == "llama3":
-        return theta, _llama3(fields, outer, key)
-    raise fields.error(f"{key}.rope_type", f"{kind!r} is not supported; supported are default, linear, llama3")
+def _heads(fields: FieldReader, family: Family) -> tuple[int, int, int]:
+    """(query heads, key and value heads, size of one)."""
+    hidden, heads = fields.integer("hidden_size", 1, 1 << 17), fields.integer("num_attention_heads", 1, 1 << 10)
+    kv_heads = fields.integer("num_key_value_heads", 1, 1 << 10, default=heads)
+    if heads % kv_heads:
+        raise fields.error("num_key_value_heads", f"{kv_heads} does not divide num_attention_heads {heads}")
+    if fields.raw.get("head_dim") is None and family.head_dim is None and hidden % heads:
+        raise fields.error("hidden_size", f"{hidden} is not a multiple of num_attention_heads {heads}")
+    head_dim = fields.integer("head_dim", 2, 1 << 10, default=family.head_dim or hidden // heads)
+    if head_dim % 2:
+        raise fields.error("head_dim", f"{head_dim} is odd; rotary embedding needs an even size")
+    return heads, kv_heads, head_dim
 
 
-def _llama3(fields: FieldReader, outer: FieldReader, key: str) -> RopeScaling:
-    low, high = outer.number("low_freq_factor", 1e-3, 1e6), outer.number("high_freq_factor", 1e-3, 1e6)
-    if low >= high:
-        raise fields.error(f"{key}.high_freq_factor", f"{high} must be above low_freq_factor {low}")
-    positions = outer.integer("original_max_position_embeddings", 1, 1 << 26)
-    return RopeScaling("llama3", outer.number("factor", 1.0, 1e6), low, high, positions)
+def _attention_scale(fields: FieldReader, family: Family, head_dim: int) -> float:
+    width = fields.number("query_pre_attn_scalar", 1e-3, 1e6, default=256) if family.gemma else float(head_dim)
+    return float(width**-0.5)
+
+
+def _cap(fields: FieldReader, key: str, default: float | None) -> float:
+    """The soft cap, or 0 where there is none; null says none, and a missing key the family's default."""
+    return fields.optional_number(key, 1e-3, 1e9, default=default) or 0.0
+
+
+def _activation(fields: FieldReader, family: Family) -> str:
+    name = fields.raw.get(family.activation_key)
+    if name is None:
+        name = family.activation
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        supported = ", ".join(ACTIVATIONS)
+        raise fields.error(family.activation_key, f"{name!r} is not supported; supported are {supported}")
+    return ACTIVATIONS[name]
 
 
 def _dtype(fields: FieldReader) -> str:

@@ -50,6 +50,21 @@ class FieldReader:
             raise self.error(key, f"{value} is not in {least} .. {most}")
         return float(value)
 
+    def optional_integer(self, key: str, least: int, most: int, default: int | None) -> int | None:
+        """As `integer`, but null is None, and so is a missing key without a default."""
+        if self._absent(key, default):
+            return None
+        return self.integer(key, least, most, default)
+
+    def optional_number(self, key: str, least: float, most: float, default: float | None = None) -> float | None:
+        """As `number`, but null is None, and so is a missing key without a default."""
+        if self._absent(key, default):
+            return None
+        return self.number(key, least, most, default)
+
+    def _absent(self, key: str, default: float | None) -> bool:
+        return self.raw[key] is None if key in self.raw else default is None
+
     def boolean(self, key: str, default: bool) -> bool:
         """True or false; null counts as missing."""
         value = self.raw.get(key)

@@ -33,15 +33,20 @@ def load_decoder(
     hidden, vocab = config.hidden_size, config.vocab_size
     embedding = reader.fused(["model.embed_tokens.weight"], [(vocab, hidden)])
     layers = tuple(_load_layer(config, reader, f"model.layers.{number}.") for number in range(config.num_layers))
-    final_norm = reader.fused(["model.norm.weight"], [(hidden,)])
+    final_norm = reader.norm("model.norm.weight", hidden, config.norm_offset)
     head = embedding if config.tied_embeddings else reader.fused(["lm_head.weight"], [(vocab, hidden)])
     weights = DecoderWeights(embedding, layers, final_norm, ops.pack_weight(head))
-    return Decoder(config, weights, rope_tables(config, num_positions))
+    rope = rope_tables(config.rope, config.head_dim, num_positions)
+    local = None
+    if config.local_rope is not None:
+        local = rope_tables(config.local_rope, config.head_dim, num_positions)
+    return Decoder(config, weights, rope, local)
 
 
 def _num_tensors(config: DecoderConfig) -> int:
-    per_layer = 9 + 2 * config.qk_norm + 4 * config.attention_bias + 3 * config.mlp_bias
-    return 3 - config.tied_embeddings + config.num_layers * per_layer
+    norms = 2 + 2 * config.qk_norm + 2 * config.post_norms
+    biases = 3 * config.qkv_bias + config.output_bias + 3 * config.mlp_bias
+    return 3 - config.tied_embeddings + config.num_layers * (7 + norms + biases)
 
 
 def _load_layer(config: DecoderConfig, reader: _WeightReader, prefix: str) -> LayerWeights:
@@ -49,21 +54,29 @@ def _load_layer(config: DecoderConfig, reader: _WeightReader, prefix: str) -> La
     heads, kv_heads = config.num_heads, config.num_kv_heads
     qkv = {"q_proj": heads * dim, "k_proj": kv_heads * dim, "v_proj": kv_heads * dim}
     attention, mlp = prefix + "self_attn.", prefix + "mlp."
+
+    def norm(name: str) -> Tensor:
+        return reader.norm(f"{prefix}{name}_layernorm.weight", hidden, config.norm_offset)
+
     return LayerWeights(
-        input_norm=reader.fused([prefix + "input_layernorm.weight"], [(hidden,)]),
-        qkv=reader.linear(attention, qkv, hidden, config.attention_bias),
+        input_norm=norm("input"),
+        qkv=reader.linear(attention, qkv, hidden, config.qkv_bias),
         qk_norm=_load_qk_norm(config, reader, attention) if config.qk_norm else None,
-        output=reader.linear(attention, {"o_proj": hidden}, heads * dim, config.attention_bias),
-        mlp_norm=reader.fused([prefix + "post_attention_layernorm.weight"], [(hidden,)]),
+        output=reader.linear(attention, {"o_proj": hidden}, heads * dim, config.output_bias),
+        # With norms after the blocks, `post_attention` is one of those; without, it is the one before the second block.
+        attended_norm=norm("post_attention") if config.post_norms else None,
+        mlp_norm=norm("pre_feedforward" if config.post_norms else "post_attention"),
         gate_up=reader.linear(mlp, {"gate_proj": width, "up_proj": width}, hidden, config.mlp_bias),
         down=reader.linear(mlp, {"down_proj": hidden}, width, config.mlp_bias),
+        expanded_norm=norm("post_feedforward") if config.post_norms else None,
     )
 
 
 def _load_qk_norm(config: DecoderConfig, reader: _WeightReader, prefix: str) -> Tensor:
     """One row per query head, then per key head: [Hq + H, D] float32."""
-    dim = (config.head_dim,)
-    query, key = (reader.fused([f"{prefix}{name}_norm.weight"], [dim]).float() for name in ("q", "k"))
+    query, key = (
+        reader.norm(f"{prefix}{name}_norm.weight", config.head_dim, config.norm_offset).float() for name in ("q", "k")
+    )
     return torch.cat((query.expand(config.num_heads, -1), key.expand(config.num_kv_heads, -1)))
 
 
@@ -89,6 +102,11 @@ class _WeightReader:
             if self.progress is not None:
                 self.progress(self.done, self.total)
         return out
+
+    def norm(self, name: str, size: int, offset: float) -> Tensor:
+        """The named norm's weight [size]; float32 where an offset is added, which a narrow dtype would round away."""
+        weight = self.fused([name], [(size,)])
+        return weight.float().add_(offset) if offset else weight
 
     def linear(self, prefix: str, outputs: dict[str, int], inputs: int, with_bias: bool) -> PackedWeight:
         """The named projections as one packed linear."""

@@ -12,6 +12,7 @@ from itertools import accumulate
 import numpy as np
 
 from penstock.workers.scheduler.plan import I32, StepPlan
+from penstock.workers.scheduler.scoring import NO_ROWS, NO_SPANS, Spans, plan_embeddings, plan_scores
 from penstock.workers.scheduler.table import PREFILL, SequenceTable, Slots
 
 _NO_COPIES = np.zeros((0, 2), np.int32)
@@ -47,6 +48,7 @@ class OpenStep:
     computed: I32  # [N] tokens with KV after the step
     sampled: Slots  # [S] slots of the rows that sample
     removals: int  # the table's count when planned: unchanged means that every row is still there
+    spans: Spans  # prompt tokens scored, in the plan's order
 
 
 def continue_prefills(table: SequenceTable, budget: StepBudget) -> None:
@@ -65,9 +67,11 @@ def assemble(table: SequenceTable, step: int, decode: Slots, budget: StepBudget)
     num_decode, num_rows = len(decode), len(decode) + len(budget.slots)
     offsets = np.arange(num_rows + 1, dtype=np.int32)
     sample_rows, slots = offsets[:num_rows].copy(), decode
+    borders: list[int] = []
     if budget.slots:
         slots = np.concatenate((decode, np.array(budget.slots)))
-        offsets[num_decode + 1 :] = list(accumulate(budget.counts, initial=num_decode))[1:]
+        borders = list(accumulate(budget.counts, initial=num_decode))
+        offsets[num_decode:] = borders
     sampled = slots
     if not all(budget.finishing):
         sample_rows = sample_rows[np.array([True] * num_decode + budget.finishing)]
@@ -75,6 +79,10 @@ def assemble(table: SequenceTable, step: int, decode: Slots, budget: StepBudget)
     starts: I32 = table.computed[slots]
     ends = starts + (offsets[1:] - offsets[:-1])
     widest = -(-int(ends.max()) // table.block_size)
+    scored, spans, embed_rows = None, NO_SPANS, NO_ROWS
+    if table.asking and budget.slots:
+        scored, spans = plan_scores(table, budget.slots, starts[num_decode:].tolist(), borders)
+        embed_rows = plan_embeddings(table, sampled[num_decode:].tolist(), num_decode)
     plan = StepPlan(
         step=step,
         slots=slots.astype(np.int32),
@@ -86,8 +94,10 @@ def assemble(table: SequenceTable, step: int, decode: Slots, budget: StepBudget)
         sampling=table.sampling(sampled),
         num_decode=num_decode,
         copies=np.array(budget.copies, np.int32).reshape(-1, 2) if budget.copies else _NO_COPIES,
+        scored=scored,
+        embed_rows=embed_rows,
     )
-    return OpenStep(plan, slots, ends, sampled, table.removals)
+    return OpenStep(plan, slots, ends, sampled, table.removals, spans)
 
 
 def _tokens(table: SequenceTable, decode: Slots, budget: StepBudget, starts: I32) -> I32:

@@ -60,6 +60,7 @@ class StartedEvent:
 
     key: SequenceKey
     cached_tokens: int
+    context_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,21 @@ class Offer(NamedTuple):
     fragments: list[tuple[int, int]]
 
 
+class ScoredChunk(NamedTuple):
+    """Logprobs of prompt tokens from `start` on, one entry each."""
+
+    key: SequenceKey
+    start: int
+    scores: SampledLogprobs
+
+
+class EmbeddedPrompt(NamedTuple):
+    """The hidden state of a prompt's last token, float32 [hidden size]."""
+
+    key: SequenceKey
+    values: NDArray[np.float32]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class StepOutcome:
     """What a committed step means for the routers, as columns over its S sampled rows, and for the transfers.
@@ -125,6 +141,8 @@ class StepOutcome:
     logprobs: SampledLogprobs | None = None
     offers: list[Offer] = field(default_factory=list)
     sent_tails: list[SentTail] = field(default_factory=list)
+    scored: list[ScoredChunk] = field(default_factory=list)
+    embedded: list[EmbeddedPrompt] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

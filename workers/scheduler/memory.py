@@ -75,7 +75,9 @@ class SequenceMemory:
         """
         length = len(sequence.context)
         total = self._layout.blocks_for(length + growth)
-        hits = self._cache.match(sequence.chain) if self._cache is not None else []
+        hits: list[int] = []
+        if self._cache is not None and not sequence.unscored:  # what is to be scored is computed, cached or not
+            hits = self._cache.match(sequence.chain)
         if sequence.work is Work.RESERVE or len(hits) * self._block_size < length:
             return self._take(hits, total, spare, source=None, length=length)
         # Everything is cached: the last block is copied, since its last token will be computed, and written, again.

@@ -54,14 +54,18 @@ def committed_rows(table: SequenceTable, step: OpenStep, result: StepResult) -> 
 def take_tokens(table: SequenceTable, slots: Slots, tokens: I32) -> tuple[I32, NDArray[np.uint8]]:
     """Append one sampled token to each row; the rows decode from now on.
 
-    Returns (index of the token among the generated ones, int32 [S]; EndReason, uint8 [S]).
+    A stop token ends its choice unless more were to come before one may (`min_tokens`). Returns (index of the token
+    among the generated ones, int32 [S]; EndReason, uint8 [S]).
     """
     position = table.append_tokens(slots, tokens)
     table.state[slots] = DECODE
     ends = (position >= table.last_position[slots]).view(np.uint8) * np.uint8(LENGTH)
     stopped = np.logical_or.reduce(table.stop_ids.take(slots, axis=1) == tokens, axis=0)
+    starts: I32 = position - table.prompt_length[slots]
+    if table.edits.active:
+        stopped &= starts >= table.edits.min_tokens[slots]
     np.putmask(ends, stopped, STOP)
-    return position - table.prompt_length[slots], ends
+    return starts, ends
 
 
 def _select(logprobs: SampledLogprobs, kept: NDArray[np.bool_]) -> SampledLogprobs:

@@ -4,7 +4,8 @@ The engine (`workers/engine.py`) calls it from one thread: `submit`, `cancel`, `
 `plan` -> run -> `commit` (or `abort_step`), and `take_events` after each. It knows no routers' streams, no transfer
 sessions, no tensors. The parts: `admission` (can it ever run), `waiting` (who is next), `roster` (who is where),
 `memory` (blocks), `chunked` (how many tokens), `preemption` (who gives way), `handover` (grants and offers), `outcome`
-(what the sampled tokens mean), `table` (state as columns), `integrity` (the checks).
+(what the sampled tokens mean), `scoring` (prompt logprobs and embeddings), `edits` (what is done to logits), `table`
+(state as columns), `integrity` (the checks).
 
 A key lives from `submit` to exactly one of: an end in a `StepOutcome` row, `EndedEvent`, `RefusedEvent`, a
 `SentTail` without end (the sequence goes on at the peer), `cancel`, or `abort_step`. Blocks that a transfer may still
@@ -36,6 +37,7 @@ from penstock.workers.scheduler.events import (
     StepOutcome,
     Work,
 )
+from penstock.workers.scheduler.figures import count_figures
 from penstock.workers.scheduler.handover import grant, hand_over
 from penstock.workers.scheduler.integrity import check_scheduler
 from penstock.workers.scheduler.memory import Placement, SequenceMemory
@@ -43,6 +45,7 @@ from penstock.workers.scheduler.outcome import committed_rows, take_tokens
 from penstock.workers.scheduler.plan import StepPlan, StepResult
 from penstock.workers.scheduler.preemption import ready_decodes
 from penstock.workers.scheduler.roster import Roster
+from penstock.workers.scheduler.scoring import take_embeddings, take_scores
 from penstock.workers.scheduler.sequence import Sequence, context_of
 from penstock.workers.scheduler.table import PREFILL, RESERVED, SequenceTable
 from penstock.workers.scheduler.waiting import AdmissionPace
@@ -119,6 +122,8 @@ class Scheduler:
                 first_block=first_block,
                 offered=first_block,
                 chain=self._memory.first_digests(request, context),
+                # Who computes the context scores it, and a reservation's context is computed elsewhere.
+                scored=len(request.prompt) if work is Work.RESERVE else 1,
             )
             self._roster.enter(sequence)
             self._unannounced.append(sequence)
@@ -188,6 +193,8 @@ class Scheduler:
         step = self._check_open(plan)
         table, memory = self._table, self._memory
         rows = committed_rows(table, step, result)
+        scored = take_scores(table, step.spans, result) if plan.scored is not None else []
+        embedded = take_embeddings(table, step.sampled, plan, result) if len(plan.embed_rows) else []
         self._open_step = None
         table.computed[rows.slots] = rows.computed
         # Blocks that decoding fills are published when the sequence ends: nobody can ask for them before.
@@ -207,6 +214,8 @@ class Scheduler:
             logprobs=rows.logprobs,
             offers=offers,
             sent_tails=tails,
+            scored=scored,
+            embedded=embedded,
         )
         for slot in rows.sampled[ends.nonzero()[0]].tolist():
             self._roster.end(table.sequence_in(slot))
@@ -236,20 +245,7 @@ class Scheduler:
 
     def stats(self) -> SchedulerStats:
         """Figures for the heartbeat; engine thread only."""
-        table, waiting = self._table, self._roster.waiting
-        left = (table.length - table.computed)[table.state == PREFILL]
-        return SchedulerStats(
-            running=table.num_sequences,
-            reserved=len(table.rows_in(RESERVED)),
-            sending=sum(not left.quarantined for left in self._memory.lingering.values()),
-            waiting=len(waiting),
-            queued_prefill_tokens=waiting.prefill_tokens + int(left.sum()),
-            free_blocks=self._pool.num_free,
-            cached_blocks=0 if self._cache is None else len(self._cache),
-            quarantined_blocks=self._pool.num_quarantined,
-            preemptions=self._roster.preemptions,
-            draining=self._draining,
-        )
+        return count_figures(self._roster, self._pool, self._cache, draining=self._draining)
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless pool, cache, table, queue and keys agree."""
@@ -281,7 +277,7 @@ class Scheduler:
                 budget.copies.append(placement.copy)
             budget.add_chunk(slot, len(sequence.context) - placement.computed)
             if not sequence.started:
-                self._roster.events.append(StartedEvent(sequence.key, placement.computed))
+                self._roster.events.append(StartedEvent(sequence.key, placement.computed, len(sequence.context)))
         sequence.started = True
 
     def _announce(self) -> None:

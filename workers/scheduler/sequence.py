@@ -34,6 +34,7 @@ class Sequence:
     offered: int = 0  # leading blocks of the context that the peer was offered or already has
     granted: int = 0  # first block that a peer writes, while reserved
     preemptions: int = 0
+    scored: int = 1  # leading prompt tokens whose logprob is known or cannot be; see `scoring.py`
 
     @property
     def prompt_length(self) -> int:
@@ -49,6 +50,17 @@ class Sequence:
     def remaining(self) -> int:
         """Tokens still to be generated at most, counted from `context`."""
         return self.max_length - len(self.context)
+
+    @property
+    def asks_of_prompt(self) -> bool:
+        """The prompt's logprobs or its embedding are wanted (or were: this never changes)."""
+        return self.request.embed or self.request.sampling.prompt_logprobs is not None
+
+    @property
+    def unscored(self) -> int:
+        """Prompt tokens whose logprobs are asked for and not computed yet."""
+        asked = self.request.sampling.prompt_logprobs is not None
+        return max(0, self.prompt_length - self.scored) if asked else 0
 
     @property
     def order(self) -> tuple[bool, int, int]:

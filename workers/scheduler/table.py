@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from penstock.workers.errors import IntegrityError
 from penstock.workers.protocol import SamplingParams
+from penstock.workers.scheduler.edits import EditColumns
 from penstock.workers.scheduler.plan import F32, I32, U64, SamplingBatch
 from penstock.workers.scheduler.sequence import Sequence
 
@@ -69,6 +70,8 @@ class SequenceTable:
         self.sampling_floats: F32 = np.zeros((3, max_seqs), np.float32)  # temperature, top_p, min_p
         self.sampling_ints: I32 = np.zeros((3, max_seqs), np.int32)  # top_k, choice, logprobs
         self.seed: U64 = np.zeros(max_seqs, np.uint64)
+        self.edits = EditColumns(self.tokens, self.length, self.prompt_length)
+        self.asking = 0  # rows whose prompt is to be scored or embedded
         self.removals = 0  # rows emptied so far
         self._empty = list(range(max_seqs - 1, -1, -1))
 
@@ -122,13 +125,18 @@ class SequenceTable:
         self.router_slot[slot] = sequence.key.slot
         self.attempt[slot] = sequence.key.attempt
         self._set_sampling(slot, sequence.request.sampling)
+        self.asking += sequence.asks_of_prompt
+        self.edits.fill(slot, sequence.request.sampling, context[: sequence.prompt_length])
         return slot
 
     def remove(self, slot: int) -> None:
         """Empty the row; its blocks are the caller's business."""
-        self.sequence_in(slot).slot = None
+        sequence = self.sequence_in(slot)
+        sequence.slot = None
+        self.asking -= sequence.asks_of_prompt
         self.sequences[slot] = None
         self.removals += 1
+        self.edits.empty(slot)
         self.state[slot] = EMPTY
         self.block_tables[slot, : self.num_blocks[slot]] = 0
         self.num_blocks[slot] = 0
@@ -161,6 +169,7 @@ class SequenceTable:
             choice=ints[1],
             position=self.length[slots],
             logprobs=ints[2],
+            edits=self.edits.batch(slots),
         )
 
     def _set_sampling(self, slot: int, sampling: SamplingParams) -> None:

@@ -13,10 +13,10 @@ Invariants the engine relies on:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from penstock.workers.protocol import Grant, Tokens
+from penstock.workers.protocol import Grant, Tokens, TransferCause
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +47,11 @@ class Arrived:
 
 @dataclass(frozen=True, slots=True)
 class IncomingFailed:
-    """The session ended before it was whole; `reason` is one short sentence for logs."""
+    """The session ended before it was whole; `reason` is one short sentence for logs, `cause` is for counters."""
 
     session_id: bytes
     reason: str
+    cause: TransferCause = field(default=TransferCause.REFUSED, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,7 @@ class OutgoingFailed:
 
     session_id: bytes
     reason: str
+    cause: TransferCause = field(default=TransferCause.REFUSED, compare=False)
 
 
 TransferEvent = Arrived | IncomingFailed | IncomingClosed | OutgoingDone | OutgoingFailed

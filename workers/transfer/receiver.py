@@ -17,6 +17,7 @@ from xxhash import xxh3_64_intdigest
 
 from penstock.workers.errors import WireError
 from penstock.workers.kv.storage import KVStorage
+from penstock.workers.protocol import TransferCause
 from penstock.workers.transfer.connection import Landing
 from penstock.workers.transfer.endpoint import Channel, Endpoint
 from penstock.workers.transfer.incoming import IncomingSession, SessionError
@@ -79,13 +80,14 @@ class Receiver:
     def fail_all(self, reason: str) -> None:
         """End every session: this side goes away."""
         for session in list(self._sessions.values()):
-            self._fail(session, reason)
+            self._fail(session, reason, TransferCause.STOPPED)
 
     def sweep(self, now: float) -> float | None:
         """End sessions whose lease is over and peers that never said hello. Returns the shortest lease in seconds."""
         for session in list(self._sessions.values()):
             if now >= session.expires:
-                self._fail(session, f"no sign of the sender for {session.granted.lease_s:g} s")
+                reason = f"no sign of the sender for {session.granted.lease_s:g} s"
+                self._fail(session, reason, TransferCause.LEASE_EXPIRED)
         for channel, peer in list(self._peers.items()):
             if peer.hello is None and now - peer.since > HANDSHAKE_TIMEOUT_S:
                 channel.fail("no hello from the peer")
@@ -105,7 +107,7 @@ class Receiver:
         peer = self._peers.pop(channel, None)
         for session in list(self._sessions.values()):
             if session.channel is channel:
-                self._fail(session, f"sender lost: {reason}")
+                self._fail(session, f"sender lost: {reason}", TransferCause.PEER_LOST)
         if peer is not None and peer.segment is not None:
             peer.segment.close()
 
@@ -129,7 +131,7 @@ class Receiver:
             case Abandon(session_id, epoch, reason):
                 session = self._find(channel, session_id, epoch)
                 if session is not None:
-                    self._fail(session, f"given up by the sender: {reason}")
+                    self._fail(session, f"given up by the sender: {reason}", TransferCause.ABANDONED)
             case _:
                 raise WireError(f"transfer: {type(message).__name__} from a sender")
 
@@ -187,7 +189,7 @@ class Receiver:
                 landing.targets = session.targets(offer, self._endpoint.storage.generations)
             except SessionError as error:
                 self._counters.generation_failures += 1
-                self._fail(session, str(error))
+                self._fail(session, str(error), TransferCause.DAMAGED)
         return landing
 
     def _fetch(self, channel: Channel, peer: _Peer, offer: Offer) -> None:
@@ -207,7 +209,7 @@ class Receiver:
             self._settle(landing, landing.session)
         else:
             self._counters.generation_failures += 1
-            self._fail(landing.session, "the sender has reused an offered block")
+            self._fail(landing.session, "the sender has reused an offered block", TransferCause.DAMAGED)
 
     def _verify(self, entry: Entry, block: int) -> bool:
         """Whether the block holds the bytes that the entry's digest is of."""
@@ -237,7 +239,7 @@ class Receiver:
         try:
             lacking = session.finish(tokens)
         except SessionError as error:
-            self._fail(session, str(error))
+            self._fail(session, str(error), TransferCause.DAMAGED)
             return
         if lacking:
             self._counters.resends += 1
@@ -252,10 +254,10 @@ class Receiver:
             if session.channel is not None and session.channel in self._peers:
                 session.channel.send(Ack(session.granted.session_id, session.granted.epoch))
 
-    def _fail(self, session: IncomingSession, reason: str) -> None:
+    def _fail(self, session: IncomingSession, reason: str, cause: TransferCause) -> None:
         self._end(session)
         self._counters.incoming_failed += 1
-        self._endpoint.emit(IncomingFailed(session.granted.session_id, reason))
+        self._endpoint.emit(IncomingFailed(session.granted.session_id, reason, cause))
         self._tell(session, reason)
 
     def _end(self, session: IncomingSession) -> None:

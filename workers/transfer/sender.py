@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 from penstock.workers.errors import WireError
-from penstock.workers.protocol import Grant
+from penstock.workers.protocol import Grant, TransferCause
 from penstock.workers.transfer.connection import Landing
 from penstock.workers.transfer.endpoint import Channel, Endpoint
 from penstock.workers.transfer.incoming import SessionError
@@ -80,13 +80,14 @@ class Sender:
             return
         self._counters.outgoing_started += 1
         if grant.compatibility != self._endpoint.compatibility:
-            self._lose(grant.session_id, "incompatible: KV layout, model revision or codec differ")
+            reason = "incompatible: KV layout, model revision or codec differ"
+            self._lose(grant.session_id, reason, TransferCause.INCOMPATIBLE)
             return
         now = self._endpoint.clock()
         try:
             peer = self._peers.get(grant.address) or self._new_peer(grant.address, now)
         except (OSError, ValueError) as error:
-            self._lose(grant.session_id, f"cannot reach {grant.worker_id}: {error}")
+            self._lose(grant.session_id, f"cannot reach {grant.worker_id}: {error}", TransferCause.UNREACHABLE)
             return
         if not peer.sessions:
             peer.heard = now  # an idle peer owes no answer; silence counts from here
@@ -102,15 +103,15 @@ class Sender:
         """All blocks are offered."""
         self._change(session_id, lambda session: session.finish(tail))
 
-    def abandon(self, session_id: bytes, reason: str) -> None:
+    def abandon(self, session_id: bytes, reason: str, cause: TransferCause = TransferCause.ABANDONED) -> None:
         """Give a session up and tell the peer."""
         if session_id in self._homes:
-            self._fail(self._peers[self._homes[session_id]], session_id, reason, tell=True)
+            self._fail(self._peers[self._homes[session_id]], session_id, reason, cause, tell=True)
 
     def fail_all(self, reason: str) -> None:
         """End every session: this side goes away."""
         for session_id in list(self._homes):
-            self.abandon(session_id, reason)
+            self.abandon(session_id, reason, TransferCause.STOPPED)
 
     def sweep(self, now: float) -> float | None:
         """Ping peers, and end sessions whose peer is silent. Returns the shortest lease in seconds."""
@@ -120,7 +121,8 @@ class Sender:
             for session_id, session in list(peer.sessions.items()):
                 lease, finished = session.grant.lease_s, session.finished_at
                 if now - peer.heard >= lease or (finished is not None and now - finished >= lease):
-                    self._fail(peer, session_id, f"no answer from the receiver for {lease:g} s", tell=True)
+                    reason = f"no answer from the receiver for {lease:g} s"
+                    self._fail(peer, session_id, reason, TransferCause.LEASE_EXPIRED, tell=True)
             if not peer.sessions:
                 if silent and now - peer.heard >= lease:
                     peer.channel.fail("the receiver is silent")
@@ -163,7 +165,8 @@ class Sender:
                     self._change(session_id, lambda session: session.resend(fragments))
             case Reject(session_id, epoch, reason):
                 if self._owns(peer, session_id, epoch):
-                    self._fail(peer, session_id, f"refused by the receiver: {reason}", tell=False)
+                    said = f"refused by the receiver: {reason}"
+                    self._fail(peer, session_id, said, TransferCause.REFUSED, tell=False)
             case Pong():
                 pass
             case _:
@@ -189,7 +192,7 @@ class Sender:
         if peer is None:
             return
         for session_id in list(peer.sessions):
-            self._fail(peer, session_id, f"receiver lost: {reason}", tell=False)
+            self._fail(peer, session_id, f"receiver lost: {reason}", TransferCause.PEER_LOST, tell=False)
         self._peers = {address: other for address, other in self._peers.items() if other is not peer}
 
     # --- inside ---------------------------------------------------------------------------------------------------
@@ -213,7 +216,7 @@ class Sender:
         try:
             change(peer.sessions[session_id])
         except SessionError as error:
-            self._fail(peer, session_id, str(error), tell=True)
+            self._fail(peer, session_id, str(error), TransferCause.DAMAGED, tell=True)
         else:
             self._push(peer, session_id)
 
@@ -281,12 +284,12 @@ class Sender:
             self._counters.outgoing_done += 1
             self._endpoint.emit(OutgoingDone(session_id))
 
-    def _fail(self, peer: _Peer, session_id: bytes, reason: str, *, tell: bool) -> None:
+    def _fail(self, peer: _Peer, session_id: bytes, reason: str, cause: TransferCause, *, tell: bool) -> None:
         session = peer.sessions[session_id]
         self._remove(peer, session_id)
         if tell and session.opened:
             peer.channel.send(Abandon(session_id, session.grant.epoch, reason))
-        self._lose(session_id, reason)
+        self._lose(session_id, reason, cause)
 
     def _remove(self, peer: _Peer, session_id: bytes) -> None:
         peer.channel.scrub(session_id)
@@ -294,6 +297,6 @@ class Sender:
         del peer.sessions[session_id]
         del self._homes[session_id]
 
-    def _lose(self, session_id: bytes, reason: str) -> None:
+    def _lose(self, session_id: bytes, reason: str, cause: TransferCause) -> None:
         self._counters.outgoing_failed += 1
-        self._endpoint.emit(OutgoingFailed(session_id, reason))
+        self._endpoint.emit(OutgoingFailed(session_id, reason, cause))

@@ -39,3 +39,51 @@ def test_answers_are_not_delayed_and_the_port_is_reusable(codec: TextCodec) -> N
         await again.stop()
 
     asyncio.run(main())
+
+
+@pytest.mark.timeout(60)
+def test_one_that_gives_way_to_its_successor_on_the_same_port_loses_nobody(codec: TextCodec) -> None:
+    """New connections all the time, while listeners on one shared port come and go."""
+
+    async def main() -> None:
+        app = build_app(IngressSettings(("tiny",), CONTEXT), codec, FakeGenerator(), Metrics(), FakeFleet())
+        first = Listener(app, "127.0.0.1", 0, shared=True, drain_s=1)
+        port, listener, over, answers = first.port, first, asyncio.Event(), []
+        listener.start()
+
+        async def ask() -> None:
+            while not over.is_set():
+                limits = httpx.Limits(max_keepalive_connections=0)
+                async with httpx.AsyncClient(trust_env=False, limits=limits) as client:
+                    answers.append((await client.get(f"http://127.0.0.1:{port}/health")).status_code)
+
+        askers = [asyncio.create_task(ask()) for _ in range(8)]
+        for _ in range(4):
+            await asyncio.sleep(0.1)
+            successor = Listener(app, "127.0.0.1", port, shared=True, drain_s=1)
+            successor.start()
+            await listener.stop()
+            listener = successor
+        over.set()
+        await asyncio.gather(*askers)
+        await listener.stop()
+        assert len(answers) > 40
+        assert set(answers) == {200}
+
+    asyncio.run(main())
+
+
+@pytest.mark.timeout(60)
+def test_one_that_is_bound_but_not_started_takes_no_connection(codec: TextCodec) -> None:
+    async def main() -> None:
+        app = build_app(IngressSettings(("tiny",), CONTEXT), codec, FakeGenerator(), Metrics(), FakeFleet())
+        serving = Listener(app, "127.0.0.1", 0, shared=True, drain_s=1)
+        serving.start()
+        waiting = Listener(app, "127.0.0.1", serving.port, shared=True, drain_s=1)
+        for _ in range(20):
+            async with httpx.AsyncClient(trust_env=False, timeout=5.0) as client:
+                assert (await client.get(f"http://127.0.0.1:{serving.port}/health")).status_code == 200
+        await waiting.stop()
+        await serving.stop()
+
+    asyncio.run(main())

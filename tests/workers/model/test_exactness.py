@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from fakes.exactness import CheckpointSpec, covering_specs, mixed_prompts
+from fakes.exactness import CheckpointSpec, covering_specs, family_specs, mixed_prompts
 from fakes.in_process import InProcessWorker, load_runner
 
 from penstock.workers.protocol import EndReason, GenerateRequest, SamplingParams
@@ -14,6 +14,9 @@ SPECS = covering_specs()
 CHUNKS = (16, 64, 8192)  # tokens per step; the last never cuts a prompt
 VARIANTS = list(itertools.product(CHUNKS, (True, False), (False, True)))
 LLAMA, QWEN = SPECS[0], SPECS[6]
+FAMILIES = family_specs()
+ONE_OF_EACH = FAMILIES[::3]
+SHORT, LONG = (16, True, True), (64, False, False)
 
 
 def _name(value):
@@ -38,8 +41,8 @@ def worker(model, chunk=512, prefix_caching=True, preempt=False, **options):
     )
 
 
-def require_exact(model, chunk, prefix_caching, preempt, count):
-    prompts = mixed_prompts(model.spec.vocab, 64)
+def require_exact(model, chunk, prefix_caching, preempt, count, prompts=64):
+    prompts = mixed_prompts(model.spec.vocab, prompts)
     with worker(model, chunk, prefix_caching, preempt) as running:
         outputs = [output.tokens for output in running.greedy(prompts, count)]
         assert all(len(output) == count for output in outputs)
@@ -60,14 +63,21 @@ def test_every_model_in_one_variant(load_model, spec, variant):
         assert model.reference.generate(prompts[number], 20) == outputs[number]
 
 
+@pytest.mark.parametrize("spec", ONE_OF_EACH, ids=lambda spec: spec.name)
+def test_newer_families_in_small_chunks_with_preemption(load_model, spec):
+    model = load_model(spec)
+    prompts, outputs = require_exact(model, *SHORT, count=20, prompts=24)
+    assert model.reference.generate(prompts[20], 20) == outputs[20]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS, ids=_name)
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", SPECS + FAMILIES, ids=lambda spec: spec.name)
 def test_every_model_in_every_variant(load_model, spec, variant):
     require_exact(load_model(spec), *variant, count=32)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", SPECS + FAMILIES, ids=lambda spec: spec.name)
 def test_outputs_are_diverse(load_model, spec):
     model = load_model(spec)
     prompt = mixed_prompts(spec.vocab)[5]
@@ -76,12 +86,16 @@ def test_outputs_are_diverse(load_model, spec):
     assert len(set(output.tokens)) >= 64
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", SPECS + ONE_OF_EACH, ids=lambda spec: spec.name)
 def test_corrupting_any_one_block_changes_the_output(load_model, spec):
+    """But for a block outside every layer's window: that one must not matter at all."""
     model, prompt = load_model(spec), mixed_prompts(spec.vocab, longest=150)[20]
+    windows = model.runner._decoder.config.windows
+    reach = len(prompt) if 0 in windows else max(windows) - 1  # of the first token that is computed from the cache
     clean = _with_corruption(model, prompt, None)
     for block in range(-(-len(prompt) // 16)):
-        assert _with_corruption(model, prompt, block) != clean, f"block {block} of the prompt does not matter"
+        matters = 16 * (block + 1) > len(prompt) - reach
+        assert (_with_corruption(model, prompt, block) != clean) == matters, f"block {block} of {len(prompt)} tokens"
 
 
 def _with_corruption(model, prompt, victim):

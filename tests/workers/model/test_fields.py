@@ -15,6 +15,18 @@ def test_values_and_defaults():
     assert fields.boolean("b", default=True) is True
 
 
+def test_null_and_missing_are_two_things_where_a_value_is_optional():
+    fields = FieldReader({"a": 3, "b": None}, "f.json")
+    assert fields.optional_integer("a", 0, 5, default=4) == 3
+    assert fields.optional_integer("b", 0, 5, default=4) is None
+    assert fields.optional_integer("c", 0, 5, default=4) == 4
+    assert fields.optional_integer("c", 0, 5, default=None) is None
+    assert fields.optional_number("a", 0, 5) == 3.0
+    assert fields.optional_number("b", 0, 5, default=4.0) is None
+    with pytest.raises(ModelError, match=r"f.json: a: 3 is not in 4 .. 5"):
+        fields.optional_number("a", 4, 5)
+
+
 def test_errors_carry_the_dotted_key():
     inner = FieldReader({"d": {"e": "x"}}, "f.json").section("d")
     with pytest.raises(ModelError, match=r"f.json: d.e: 'x' is not an integer"):

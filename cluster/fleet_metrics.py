@@ -1,0 +1,141 @@
+"""The workers' figures as Prometheus metrics, read from the fleet's view when the page is asked for.
+
+Used by `metrics.py`. Every series carries `worker` and `role`; both come from the cluster's own configuration.
+Counters are the workers' own since their start, so they begin again with a restarted worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+
+from penstock.cluster.status import WorkerStatus
+from penstock.workers.protocol import STEP_TOKENS_UP_TO, TRANSFER_S_UP_TO, TransferCause, WorkerTotals
+
+Workers = Sequence[WorkerStatus]
+_BY_WORKER = ("worker", "role")
+_NO_FAILURE = (TransferCause.ABANDONED,)
+
+_GAUGES: tuple[tuple[str, str, Callable[[WorkerStatus], float]], ...] = (
+    ("num_requests_running", "Sequences in the worker's batch", lambda w: w.running),
+    ("num_requests_waiting", "Sequences in the worker's queue", lambda w: w.waiting),
+    ("kv_cache_usage_perc", "Share of KV blocks in use, 0..1", lambda w: w.kv_use),
+    ("kv_blocks", "KV blocks of the worker", lambda w: w.kv_blocks),
+    ("kv_cached_blocks", "Blocks that the prefix cache knows", lambda w: w.kv_cached_blocks),
+    ("kv_quarantined_blocks", "Held until a writer is fenced", lambda w: w.kv_quarantined_blocks),
+    ("kv_transfers", "Transfer sessions open", lambda w: w.transfers),
+    ("worker_up", "1 when the worker is ready", lambda w: float(w.state == "ready")),
+    ("worker_restarts", "Times the worker was started again", lambda w: w.restarts),
+)
+_COUNTERS: tuple[tuple[str, str, Callable[[WorkerStatus], float]], ...] = (
+    ("num_preemptions", "Sequences that gave their blocks back", lambda w: w.preemptions),
+    ("prefix_cache_queries", "Context tokens looked up in the prefix cache", lambda w: w.totals.prompt_tokens),
+    ("prefix_cache_hits", "Of them, found there", lambda w: w.totals.cached_tokens),
+    ("worker_generated_tokens", "Tokens the worker sampled", lambda w: w.totals.generated_tokens),
+    ("worker_step_seconds", "Time the worker spent in steps", lambda w: w.totals.step_s),
+    ("kv_transfer_bytes", "KV bytes sent in sessions that ended whole", lambda w: w.totals.transfer_bytes),
+    ("kv_transfers_received", "Sessions whose KV arrived whole", lambda w: w.totals.transfers_received),
+    ("router_lease_expired", "Routers that stopped renewing", lambda w: w.totals.router_leases_expired),
+)
+
+
+def fleet_metrics(workers: Workers) -> Iterator[Metric]:
+    """Every metric of these workers."""
+    for name, text, read in _GAUGES:
+        yield _family(GaugeMetricFamily(f"penstock_{name}", text, labels=_BY_WORKER), workers, read)
+    for name, text, read in _COUNTERS:
+        yield _family(CounterMetricFamily(f"penstock_{name}", text, labels=_BY_WORKER), workers, read)
+    yield _waiting(workers)
+    yield _cache_config(workers)
+    yield from _failures(workers)
+    yield _histogram(
+        "iteration_tokens_total",
+        "Tokens computed per step",
+        workers,
+        STEP_TOKENS_UP_TO,
+        lambda totals: (totals.steps_by_tokens, totals.step_tokens),
+    )
+    yield _histogram(
+        "kv_transfer_seconds",
+        "From the first block offered to the whole KV acknowledged",
+        workers,
+        TRANSFER_S_UP_TO,
+        lambda totals: (totals.transfers_by_s, totals.transfer_s),
+    )
+
+
+def _family(
+    family: GaugeMetricFamily | CounterMetricFamily, workers: Workers, read: Callable[[WorkerStatus], float]
+) -> Metric:
+    for worker in workers:
+        family.add_metric(_names(worker), read(worker))
+    return family
+
+
+def _names(worker: WorkerStatus) -> list[str]:
+    return [worker.id, worker.role.value]
+
+
+def _waiting(workers: Workers) -> Metric:
+    family = GaugeMetricFamily(
+        "penstock_num_requests_waiting_by_reason",
+        "capacity: in the queue; deferred: admitted, waiting for KV from a peer",
+        labels=(*_BY_WORKER, "reason"),
+    )
+    for worker in workers:
+        family.add_metric([*_names(worker), "capacity"], worker.waiting)
+        family.add_metric([*_names(worker), "deferred"], worker.totals.reserved)
+    return family
+
+
+def _cache_config(workers: Workers) -> Metric:
+    labels = (*_BY_WORKER, "block_size", "num_blocks")
+    family = GaugeMetricFamily("penstock_cache_config_info", "The KV pool's shape; always 1", labels=labels)
+    for worker in workers:
+        family.add_metric([*_names(worker), str(worker.kv_block_size), str(worker.kv_blocks)], 1)
+    return family
+
+
+def _failures(workers: Workers) -> Iterator[Metric]:
+    failed = CounterMetricFamily(
+        "penstock_kv_xfer_failed", "Transfer sessions that failed, both ends", labels=(*_BY_WORKER, "cause")
+    )
+    expired = CounterMetricFamily(
+        "penstock_kv_lease_expired", "Transfer sessions whose lease ran out", labels=_BY_WORKER
+    )
+    abandoned = CounterMetricFamily(
+        "penstock_kv_xfer_abandoned", "Transfer sessions given up on purpose", labels=_BY_WORKER
+    )
+    for worker in workers:
+        counts = dict(zip(TransferCause, worker.totals.transfer_failures, strict=False))
+        for cause in TransferCause:
+            if cause not in _NO_FAILURE:
+                failed.add_metric([*_names(worker), cause.value], counts.get(cause, 0))
+        expired.add_metric(_names(worker), counts.get(TransferCause.LEASE_EXPIRED, 0))
+        abandoned.add_metric(_names(worker), counts.get(TransferCause.ABANDONED, 0))
+    yield from (failed, expired, abandoned)
+
+
+def _histogram(
+    name: str,
+    text: str,
+    workers: Workers,
+    bounds: Sequence[float],
+    read: Callable[[WorkerTotals], tuple[Sequence[int], float]],
+) -> Metric:
+    """Counts per bound, the last one for what is larger; a worker that has said nothing yet has none."""
+    family = HistogramMetricFamily(f"penstock_{name}", text, labels=_BY_WORKER)
+    edges = [*(str(float(bound)) for bound in bounds), "+Inf"]
+    for worker in workers:
+        counts, total = read(worker.totals)
+        if len(counts) != len(edges):
+            counts = [0] * len(edges)
+        family.add_metric(_names(worker), list(zip(edges, accumulate(counts), strict=True)), total)
+    return family

@@ -1,0 +1,111 @@
+"""uvicorn's httptools protocol with the bounds it lacks: on the bytes and the time of a request's head.
+
+`listener.py` gives it to uvicorn. Bodies are bounded by `exchange.py`; here it is about callers who never get that
+far: endless headers, headers that come a byte a minute, connections that say nothing, and bytes that are not HTTP.
+They are answered in JSON like everything else.
+
+Offers to upgrade (some clients open with one to HTTP/2) are passed over, as RFC 9110 allows: the parser takes what
+follows such a head for another protocol, so the head is parsed anew without the offer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from penstock.cluster.ingress.errors import HttpProblem
+from penstock.cluster.settings import LimitSettings
+
+_OF_UPGRADES = {b"upgrade", b"http2-settings", b"connection"}
+
+
+def guarded_protocol(limits: LimitSettings) -> type[HttpToolsProtocol]:
+    """The protocol class of one server."""
+
+    class GuardedProtocol(HttpToolsProtocol):
+        """One connection. Invariant: a timer runs while a head is awaited or incomplete, on a connection's first
+        request from its beginning, on later ones from their first byte."""
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            self._in_head = True
+            self._head_bytes = 0
+            self._heads = 0  # complete ones
+            super().connection_made(transport)
+            self._timer: asyncio.TimerHandle | None = None
+            self._start_timer()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_timer()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            if self._in_head and self._timer is None:
+                self._start_timer()
+            heads, in_head = self._heads, self._in_head
+            self._unset_keepalive_if_required()
+            self._parse(data)
+            if in_head and heads == self._heads and not self.transport.is_closing():
+                self._head_bytes += len(data)
+                if self._head_bytes > limits.max_header_bytes:
+                    self._refuse(431, "the request's headers are too large")
+
+        def on_headers_complete(self) -> None:
+            if self.parser.should_upgrade():
+                return
+            self._in_head = False
+            self._head_bytes = 0
+            self._heads += 1
+            self._stop_timer()
+            super().on_headers_complete()
+
+        def on_message_complete(self) -> None:
+            if self.parser.should_upgrade():
+                return
+            self._in_head = True
+            super().on_message_complete()
+
+        def _parse(self, data: bytes) -> None:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as offer:
+                method = self.parser.get_method()
+                if method == b"CONNECT":
+                    self._refuse(400, "this is no proxy")
+                    return
+                plain = [b"%s: %s\r\n" % field for field in self.headers if field[0] not in _OF_UPGRADES]
+                version = self.parser.get_http_version().encode()
+                self.parser = httptools.HttpRequestParser(self)
+                head = b"%s %s HTTP/%s\r\n%s\r\n" % (method, self.url, version, b"".join(plain))
+                self._parse(head + data[offer.args[0] :])
+            except httptools.HttpParserError:
+                self._refuse(400, "this is not HTTP that the server understands")
+
+        def _refuse(self, status: int, message: str) -> None:
+            problem = HttpProblem(status, "invalid_request_error", message, code="invalid_http")
+            body = problem.body()
+            head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
+            # An answer that is under way on this connection would be corrupted by another.
+            if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+                self.transport.write(STATUS_LINE[status] + head + body)
+            self.transport.close()
+
+        def _start_timer(self) -> None:
+            self._timer = self.loop.call_later(limits.body_timeout_s, self._timed_out)
+
+        def _stop_timer(self) -> None:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
+        def _timed_out(self) -> None:
+            self._timer = None
+            if self.transport.is_closing():
+                return
+            if self._head_bytes:
+                self._refuse(408, "the headers did not arrive in time")
+            else:
+                self.transport.close()
+
+    return GuardedProtocol

@@ -1,0 +1,226 @@
+"""One ingress process inside a Ray Serve replica: HTTP application, generator, worker links, and its own listener.
+
+`serve_app.py` makes a deployment of the class. Serve constructs it, hands it `user_config`, asks for its health, and
+destroys it. Requests come by its own socket (`ingress/listener.py`), so that no proxy relays chunks, and, under `serve
+run` and `serve deploy`, through Serve's proxies. No Ray call is on a request's path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from ray import serve
+
+from penstock.cluster.attendance import Attendant
+from penstock.cluster.config import ClusterIdentity
+from penstock.cluster.controller import ControllerSpec
+from penstock.cluster.discovery import node_address
+from penstock.cluster.editions import counts_of, edition_of
+from penstock.cluster.fleet_view import LinkedFleet
+from penstock.cluster.generation import Generator, open_generator
+from penstock.cluster.grpc_front.deployment import GrpcMethods
+from penstock.cluster.grpc_front.server import GrpcServer
+from penstock.cluster.grpc_front.servicer import GenerationServicer
+from penstock.cluster.ingress.app import Ingress, build_app
+from penstock.cluster.ingress.exchange import Receive, Send
+from penstock.cluster.ingress.listener import Listener
+from penstock.cluster.ingress.settings import ingress_settings
+from penstock.cluster.live_settings import live_pools
+from penstock.cluster.logs import begin_logs
+from penstock.cluster.membership import Membership
+from penstock.cluster.metrics import Metrics
+from penstock.cluster.model_directory import describe
+from penstock.cluster.settings import ClusterConfig, PoolSettings
+from penstock.cluster.supervision import StartError
+from penstock.cluster.text import load_text
+from penstock.cluster.tracing import observing, open_tracer
+from penstock.workers.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+LAUNCHED_DRAIN_S = 5.0  # `penstock serve` ends with its terminal
+READY_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class IngressSpec:
+    """What one ingress replica is made of. Without `identity` it belongs to the cluster named after its application."""
+
+    config: ClusterConfig
+    identity: ClusterIdentity | None = None
+    node: str = ""  # address of the node it must run on; empty = any
+
+    @property
+    def drain_s(self) -> float:
+        """How long answers under way get when the replica ends."""
+        return LAUNCHED_DRAIN_S if self.identity is not None else self.config.health.drain_s
+
+
+class IngressReplica(GrpcMethods):
+    """See the module's docstring."""
+
+    async def __init__(self, spec: IngressSpec) -> None:  # type: ignore[misc]  # Serve awaits it, on the serving loop
+        self._spec = spec
+        config = spec.config
+        self._edition = edition_of(config)
+        model = describe(config.runner)
+        text = load_text(model, config.front.skip_tokenizer_init, config.scheduler.max_model_len)
+        begin_logs(config.logs, f"ingress-{os.getpid()}")
+        metrics = Metrics(config.model_name, config.front.metrics_aliases, config.router.placement.policy)
+        self._tracer = open_tracer(config.tracing)
+        self._wanted: PoolSettings | None = None
+        self._fleet_changed = asyncio.Event()
+        self._work: set[asyncio.Future[None]] = set()
+        context = serve.get_replica_context()
+        attendant = Attendant(
+            context.replica_tag,
+            self._edition.key,
+            own_url(config),
+            config.front.served_model_name,
+            bool(config.front.api_key or config.front.api_keys_file),
+        )
+        self._membership = Membership(controller_spec(spec, context.app_name), attendant)
+        key = spec.identity.key if spec.identity is not None else await self._membership.join()
+        self._generator: Generator = open_generator(
+            config.router,
+            key,
+            lease_s=config.health.router_lease_s,
+            observe=observing(metrics, self._tracer),
+            on_fleet_change=self._fleet_changed.set,
+        )
+        self._fleet = LinkedFleet(self._generator.links)
+        self._app: Ingress = build_app(
+            ingress_settings(config, model), text, self._generator, metrics, self._fleet, self._tracer
+        )
+        self.grpc_servicer = GenerationServicer(self._app.service, self._fleet, self._tracer)
+        self._grpc: GrpcServer | None = None
+        self._listener: Listener | None = None
+        shared = spec.identity is None or config.ray.ingress_replicas > 1
+        if config.front.grpc_port:
+            self._grpc = GrpcServer(
+                self.grpc_servicer, config.limits, config.front.host, config.front.grpc_port, shared=shared
+            )
+            if spec.identity is not None:
+                await self._grpc.start()
+        if config.front.port:
+            self._listener = Listener(
+                self._app,
+                config.front.host,
+                config.front.port,
+                shared=shared,
+                drain_s=spec.drain_s,
+                limits=config.limits,
+            )
+            if spec.identity is not None:
+                self._listener.start()
+        self._follower = asyncio.ensure_future(self._membership.follow(self._generator.links.update))
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """What Serve's proxies talk to."""
+        return Mounted(self._app)
+
+    async def reconfigure(self, user_config: Any) -> None:
+        """Serve's word about the pool sizes. Later ones take effect beside this call, which must not hold up requests.
+
+        A mistake in the first one ends the replica with ConfigError; in a later one it is logged and the pools stay.
+        """
+        if self._wanted is None:
+            await self._bring_up(live_pools(self._spec.config, user_config))
+            return
+        try:
+            pools = live_pools(self._spec.config, user_config)
+        except ConfigError:
+            log.exception("user_config is wrong; the pools stay as they are")
+            return
+        self._wanted = pools
+        work = asyncio.ensure_future(self._rescale(pools))
+        self._work.add(work)
+        work.add_done_callback(self._work.discard)
+
+    async def check_health(self) -> None:
+        """Serve's question; an exception makes it start another replica. The first one comes before any request."""
+        if self._wanted is None and self._spec.identity is None:
+            await self._bring_up(self._spec.config.pools)
+        if self._follower.done() or (self._listener is not None and not self._listener.serving):
+            raise RuntimeError("the HTTP server or the controller's follower has ended")
+
+    async def __del__(self) -> None:  # Serve awaits it when the replica is to end, after what came by its proxies
+        ending = [] if self._listener is None else [self._listener.stop()]
+        if self._grpc is not None:
+            ending.append(self._grpc.stop(self._spec.drain_s))
+        await asyncio.gather(*ending)
+        self._follower.cancel()
+        await self._membership.leave()
+        await self._generator.close()
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.close)
+
+    async def _bring_up(self, pools: PoolSettings) -> None:
+        """Have workers, see that they serve, and only then listen. Raises StartError."""
+        problem = await self._membership.apply(self._edition, counts_of(pools))
+        if problem:
+            self._follower.cancel()
+            await self._membership.leave()
+            raise StartError(problem)
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                while self._fleet.unready():
+                    self._fleet_changed.clear()
+                    await self._fleet_changed.wait()
+        except TimeoutError:
+            raise StartError(f"the workers run but cannot be reached: {self._fleet.unready()}") from None
+        self._wanted = pools
+        if self._listener is not None:
+            self._listener.start()
+        if self._grpc is not None:
+            await self._grpc.start()
+
+    async def _rescale(self, pools: PoolSettings) -> None:
+        problem = await self._membership.apply(self._edition, counts_of(pools))
+        if problem:
+            log.error("the pools are not what was asked for: %s", problem)
+
+
+class Mounted:
+    """The application behind Serve's proxies: paths lose the route prefix, and Serve sends the request's id itself."""
+
+    def __init__(self, app: Ingress) -> None:
+        self._app = app
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        root, path = scope.get("root_path", ""), scope.get("path", "")
+        if root and path.startswith(root):
+            scope = {**scope, "path": path[len(root) :] or "/"}
+
+        async def send_on(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                headers = [(name, value) for name, value in message.get("headers", ()) if name != b"x-request-id"]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        await self._app(scope, receive, send_on)
+
+
+def controller_spec(spec: IngressSpec, app_name: str) -> ControllerSpec:
+    """The controller that an ingress of this spec belongs to, or creates."""
+    if spec.identity is not None:
+        return ControllerSpec(spec.identity, app_name, launched=True, logs=spec.config.logs)
+    name = spec.config.ray.cluster_name or app_name
+    identity = ClusterIdentity(name, secrets.token_hex(32))
+    drain_s, logs = spec.config.health.drain_s, spec.config.logs
+    return ControllerSpec(identity, app_name, launched=False, drain_s=drain_s, logs=logs)
+
+
+def own_url(config: ClusterConfig) -> str:
+    """Where this process's own listener can be reached; empty without one."""
+    host, port = config.front.host, config.front.port
+    if not port:
+        return ""
+    host = node_address() if host in ("0.0.0.0", "::") else host
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"

@@ -1,0 +1,104 @@
+"""One ingress process's tie to its cluster's controller: join, say what is wanted, follow the roster, leave.
+
+`ingress_replica.py` holds one. Every call outlives the controller's restarts; where no launcher owns the cluster, a
+controller that does not exist is created. The only Ray calls of an ingress process are here, none on a request's path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from ray.exceptions import RayError
+
+from penstock.cluster.attendance import Attendant
+from penstock.cluster.controller import ControllerSpec, create_controller
+from penstock.cluster.discovery import find_controller
+from penstock.cluster.editions import Edition
+from penstock.cluster.roster import Roster
+from penstock.cluster.supervision import StartError
+from penstock.workers.protocol import Role
+
+log = logging.getLogger(__name__)
+
+WATCH_S = 5.0  # also how often an idle ingress gives a sign of life; well below the controller's lease
+RETRY_S = 0.5
+JOIN_TIMEOUT_S = 120.0
+ANSWER_TIMEOUT_S = 20.0
+
+
+class Membership:
+    """Must be used on one asyncio loop."""
+
+    def __init__(self, spec: ControllerSpec, attendant: Attendant) -> None:
+        """A spec that is not `launched` makes this process create the controller where there is none."""
+        self._spec = spec
+        self._attendant = attendant
+
+    async def join(self) -> str:
+        """The cluster's key; also waits for a former cluster of the name to end. Raises StartError."""
+        try:
+            async with asyncio.timeout(JOIN_TIMEOUT_S):
+                while True:
+                    try:
+                        key: str = await _answer((await self._controller()).join.remote())
+                    except (ValueError, RayError, TimeoutError) as error:
+                        _note(error)
+                        await asyncio.sleep(RETRY_S)
+                    else:
+                        # A controller that has to be created anew must go on with the key that the workers know.
+                        self._spec = replace(self._spec, identity=replace(self._spec.identity, key=key))
+                        return key
+        except TimeoutError as error:
+            raise StartError(f"the controller of cluster {self._spec.identity.cluster_id} does not answer") from error
+
+    async def apply(self, edition: Edition, counts: Mapping[Role, int]) -> str:
+        """Have the controller bring up so many workers; "" once they serve, else why they cannot be started."""
+        while True:
+            try:
+                problem: str = await (await self._controller()).apply.remote(edition, counts)
+            except (ValueError, RayError) as error:
+                _note(error)
+                await asyncio.sleep(RETRY_S)
+            else:
+                return problem
+
+    async def follow(self, update: Callable[[Roster], None]) -> None:
+        """Hand every new roster to `update`, for ever."""
+        version = -1
+        while True:
+            try:
+                controller = await self._controller()
+                while True:
+                    roster: Roster = await _answer(controller.watch.remote(version, WATCH_S, self._attendant))
+                    version = roster.version
+                    update(roster)
+            except (ValueError, RayError, TimeoutError) as error:  # gone, restarting, or not there yet
+                _note(error)
+                await asyncio.sleep(RETRY_S)
+
+    async def leave(self) -> None:
+        """Say goodbye; nothing is lost if nobody hears it."""
+        with contextlib.suppress(ValueError, RayError, TimeoutError):
+            controller = await asyncio.to_thread(find_controller, self._spec.identity.cluster_id)
+            await _answer(controller.leave.remote(self._attendant.attendant_id))
+
+    async def _controller(self) -> Any:
+        try:
+            return await asyncio.to_thread(find_controller, self._spec.identity.cluster_id)
+        except ValueError:
+            if self._spec.launched:
+                raise
+            return await asyncio.to_thread(create_controller, self._spec)
+
+
+async def _answer(pending: Awaitable[Any]) -> Any:
+    return await asyncio.wait_for(pending, ANSWER_TIMEOUT_S)
+
+
+def _note(error: Exception) -> None:
+    log.warning("cannot ask the controller, trying again: %s", str(error).splitlines()[:1])

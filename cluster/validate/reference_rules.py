@@ -1,0 +1,196 @@
+"""Rules between the objects of all given files: names that are referred to, selectors that should select, twins.
+
+What is created by other means (a secret made with kubectl, say) is declared in the annotation
+`penstock/created-elsewhere: "secret/a, configmap/b"`; anything else that is missing is told. Used by `checker.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from penstock.cluster.validate.findings import Path, Problem, nearest, warning
+from penstock.cluster.validate.loose import entries, mapping, text, walk, whole
+
+ELSEWHERE = "penstock/created-elsewhere"
+AUTH_SECRET_KEY = ("authOptions", "secretName")
+_KEYED = {"secretKeyRef": ("secret", "name"), "configMapKeyRef": ("configmap", "name")}
+_NAMED = {
+    "secretRef": ("secret", "name"),
+    "configMapRef": ("configmap", "name"),
+    "persistentVolumeClaim": ("persistentvolumeclaim", "claimName"),
+    **_KEYED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class KubernetesObject:
+    """One object of the given files; `number` says which, for the caller."""
+
+    number: int
+    tree: Mapping[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """As written."""
+        return text(self.tree, "kind")
+
+    @property
+    def name(self) -> str:
+        """`metadata.name`."""
+        return text(self.tree, "metadata", "name")
+
+    @property
+    def namespace(self) -> str:
+        """`metadata.namespace`; two objects that leave it out are in the same one."""
+        return text(self.tree, "metadata", "namespace")
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """One object names another."""
+
+    path: Path
+    kind: str  # lower case
+    name: str
+    key: str = ""
+    optional: bool = False
+
+
+def check_references(objects: list[KubernetesObject]) -> Iterator[tuple[int, Problem]]:
+    """Problems with the number of the object that they are in."""
+    yield from _twins(objects)
+    declared = {entry for one in objects for entry in _declared(one)}
+    for one in objects:
+        present = {(other.kind.lower(), other.name): other for other in objects if other.namespace == one.namespace}
+        for reference in _references(one):
+            problem = _resolve(reference, present, declared)
+            if problem is not None:
+                yield one.number, problem
+        if one.kind in ("Service", "PodDisruptionBudget", "NetworkPolicy"):
+            for problem in _selects(one, objects):
+                yield one.number, problem
+        for problem in _redis(one, objects, declared):
+            yield one.number, problem
+
+
+def _twins(objects: list[KubernetesObject]) -> Iterator[tuple[int, Problem]]:
+    seen: set[tuple[str, str, str, str]] = set()
+    for one in objects:
+        identity = (text(one.tree, "apiVersion").split("/")[0], one.kind, one.namespace, one.name)
+        if one.name and identity in seen:
+            yield one.number, Problem(("metadata", "name"), f"a {one.kind} called {one.name!r} stands here already")
+        seen.add(identity)
+
+
+def _declared(one: KubernetesObject) -> set[str]:
+    stated = text(one.tree, "metadata", "annotations", ELSEWHERE)
+    return {entry.strip().lower() for entry in stated.split(",") if entry.strip()}
+
+
+def _references(one: KubernetesObject) -> Iterator[Reference]:
+    for path, value in walk(dict(one.tree)):
+        last = path[-1] if path else None
+        if last in _NAMED and isinstance(value, dict):
+            kind, field = _NAMED[str(last)]
+            key = text(value, "key") if last in _KEYED else ""
+            optional = value.get("optional") is True
+            if name := text(value, field):
+                yield Reference((*path, field), kind, name, key, optional)
+        elif last == "secret" and isinstance(value, dict) and text(value, "secretName"):
+            yield Reference((*path, "secretName"), "secret", text(value, "secretName"))
+        elif last == "configMap" and isinstance(value, dict) and text(value, "name"):
+            yield Reference((*path, "name"), "configmap", text(value, "name"))
+        elif path[-2:] == AUTH_SECRET_KEY and isinstance(value, str):
+            yield Reference(path, "secret", value)
+        elif last == "serviceAccountName" and isinstance(value, str) and value != "default":
+            yield Reference(path, "serviceaccount", value)
+        elif last == "imagePullSecrets":
+            yield from (Reference((*path, i, "name"), "secret", text(e, "name")) for i, e in entries(value) if e)
+
+
+def _resolve(
+    reference: Reference, present: Mapping[tuple[str, str], KubernetesObject], declared: set[str]
+) -> Problem | None:
+    found = present.get((reference.kind, reference.name))
+    if found is not None:
+        keys = {*mapping(found.tree, "data"), *mapping(found.tree, "stringData"), *mapping(found.tree, "binaryData")}
+        if reference.key and reference.key not in keys and not reference.optional:
+            place = (*reference.path[:-1], "key")
+            return Problem(
+                place, f"{reference.kind} {reference.name} has no key {reference.key!r}", nearest(reference.key, keys)
+            )
+        return None
+    if reference.optional or f"{reference.kind}/{reference.name}".lower() in declared:
+        return None
+    names = {name for kind, name in present if kind == reference.kind}
+    names |= {entry.partition("/")[2] for entry in declared if entry.startswith(f"{reference.kind}/")}
+    hint = nearest(reference.name, names)
+    reason = f"no {reference.kind} {reference.name!r} in the given files"
+    if hint:
+        return Problem(reference.path, reason, hint)
+    return warning(reference.path, f"{reason}; if it is made by other means, say so in the annotation {ELSEWHERE}")
+
+
+def _pod_templates(objects: list[KubernetesObject]) -> Iterator[tuple[KubernetesObject, dict[str, Any]]]:
+    """Every pod template with the object that it stands in."""
+    for one in objects:
+        for path, value in walk(dict(one.tree)):
+            if path and path[-1] == "template" and isinstance(value, dict) and "spec" in value:
+                yield one, value
+            elif not path and one.kind == "Pod":
+                yield one, dict(one.tree)
+
+
+def _selects(one: KubernetesObject, objects: list[KubernetesObject]) -> Iterator[Problem]:
+    place: Path = ("spec", "selector") if one.kind == "Service" else ("spec", "selector", "matchLabels")
+    place = ("spec", "podSelector", "matchLabels") if one.kind == "NetworkPolicy" else place
+    wanted = {key: str(value) for key, value in mapping(one.tree, *place).items() if not _set_by_operator(key)}
+    templates = [(owner, pod) for owner, pod in _pod_templates(objects) if owner.namespace == one.namespace]
+    if not wanted or not templates:
+        return
+    chosen = [
+        pod
+        for _, pod in templates
+        if all(mapping(pod, "metadata", "labels").get(key) == value for key, value in wanted.items())
+    ]
+    if not chosen:
+        near = {str(v) for _, pod in templates for v in mapping(pod, "metadata", "labels").values()}
+        hint = next((h for value in wanted.values() if value not in near and (h := nearest(value, near))), None)
+        shown = ", ".join(f"{key}={value}" for key, value in wanted.items())
+        yield Problem(place, f"no pod in the given files is labelled {shown}", hint)
+    elif one.kind == "Service":
+        yield from _target_ports(one, chosen)
+
+
+def _set_by_operator(key: str) -> bool:
+    """Labels that pods get when they are made."""
+    return key.startswith(("ray.io/", "statefulset.kubernetes.io/", "kubernetes.io/"))
+
+
+def _target_ports(one: KubernetesObject, pods: list[dict[str, Any]]) -> Iterator[Problem]:
+    ports = [port for pod in pods for _, c in entries(pod, "spec", "containers") for _, port in entries(c, "ports")]
+    numbers, names = {whole(port, "containerPort") for port in ports}, {text(port, "name") for port in ports}
+    for index, port in entries(one.tree, "spec", "ports"):
+        target = port.get("targetPort", port.get("port"))
+        place = ("spec", "ports", index, "targetPort" if "targetPort" in port else "port")
+        if isinstance(target, str) and target not in names:
+            yield Problem(place, f"no selected pod has a port called {target!r}", nearest(target, names))
+        elif isinstance(target, int) and ports and target not in numbers:
+            yield warning(place, f"no selected pod declares port {target}")
+
+
+def _redis(one: KubernetesObject, objects: list[KubernetesObject], declared: set[str]) -> Iterator[Problem]:
+    for path, value in walk(dict(one.tree)):
+        if not path or path[-1] != "redisAddress" or not isinstance(value, str):
+            continue
+        host, _, port = value.split("://")[-1].partition(":")
+        services = {other.name: other for other in objects if other.kind == "Service"}
+        name = host.split(".")[0]
+        if name in services:
+            offered = {whole(entry, "port") for _, entry in entries(services[name].tree, "spec", "ports")}
+            if port.isdigit() and int(port) not in offered:
+                yield Problem(path, f"the service {name} has no port {port}")
+        elif f"service/{name}" not in declared and services and "." not in host:
+            yield warning(path, f"no service {name!r} in the given files", nearest(name, services))

@@ -1,0 +1,68 @@
+"""Rules for `rayStartParams`: names and values of `ray start`'s options, as KubeRay passes them on. Pure.
+
+`cluster_rules.py` calls it for every group. All values are text; a test compares the names with `ray start` itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from penstock.cluster.validate.demands import custom_resources
+from penstock.cluster.validate.findings import Path, Problem, nearest, warning
+from penstock.cluster.validate.loose import mapping, text
+from penstock.cluster.validate.quantities import quantity
+
+OPTIONS = frozenset(
+    "address autoscaling-config block dashboard-agent-grpc-port dashboard-agent-listen-port "
+    "dashboard-host dashboard-port disable-usage-stats enable-object-reconstruction "
+    "head include-dashboard include-log-monitor labels labels-file log-color log-style "
+    "max-worker-port memory metrics-export-port min-worker-port no-redirect-output node-ip-address node-manager-port "
+    "node-name num-cpus num-gpus object-manager-port object-spilling-directory object-store-memory plasma-directory "
+    "port ray-client-server-port ray-debugger-external redis-password "
+    "redis-shard-ports redis-username resources runtime-env-agent-port system-config system-reserved-cpu "
+    "system-reserved-memory temp-dir tracing-startup-hook verbose worker-port-list enable-resource-isolation "
+    "cgroup-path no-monitor proxy-server-url".split()
+)
+COUNTS = ("num-cpus", "num-gpus", "memory", "object-store-memory")
+PORTS = ("port", "dashboard-port", "metrics-export-port", "ray-client-server-port", "node-manager-port")
+RESOURCES = ("num-cpus", "num-gpus", "memory", "resources")
+SWITCHES = ("block", "include-dashboard", "no-redirect-output", "disable-usage-stats")
+
+
+def check_start_parameters(group: dict[str, Any], path: Path, is_head: bool) -> Iterator[Problem]:
+    """Everything wrong with one group's start parameters."""
+    parameters, place = mapping(group, "rayStartParams"), (*path, "rayStartParams")
+    for name, value in parameters.items():
+        here = (*place, name)
+        if name not in OPTIONS:
+            yield Problem(here, f"`ray start` has no option {name!r}", nearest(name, OPTIONS))
+        elif isinstance(value, str):
+            yield from _value(name, value, here)
+    if "labels" in parameters:
+        yield Problem((*place, "labels"), "the operator refuses it here; set the group's own field `labels`")
+    both = [name for name in RESOURCES if text(parameters, name)]
+    if both and mapping(group, "resources"):
+        yield Problem((*path, "resources"), f"resources stand here and in rayStartParams ({', '.join(both)}); use one")
+    if not is_head:
+        for name in ("dashboard-host", "port", "head", "ray-client-server-port"):
+            if name in parameters:
+                yield warning((*place, name), "only the head takes notice of it")
+    gpus = quantity(parameters.get("num-gpus"))
+    limits = mapping(group, "template", "spec", "containers", 0, "resources", "limits")
+    there = sum(quantity(amount) or 0.0 for name, amount in limits.items() if name.endswith("/gpu"))
+    if gpus is not None and gpus > there:
+        yield Problem((*place, "num-gpus"), f"{gpus:g} GPUs are told to Ray; the container has {there:g}")
+
+
+def _value(name: str, value: str, path: Path) -> Iterator[Problem]:
+    if name in COUNTS and (not value.isdigit()):
+        yield Problem(path, f"{value!r} is not a whole number")
+    elif name in PORTS and not (value.isdigit() and 1 <= int(value) <= 65535):
+        yield Problem(path, f"{value!r} is no port")
+    elif name in SWITCHES and value not in ("true", "false", ""):
+        yield Problem(path, f"{value!r} is neither 'true' nor 'false'", nearest(value, ("true", "false")))
+    elif name == "resources" and custom_resources(value) is None:
+        yield Problem(path, f'{value!r} is no JSON object of numbers, like \'"{{\\"prefill\\": 1}}"\'')
+    elif name == "object-store-memory" and int(value) < 75 << 20:
+        yield Problem(path, f"{value} bytes; Ray wants at least 78643200")
