@@ -57,6 +57,7 @@ class HostedActor:
         try:
             await self.handle.ended.remote()
         except RayActorError as error:
+            ray.kill(self.handle)  # it may only be out of reach; a successor is about to start
             return str(error).strip().splitlines()[0] if str(error) else "the actor died"
         return "the actor ended"
 

@@ -17,7 +17,7 @@ from prometheus_client.core import (
 )
 
 from penstock.cluster.status import WorkerStatus
-from penstock.workers.protocol import STEP_TOKENS_UP_TO, TRANSFER_S_UP_TO, TransferCause, WorkerTotals
+from penstock.workers.totals import STEP_TOKENS_UP_TO, TRANSFER_S_UP_TO, TransferCause, WorkerTotals
 
 Workers = Sequence[WorkerStatus]
 _BY_WORKER = ("worker", "role")

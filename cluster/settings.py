@@ -97,7 +97,7 @@ class LimitSettings:
     max_bad_words: int = 256
     max_allowed_token_ids: int = 65536
     max_prompt_logprobs: int = 1 << 18  # prompt tokens x (1 + alternatives) scored in one request
-    max_tokenize_bytes: int = 4 << 20  # of text for /tokenize
+    max_tokenize_bytes: int = 1 << 20  # of text for /tokenize
     max_logprobs: int = 20
     max_label_bytes: int = 4096  # user, metadata, cache_salt and the like
     max_open_requests: int = 1024  # being served at once by one ingress

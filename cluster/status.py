@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from penstock.workers.protocol import Role, WorkerTotals
+from penstock.workers.protocol import Role
+from penstock.workers.totals import WorkerTotals
 
 
 @dataclass(frozen=True, slots=True)

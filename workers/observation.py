@@ -10,14 +10,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable
 
-from penstock.workers.protocol import (
-    STEP_TOKENS_UP_TO,
-    TRANSFER_S_UP_TO,
-    FailureCode,
-    GenerateRequest,
-    TransferCause,
-    WorkerTotals,
-)
+from penstock.workers.protocol import FailureCode, GenerateRequest
 from penstock.workers.scheduler.events import (
     EndedEvent,
     GrantedEvent,
@@ -28,6 +21,7 @@ from penstock.workers.scheduler.events import (
     StepOutcome,
     Work,
 )
+from penstock.workers.totals import STEP_TOKENS_UP_TO, TRANSFER_S_UP_TO, TransferCause, WorkerTotals
 from penstock.workers.tracing import WorkerTracer
 
 _CAUSES = {cause: index for index, cause in enumerate(TransferCause)}

@@ -26,6 +26,8 @@ from enum import IntEnum, StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from penstock.workers.totals import WorkerTotals
+
 WIRE_VERSION = 2
 
 Tokens = tuple[int, ...]
@@ -66,19 +68,6 @@ class FailureCode(StrEnum):
     POISONED = "poisoned"  # in flight at too many worker deaths
     CANCELLED = "cancelled"  # the caller went away
     INTERNAL = "internal"  # a defect; the log has the details
-
-
-class TransferCause(StrEnum):
-    """Why a KV transfer ended before it was whole; a closed set, in the order of `WorkerTotals.transfer_failures`."""
-
-    LEASE_EXPIRED = "lease_expired"  # the other side gave no sign of life for the lease
-    PEER_LOST = "peer_lost"  # its connection broke
-    UNREACHABLE = "unreachable"
-    INCOMPATIBLE = "incompatible"
-    REFUSED = "refused"  # the receiver said no, or ended the session
-    DAMAGED = "damaged"  # blocks lost, reused or with a wrong digest, also after asking again
-    ABANDONED = "abandoned"  # given up on purpose: cancelled, or nothing left to hand over
-    STOPPED = "stopped"  # this worker is going down
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,32 +317,6 @@ class Embedding:
     values: NDArray[np.float32]  # [hidden size]
 
 
-STEP_TOKENS_UP_TO = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-TRANSFER_S_UP_TO = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerTotals:
-    """What a worker has done since it started; only ever grows, but for `reserved`.
-
-    Counts by size have one entry per bound of `STEP_TOKENS_UP_TO` or `TRANSFER_S_UP_TO` and one for what is larger.
-    """
-
-    reserved: int = 0  # sequences with blocks that wait for their KV now
-    steps_by_tokens: tuple[int, ...] = ()
-    step_tokens: int = 0  # computed in all steps
-    step_s: float = 0.0  # spent in all steps
-    generated_tokens: int = 0
-    prompt_tokens: int = 0  # contexts whose computation began
-    cached_tokens: int = 0  # of them, found in the prefix cache
-    transfers_by_s: tuple[int, ...] = ()  # sessions sent whole, by duration
-    transfer_s: float = 0.0
-    transfer_bytes: int = 0  # sent, in sessions that ended whole
-    transfers_received: int = 0
-    transfer_failures: tuple[int, ...] = ()  # sessions of both directions, one entry per `TransferCause`
-    router_leases_expired: int = 0
-
-
 @dataclass(frozen=True, slots=True)
 class Load:
     """Heartbeat from the worker's own thread, every half second, also while a step is stuck.
@@ -373,7 +336,7 @@ class Load:
     transfers: int
     preemptions: int
     draining: bool
-    totals: WorkerTotals = WorkerTotals()
+    totals: WorkerTotals = field(default_factory=WorkerTotals)
 
 
 @dataclass(frozen=True, slots=True)

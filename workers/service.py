@@ -226,6 +226,7 @@ class WorkerService:
 
     def _status(self) -> dict[str, Any]:
         about, load = dataclasses.asdict(self._welcome), dataclasses.asdict(self._engine.load())
+        del load["totals"]  # for the metrics page, in the heartbeat
         state = "draining" if load["draining"] else "ready"
         return {"state": state, "routers": len(self._streams), **about, "load": load}
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from penstock.workers.protocol import EndReason, FailureCode, GenerateRequest, TransferCause
+from penstock.workers.protocol import EndReason, FailureCode, GenerateRequest
 from penstock.workers.scheduler.events import SequenceKey, StepOutcome, Work
 from penstock.workers.spans import Span, SpanSink, Value, below
+from penstock.workers.totals import TransferCause
 from penstock.workers.trace_context import TraceContext, sampled_parent
 
 

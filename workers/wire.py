@@ -34,6 +34,7 @@ from penstock.workers.field_codecs import (
     unpack_text,
 )
 from penstock.workers.protocol import WIRE_VERSION, FailureCode, Role, ToRouter, ToWorker
+from penstock.workers.totals import WorkerTotals
 
 MAX_MESSAGE_BYTES = 64 << 20
 _MAX_ARRAY_LEN = 32  # no message has more fields; nested lists only hold nested messages
@@ -169,7 +170,7 @@ class _Schema:
 
 def _build_schemas() -> tuple[_Schema, ...]:
     nested: dict[str, _Schema] = {}
-    for part in (protocol.SamplingParams, protocol.GenerateRequest, protocol.Grant, protocol.WorkerTotals):
+    for part in (protocol.SamplingParams, protocol.GenerateRequest, protocol.Grant, WorkerTotals):
         nested[part.__name__] = _Schema(part, nested)
     return tuple(_Schema(kind, nested) for kind in (*get_args(ToWorker), *get_args(ToRouter)))
 

@@ -21,91 +21,93 @@ from penstock.cluster.settings import LimitSettings
 _OF_UPGRADES = {b"upgrade", b"http2-settings", b"connection"}
 
 
-def guarded_protocol(limits: LimitSettings) -> type[HttpToolsProtocol]:
-    """The protocol class of one server."""
+class GuardedProtocol(HttpToolsProtocol):
+    """One connection. Invariant: a timer runs while a head is awaited or incomplete, on a connection's first
+    request from its beginning, on later ones from their first byte."""
 
-    class GuardedProtocol(HttpToolsProtocol):
-        """One connection. Invariant: a timer runs while a head is awaited or incomplete, on a connection's first
-        request from its beginning, on later ones from their first byte."""
+    limits = LimitSettings()
 
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            self._in_head = True
-            self._head_bytes = 0
-            self._heads = 0  # complete ones
-            super().connection_made(transport)
-            self._timer: asyncio.TimerHandle | None = None
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self._in_head = True
+        self._head_bytes = 0
+        self._heads = 0  # complete ones
+        super().connection_made(transport)
+        self._timer: asyncio.TimerHandle | None = None
+        self._start_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._in_head and self._timer is None:
             self._start_timer()
+        heads, in_head = self._heads, self._in_head
+        self._unset_keepalive_if_required()
+        self._parse(data)
+        if in_head and heads == self._heads and not self.transport.is_closing():
+            self._head_bytes += len(data)
+            if self._head_bytes > self.limits.max_header_bytes:
+                self._refuse(431, "the request's headers are too large")
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._stop_timer()
-            super().connection_lost(exc)
+    def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
+        self._in_head = False
+        self._head_bytes = 0
+        self._heads += 1
+        self._stop_timer()
+        super().on_headers_complete()
 
-        def data_received(self, data: bytes) -> None:
-            if self._in_head and self._timer is None:
-                self._start_timer()
-            heads, in_head = self._heads, self._in_head
-            self._unset_keepalive_if_required()
-            self._parse(data)
-            if in_head and heads == self._heads and not self.transport.is_closing():
-                self._head_bytes += len(data)
-                if self._head_bytes > limits.max_header_bytes:
-                    self._refuse(431, "the request's headers are too large")
+    def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
+        self._in_head = True
+        super().on_message_complete()
 
-        def on_headers_complete(self) -> None:
-            if self.parser.should_upgrade():
+    def _parse(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as offer:
+            method = self.parser.get_method()
+            if method == b"CONNECT":
+                self._refuse(400, "this is no proxy")
                 return
-            self._in_head = False
-            self._head_bytes = 0
-            self._heads += 1
-            self._stop_timer()
-            super().on_headers_complete()
+            plain = [b"%s: %s\r\n" % field for field in self.headers if field[0] not in _OF_UPGRADES]
+            version = self.parser.get_http_version().encode()
+            self.parser = httptools.HttpRequestParser(self)
+            head = b"%s %s HTTP/%s\r\n%s\r\n" % (method, self.url, version, b"".join(plain))
+            self._parse(head + data[offer.args[0] :])
+        except httptools.HttpParserError:
+            self._refuse(400, "this is not HTTP that the server understands")
 
-        def on_message_complete(self) -> None:
-            if self.parser.should_upgrade():
-                return
-            self._in_head = True
-            super().on_message_complete()
+    def _refuse(self, status: int, message: str) -> None:
+        problem = HttpProblem(status, "invalid_request_error", message, code="invalid_http")
+        body = problem.body()
+        head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
+        # An answer that is under way on this connection would be corrupted by another.
+        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+            self.transport.write(STATUS_LINE[status] + head + body)
+        self.transport.close()
 
-        def _parse(self, data: bytes) -> None:
-            try:
-                self.parser.feed_data(data)
-            except httptools.HttpParserUpgrade as offer:
-                method = self.parser.get_method()
-                if method == b"CONNECT":
-                    self._refuse(400, "this is no proxy")
-                    return
-                plain = [b"%s: %s\r\n" % field for field in self.headers if field[0] not in _OF_UPGRADES]
-                version = self.parser.get_http_version().encode()
-                self.parser = httptools.HttpRequestParser(self)
-                head = b"%s %s HTTP/%s\r\n%s\r\n" % (method, self.url, version, b"".join(plain))
-                self._parse(head + data[offer.args[0] :])
-            except httptools.HttpParserError:
-                self._refuse(400, "this is not HTTP that the server understands")
+    def _start_timer(self) -> None:
+        self._timer = self.loop.call_later(self.limits.body_timeout_s, self._timed_out)
 
-        def _refuse(self, status: int, message: str) -> None:
-            problem = HttpProblem(status, "invalid_request_error", message, code="invalid_http")
-            body = problem.body()
-            head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
-            # An answer that is under way on this connection would be corrupted by another.
-            if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
-                self.transport.write(STATUS_LINE[status] + head + body)
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _timed_out(self) -> None:
+        self._timer = None
+        if self.transport.is_closing():
+            return
+        if self._head_bytes:
+            self._refuse(408, "the headers did not arrive in time")
+        else:
             self.transport.close()
 
-        def _start_timer(self) -> None:
-            self._timer = self.loop.call_later(limits.body_timeout_s, self._timed_out)
 
-        def _stop_timer(self) -> None:
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
-
-        def _timed_out(self) -> None:
-            self._timer = None
-            if self.transport.is_closing():
-                return
-            if self._head_bytes:
-                self._refuse(408, "the headers did not arrive in time")
-            else:
-                self.transport.close()
-
-    return GuardedProtocol
+def guarded_protocol(limits: LimitSettings) -> type[HttpToolsProtocol]:
+    """The protocol class of one server."""
+    return type("LimitedProtocol", (GuardedProtocol,), {"limits": limits})

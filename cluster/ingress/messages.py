@@ -33,8 +33,8 @@ def check_text_length(num_chars: int, settings: IngressSettings, text: TextCodec
     most = text.longest_text(settings.max_model_len)
     if text.has_tokenizer and num_chars > most:
         raise RequestError(
-            f"{field}: {num_chars} characters cannot fit this model's maximum context length of "
-            f"{settings.max_model_len} tokens",
+            f"{field}: the prompt is too long: this model's maximum context length is {settings.max_model_len} tokens, "
+            f"and {num_chars} characters cannot fit it",
             field=field,
             code="context_length_exceeded",
         )

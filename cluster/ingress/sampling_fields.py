@@ -168,9 +168,11 @@ def fit(stated: int | None, default: int | None, prompt: Tokens, settings: Ingre
     """Tokens this prompt may generate: what was stated if it fits the context, else a 400; the default is clamped."""
     limit, used = settings.max_model_len, len(prompt)
     if used >= limit or (stated is not None and used + stated > limit):
+        # In these words clients tell an overflow from other mistakes: not all of them look at the code.
+        lead = "the prompt is too long: " if used >= limit else ""
         asked = f" and max_tokens asks for {stated} more" if stated is not None else ", which leaves none to generate"
         raise RequestError(
-            f"this model's maximum context length is {limit} tokens, but the prompt has {used}{asked}",
+            f"{lead}this model's maximum context length is {limit} tokens, but the prompt has {used}{asked}",
             field=field,
             code="context_length_exceeded",
         )

@@ -16,6 +16,44 @@ _METADATA = {"annotations": "map", "finalizers": "strs", "labels": "map", "name"
 _CREDENTIAL = {"value": "str", "valueFrom": core.ENVIRONMENT["valueFrom"]}
 
 
+_AUTOSCALER: dict[str, Any] = {
+    "version": "=v1|v2",
+    "upscalingMode": "=Default|Aggressive|Conservative",
+    "idleTimeoutSeconds": "int",
+    "image": "str",
+    "imagePullPolicy": "=Always|IfNotPresent|Never",
+    "args": "strs",
+    "command": "strs",
+    "env": [core.ENVIRONMENT],
+    "envFrom": [core.ENVIRONMENT_FROM],
+    "resources": core.RESOURCES,
+    "securityContext": core.SECURITY,
+    "volumeMounts": [core.VOLUME_MOUNT],
+}
+_FAULT_TOLERANCE: dict[str, Any] = {
+    "backend": "=redis|rocksdb",
+    "externalStorageNamespace": "str",
+    "redisAddress": "str",
+    "redisPassword": _CREDENTIAL,
+    "redisUsername": _CREDENTIAL,
+    "storage": {
+        "accessModes": "strs",
+        "claimName": "str",
+        "deletionPolicy": "=DeleteWithCluster|Retain",
+        "size": "quantity",
+        "storageClassName": "str",
+        "subPath": "str",
+    },
+}
+_HEAD_SERVICE: dict[str, Any] = {
+    "apiVersion": "str",
+    "kind": "str",
+    "metadata": _METADATA,
+    "spec": core.SERVICE_SPEC,
+    "status": "any",
+}
+
+
 def cluster_spec(pod_template: object) -> dict[str, Any]:
     """`RayCluster.spec`; `pod_template` is the table of a pod template."""
     group: dict[str, Any] = {
@@ -29,13 +67,7 @@ def cluster_spec(pod_template: object) -> dict[str, Any]:
             **group,
             "serviceType": "=ClusterIP|NodePort|LoadBalancer",
             "enableIngress": "bool",
-            "headService": {
-                "apiVersion": "str",
-                "kind": "str",
-                "metadata": _METADATA,
-                "spec": core.SERVICE_SPEC,
-                "status": "any",
-            },
+            "headService": _HEAD_SERVICE,
             "ingressOptions": {
                 "host": "str",
                 "path": "str",
@@ -57,36 +89,9 @@ def cluster_spec(pod_template: object) -> dict[str, Any]:
         "rayVersion": "str",
         "suspend": "bool",
         "enableInTreeAutoscaling": "bool",
-        "autoscalerOptions": {
-            "version": "=v1|v2",
-            "upscalingMode": "=Default|Aggressive|Conservative",
-            "idleTimeoutSeconds": "int",
-            "image": "str",
-            "imagePullPolicy": "=Always|IfNotPresent|Never",
-            "args": "strs",
-            "command": "strs",
-            "env": [core.ENVIRONMENT],
-            "envFrom": [core.ENVIRONMENT_FROM],
-            "resources": core.RESOURCES,
-            "securityContext": core.SECURITY,
-            "volumeMounts": [core.VOLUME_MOUNT],
-        },
+        "autoscalerOptions": _AUTOSCALER,
         "authOptions": {"mode": "=disabled|token", "enableK8sTokenAuth": "bool", "secretName": "str"},
-        "gcsFaultToleranceOptions": {
-            "backend": "=redis|rocksdb",
-            "externalStorageNamespace": "str",
-            "redisAddress": "str",
-            "redisPassword": _CREDENTIAL,
-            "redisUsername": _CREDENTIAL,
-            "storage": {
-                "accessModes": "strs",
-                "claimName": "str",
-                "deletionPolicy": "=DeleteWithCluster|Retain",
-                "size": "quantity",
-                "storageClassName": "str",
-                "subPath": "str",
-            },
-        },
+        "gcsFaultToleranceOptions": _FAULT_TOLERANCE,
         "headServiceAnnotations": "map",
         "historyServerOptions": {"collectorOptions": _COLLECTOR},
         "managedBy": "=ray.io/kuberay-operator|kueue.x-k8s.io/multikueue",

@@ -68,6 +68,8 @@ def check_references(objects: list[KubernetesObject]) -> Iterator[tuple[int, Pro
             problem = _resolve(reference, present, declared)
             if problem is not None:
                 yield one.number, problem
+        for problem in _peers(one, objects):
+            yield one.number, problem
         if one.kind in ("Service", "PodDisruptionBudget", "NetworkPolicy"):
             for problem in _selects(one, objects):
                 yield one.number, problem
@@ -162,6 +164,27 @@ def _selects(one: KubernetesObject, objects: list[KubernetesObject]) -> Iterator
         yield Problem(place, f"no pod in the given files is labelled {shown}", hint)
     elif one.kind == "Service":
         yield from _target_ports(one, chosen)
+
+
+def _peers(one: KubernetesObject, objects: list[KubernetesObject]) -> Iterator[Problem]:
+    """Selectors inside an object (peers of a policy, affinities, spreads) that no pod of the files answers to."""
+    labels = [mapping(pod, "metadata", "labels") for owner, pod in _pod_templates(objects)]
+    if not labels:
+        return
+    for path, value in walk(dict(one.tree)):
+        if path[-2:-1] not in (("podSelector",), ("labelSelector",)) or path[-1] != "matchLabels" or len(path) <= 3:
+            continue
+        above: Any = one.tree
+        for part in path[:-2]:
+            above = above[part]
+        if not isinstance(value, dict) or mapping(above, "namespaceSelector") or "namespaceSelector" in above:
+            continue  # pods of other namespaces need not be in these files
+        wanted = {key: str(want) for key, want in value.items() if not _set_by_operator(key)}
+        if wanted and not any(all(found.get(key) == want for key, want in wanted.items()) for found in labels):
+            shown = ", ".join(f"{key}={want}" for key, want in wanted.items())
+            near = {str(found) for one_pod in labels for found in one_pod.values()}
+            hint = next((h for want in wanted.values() if want not in near and (h := nearest(want, near))), None)
+            yield warning(path, f"no pod in the given files is labelled {shown}", hint)
 
 
 def _set_by_operator(key: str) -> bool:

@@ -37,7 +37,8 @@ def test_every_key() -> None:
     router = sections.pop("router")
     assert sections == {
         "runner": (
-            "kind model_dir dtype device threads oracle_vocab oracle_step_s oracle_token_s oracle_block_bytes"
+            "kind model_dir dtype model_impl device "
+            "threads oracle_vocab oracle_step_s oracle_token_s oracle_block_bytes"
         ).split(),
         "scheduler": (
             "max_num_seqs max_num_batched_tokens long_prefill_token_threshold max_model_len max_waiting "
@@ -47,7 +48,12 @@ def test_every_key() -> None:
         "transfer": ["transport", "host", "lease_s", "digest_sample", "max_frame_bytes"],
         "health": ["heartbeat_s", "router_lease_s", "drain_s"],
         "pools": ["prefill", "decode", "mixed", "tensor_parallel_size"],
-        "front": ["host", "port", "served_model_name", "api_key", "skip_tokenizer_init"],
+        "front": (
+            "host port grpc_port served_model_name api_key "
+            "api_keys_file enable_tokenizer_info skip_tokenizer_init metrics_aliases generation_config"
+        ).split(),
+        "tracing": ["endpoint", "sample_ratio", "service_name", "max_queue", "export_interval_s"],
+        "logs": ["format", "level", "access"],
         "ray": (
             "address cluster_name worker_num_cpus worker_num_gpus worker_accelerator_type worker_label_selector "
             "worker_host prefill_resources decode_resources mixed_resources ingress_num_cpus ingress_replicas "

@@ -10,14 +10,8 @@ from penstock.cluster.metrics import Metrics
 from penstock.cluster.status import WorkerStatus
 from penstock.router.journey import RequestReport
 from penstock.router.trail import AttemptTrail, Trail
-from penstock.workers.protocol import (
-    STEP_TOKENS_UP_TO,
-    TRANSFER_S_UP_TO,
-    EndReason,
-    Role,
-    TransferCause,
-    WorkerTotals,
-)
+from penstock.workers.protocol import EndReason, Role
+from penstock.workers.totals import STEP_TOKENS_UP_TO, TRANSFER_S_UP_TO, TransferCause, WorkerTotals
 
 
 def report(trail: Trail | None = None, **changed: object) -> RequestReport:

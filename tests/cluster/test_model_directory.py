@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fakes.tiny_model import write_tiny_model
+from rich.console import Console
 
-from penstock.cluster.model_directory import ModelDescription, describe
+from penstock.cluster.config import load_config
+from penstock.cluster.ingress.settings import ingress_settings
+from penstock.cluster.model_directory import GenerationDefaults, ModelDescription, describe
+from penstock.cluster.settings import ClusterConfig, FrontSettings
+from penstock.cluster.startup_report import StartupReport
 from penstock.cluster.text import load_text
-from penstock.workers.errors import ModelError
+from penstock.workers.errors import ConfigError, ModelError
 from penstock.workers.settings import RunnerSettings
 
 
@@ -49,6 +56,97 @@ def test_greedy_models_are_greedy_by_default(directory: Path) -> None:
     assert described(directory).defaults.temperature == 0.0
 
 
+def test_all_defaults_of_the_generation_config(directory: Path) -> None:
+    stated = {"top_p": 0.9, "top_k": 20, "min_p": 0.05, "repetition_penalty": 1.1, "max_new_tokens": 64}
+    change(directory / "generation_config.json", **stated)
+    found = described(directory).defaults
+    assert found == GenerationDefaults(0.7, 0.9, 20, 0.05, 1.1, 64)
+    assert found.stated()["repetition_penalty"] == 1.1
+    change(directory / "generation_config.json", do_sample=False)
+    assert described(directory).defaults == GenerationDefaults(temperature=0.0, repetition_penalty=1.1, max_tokens=64)
+    assert GenerationDefaults().stated() == {}
+
+
+def test_generation_defaults_can_be_switched_off(directory: Path) -> None:
+    model = described(directory)
+    for setting, temperature in (("auto", 0.7), ("vllm", 1.0), ("none", 1.0)):
+        config = ClusterConfig(front=FrontSettings(generation_config=setting))
+        assert ingress_settings(config, model).defaults.temperature == temperature
+
+
+def test_the_report_tells_the_defaults(directory: Path) -> None:
+    console = Console(record=True, width=200)
+    StartupReport(console).generation(described(directory), "auto")
+    StartupReport(console).generation(described(directory), "vllm")
+    lines = console.export_text().splitlines()
+    assert lines[0] == "Sampling defaults of generation_config.json: temperature 0.7"
+    assert lines[1] == "End tokens of config.json and generation_config.json: 0, 399"
+    assert lines[2].endswith("(not applied: --generation-config vllm)")
+
+
+def test_end_tokens_are_the_union_of_three_places(directory: Path) -> None:
+    codec = load_text(described(directory), False, 512)
+    assert codec.eos_token_ids == (0, 2, 399)  # config, tokenizer (<|im_end|>), generation config
+
+
+@pytest.mark.parametrize(
+    ("architecture", "keys", "context", "key"),
+    [
+        ("OPTForCausalLM", {"max_position_embeddings": 70}, 70, "max_position_embeddings"),
+        ("GPT2LMHeadModel", {"n_positions": 71, "n_ctx": 99}, 71, "n_positions"),
+        ("OddForCausalLM", {"n_ctx": 72}, 72, "n_ctx"),
+        ("OddForCausalLM", {"max_sequence_length": 73}, 73, "max_sequence_length"),
+        ("OddForCausalLM", {"seq_length": 74}, 74, "seq_length"),
+        (
+            "Phi3ForCausalLM",
+            {
+                "max_position_embeddings": 131072,
+                "original_max_position_embeddings": 4096,
+                "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]},
+            },
+            4096,
+            "original_max_position_embeddings",
+        ),
+    ],
+)
+def test_architectures_that_are_not_our_own(
+    directory: Path, architecture: str, keys: dict[str, Any], context: int, key: str
+) -> None:
+    values: dict[str, Any] = {"max_position_embeddings": None, "architectures": [architecture], **keys}
+    change(directory / "config.json", **values)
+    found = described(directory)
+    assert (found.context_length, found.length_key, found.model_impl) == (context, key, "transformers")
+    assert found.model_impl_reason == f"{architecture} is none of our own decoders"
+    assert (found.vocab_size, found.eos_token_ids) == (400, (0, 399))
+
+
+def test_the_code_that_runs_is_derived_and_can_be_stated(directory: Path) -> None:
+    def value_and_source(**stated: object) -> tuple[str, str]:
+        values = {"runner.model_dir": str(directory), **{k.replace("_", ".", 1): v for k, v in stated.items()}}
+        config = load_config(values=values, environment={})
+        return config.runner.model_impl, config.sources["runner.model_impl"]
+
+    assert value_and_source() == ("penstock", "LlamaForCausalLM is one of our own")
+    assert value_and_source(runner_model_impl="transformers") == ("transformers", "Python")
+    with pytest.raises(ConfigError, match="model_impl"):
+        value_and_source(runner_model_impl="other")
+    change(directory / "config.json", architectures=["OPTForCausalLM"])
+    assert value_and_source()[0] == "transformers"
+    with pytest.raises(ModelError, match="OPTForCausalLM"):
+        value_and_source(runner_model_impl="penstock")
+
+
+def test_no_torch_is_needed_to_describe(directory: Path) -> None:
+    change(directory / "config.json", architectures=["OPTForCausalLM"])
+    code = (
+        "import sys; from penstock.cluster.model_directory import describe; "
+        "from penstock.workers.settings import RunnerSettings; "
+        f"describe(RunnerSettings(model_dir={str(directory)!r})); "
+        "raise SystemExit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("file", "values", "says"),
     [
@@ -60,6 +158,9 @@ def test_greedy_models_are_greedy_by_default(directory: Path) -> None:
         ("config.json", {"eos_token_id": [1.5]}, "eos_token_id"),
         ("generation_config.json", {"temperature": -1}, "temperature"),
         ("generation_config.json", {"top_p": 2}, "top_p"),
+        ("generation_config.json", {"top_k": 2.5}, "top_k"),
+        ("generation_config.json", {"repetition_penalty": 0}, "repetition_penalty"),
+        ("generation_config.json", {"max_new_tokens": 0}, "max_new_tokens"),
     ],
 )
 def test_wrong_values(directory: Path, file: str, values: dict[str, Any], says: str) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
 from fakes.tiny_model import write_tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
+from penstock.cluster.chat_template import ChatTemplate
 from penstock.cluster.model_directory import describe
 from penstock.cluster.text import TextCodec, load_text
 from penstock.cluster.token_bytes import TextStream, token_table
@@ -143,3 +145,53 @@ def test_named_templates_and_none(tmp_path: Path) -> None:
 def test_longest_text_is_a_bound(codec: TextCodec) -> None:
     text = "the quick brown fox jumps over the lazy dog"
     assert len(text.encode()) <= codec.longest_text(len(codec.encode(text, "prompt")))
+
+
+def test_a_cut_prompt_keeps_its_first_special_token() -> None:
+    """Models that begin every text with one are lost without it."""
+    vocabulary = {"<s>": 0, "a": 1, "b": 2, "c": 3}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    codec = TextCodec(4, (), tokenizer)
+    assert codec.encode("a b c", "prompt") == [0, 1, 2, 3]
+    assert codec.cut([0, 1, 2, 3], 3) == [0, 2, 3]
+    assert codec.cut([0, 1, 2, 3], 4) == [0, 1, 2, 3]
+    assert codec.cut([1, 2, 3], 2) == [2, 3]
+    assert codec.cut([0, 1, 2, 3], 1) == [3]
+    assert codec.encode_end("a b c", "prompt", 2) == [0, 3]
+
+
+def test_template_variables_are_those_it_reads(tmp_path: Path) -> None:
+    source = (
+        "{{ bos_token }}{% for message in messages %}{{ message.content }}{% endfor %}"
+        "{% if enable_thinking is defined and not enable_thinking %}{{ range(2) | list }}{% endif %}"
+        "{{ reasoning_effort }}{{ strftime_now('%Y') if dated else '' }}{{ tools }}"
+    )
+    template = ChatTemplate(source, {"bos_token": "<s>"}, "x", 1000)
+    assert template.variables == {"enable_thinking", "reasoning_effort", "dated"}
+
+
+def test_a_continued_message_ends_the_prompt(codec: TextCodec) -> None:
+    """The template trims its messages: a trailing space does not stay, as it would not in the middle."""
+    for text, end in (("Sure", "Sure"), ("Sure ", "Sure"), ("", "assistant\n"), ("a<|im_end|>b", "a<|im_end|>b")):
+        messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": text}]
+        ids = codec.encode_chat(messages, continue_final=True, add_generation_prompt=False)
+        assert codec.decode(ids, skip_special_tokens=False).endswith(end)
+    assert ids.count(2) == 1  # the one of the user's message: what a caller writes forges none
+
+
+def test_others_run_while_a_long_text_is_tokenised(codec: TextCodec) -> None:
+    """Streams must not wait for somebody's megabyte."""
+    ticks, done = 0, threading.Event()
+
+    def encode() -> None:
+        codec.encode("a" * 500_000, "prompt")
+        done.set()
+
+    worker = threading.Thread(target=encode)
+    worker.start()
+    while not done.wait(0.005):
+        ticks += 1
+    worker.join()
+    assert ticks > 5

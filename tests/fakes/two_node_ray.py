@@ -21,6 +21,7 @@ import psutil
 import yaml
 
 BIN = Path(sys.executable).parent
+PENSTOCK = (sys.executable, "-c", "from penstock.cluster.cli import main; main()")
 OBJECT_STORE_BYTES = 80 << 20
 
 
@@ -64,8 +65,23 @@ class TwoNodeRay:
         self.until(self._head_answers, 60.0)
         second_options = [f"--address={self.address}", f"--resources={json.dumps(second)}"]
         second_options += [f"--dashboard-agent-listen-port={agents[2]}"]
-        self._nodes.append(self._start("second", [*common, *second_options]))
+        self._second = [*common, *second_options]
+        self.start_second()
         self.http = httpx.Client(base_url=self.url, trust_env=False, timeout=20.0)
+
+    def start_second(self) -> None:
+        """Start the second node, again if it was killed."""
+        self._nodes.append(self._start("second", self._second))
+
+    def kill_second(self) -> None:
+        """SIGKILL the second node and everything on it, as a power cut would."""
+        self.see()
+        node = self._nodes.pop()
+        below = psutil.Process(node.pid).children(recursive=True)
+        for process in [psutil.Process(node.pid), *below]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        node.wait(10)
 
     def serve(self, *arguments: str, timeout_s: float = 120.0) -> str:
         """`serve ...`; its output. RuntimeError when it fails."""
@@ -83,10 +99,17 @@ class TwoNodeRay:
             raise RuntimeError(f"serve {' '.join(arguments)}: {done.stdout}{done.stderr}")
         return done.stdout
 
+    def begin_penstock(self, *arguments: str) -> subprocess.Popen[bytes]:
+        """`penstock ...` in the background; its output is in `penstock.log`."""
+        with (self.folder / "penstock.log").open("wb") as log:
+            return subprocess.Popen(
+                [*PENSTOCK, *arguments], env=self.environment, stdout=log, stderr=log, start_new_session=True
+            )
+
     def penstock(self, *arguments: str, timeout_s: float = 60.0) -> str:
         """`penstock ...`; its output. RuntimeError when it fails."""
         done = subprocess.run(
-            [sys.executable, "-c", "from penstock.cluster.cli import main; main()", *arguments],
+            [*PENSTOCK, *arguments],
             env=self.environment,
             capture_output=True,
             text=True,

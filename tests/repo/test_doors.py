@@ -15,6 +15,7 @@ DOORS = {
     "grpc_reflection": ("cluster/grpc_front/server.py",),
     "google.protobuf": ("cluster/grpc_front/",),
     "msgpack": ("workers/wire.py", "workers/transfer/messages.py"),
+    "opentelemetry": ("workers/span_export.py",),
     "transformers": ("workers/model/", "cluster/text.py"),
 }
 BANNED_MODULES = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}

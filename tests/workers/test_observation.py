@@ -5,15 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from penstock.workers.observation import Observation
-from penstock.workers.protocol import (
-    STEP_TOKENS_UP_TO,
-    TRANSFER_S_UP_TO,
-    FailureCode,
-    Load,
-    TransferCause,
-    WorkerTotals,
-)
+from penstock.workers.protocol import FailureCode, Load
 from penstock.workers.scheduler.events import RefusedEvent, SequenceKey, StartedEvent, StepOutcome
+from penstock.workers.totals import STEP_TOKENS_UP_TO, TRANSFER_S_UP_TO, TransferCause, WorkerTotals
 from penstock.workers.wire import decode_to_router, encode
 
 KEY = SequenceKey("router", 1, 1)

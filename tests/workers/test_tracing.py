@@ -7,9 +7,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from penstock.workers.protocol import EndReason, FailureCode, GenerateRequest, SamplingParams, TransferCause
+from penstock.workers.protocol import EndReason, FailureCode, GenerateRequest, SamplingParams
 from penstock.workers.scheduler.events import SequenceKey, StepOutcome, Work
 from penstock.workers.spans import Span
+from penstock.workers.totals import TransferCause
 from penstock.workers.trace_context import TraceContext
 from penstock.workers.tracing import WorkerTracer
 

@@ -24,7 +24,7 @@ from penstock.workers.model import transformers_attention, transformers_probe
 from penstock.workers.model.foreign_config import ForeignConfig
 from penstock.workers.model.loading import TORCH_DTYPES
 from penstock.workers.model.transformers_attention import AttentionLayer, PagedAttention
-from penstock.workers.model.transformers_check import require_equal_logits, stock_logits
+from penstock.workers.model.transformers_check import CHECKED_POSITIONS, require_equal_logits, stock_logits
 from penstock.workers.model.transformers_linear import pack_linears, watch_linears
 from penstock.workers.model.transformers_loading import ForeignModule, load_module
 from penstock.workers.model.transformers_probe import TOKENS, AttentionProbe
@@ -116,7 +116,7 @@ def _probe(module: ForeignModule, vocab_size: int, max_positions: int) -> dict[i
     transformers_probe.register()
     transformers_attention.register()
     _use(module.model, transformers_probe.PROBING)
-    probe = AttentionProbe(max_positions)
+    probe = AttentionProbe(max(max_positions, CHECKED_POSITIONS))
     length = min(TOKENS, max_positions)
     tokens, positions = torch.arange(length) % vocab_size, torch.arange(length)
     with probe.listening(module.model):

@@ -22,6 +22,7 @@ from penstock.workers.model.loading import TORCH_DTYPES
 from penstock.workers.model.port import DecoderModel
 
 CUTS = ((0, 11, 24, 25), (0, 7, 13, 14))  # where the steps of both sequences begin and end
+CHECKED_POSITIONS = CUTS[0][-1]
 PROMPTS = 2  # a mixture of experts may be of two minds on a token, but hardly in both
 FLOAT32_TOLERANCE = 1e-4  # of the largest logit, at the worst token
 HALF_TOLERANCE = {"bfloat16": 8e-2, "float16": 1e-2}  # of the largest logit, at the median token

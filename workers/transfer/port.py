@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from penstock.workers.protocol import Grant, Tokens, TransferCause
+from penstock.workers.protocol import Grant, Tokens
+from penstock.workers.totals import TransferCause
 
 
 @dataclass(frozen=True, slots=True)

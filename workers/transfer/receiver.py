@@ -17,7 +17,7 @@ from xxhash import xxh3_64_intdigest
 
 from penstock.workers.errors import WireError
 from penstock.workers.kv.storage import KVStorage
-from penstock.workers.protocol import TransferCause
+from penstock.workers.totals import TransferCause
 from penstock.workers.transfer.connection import Landing
 from penstock.workers.transfer.endpoint import Channel, Endpoint
 from penstock.workers.transfer.incoming import IncomingSession, SessionError

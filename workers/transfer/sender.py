@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 from penstock.workers.errors import WireError
-from penstock.workers.protocol import Grant, TransferCause
+from penstock.workers.protocol import Grant
+from penstock.workers.totals import TransferCause
 from penstock.workers.transfer.connection import Landing
 from penstock.workers.transfer.endpoint import Channel, Endpoint
 from penstock.workers.transfer.incoming import SessionError

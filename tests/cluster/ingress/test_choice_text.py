@@ -16,9 +16,9 @@ from penstock.workers.protocol import EndReason
 
 
 def shown(
-    codec: TextCodec, tokens: list[int], cuts: list[int], output: OutputOptions, end: EndReason
+    codec: TextCodec, tokens: list[int], cuts: list[int], output: OutputOptions, end: EndReason, min_tokens: int = 0
 ) -> tuple[str, list[int], str | None]:
-    reader = ChoiceText(0, codec, output)
+    reader = ChoiceText(0, codec, output, min_tokens)
     text, used = "", []
     edges = [0, *sorted(c for c in cuts if c < len(tokens)), len(tokens)]
     for start, stop in pairwise(edges):
@@ -54,6 +54,30 @@ def test_any_cut_gives_the_same(codec: TextCodec, text: str, stops: list[str], c
     end, start, _ = min(ends)
     assert by_token[0] == whole[: end if include else start]
     assert by_token[2] == "stop"
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    data=st.lists(st.integers(3, 329), min_size=1, max_size=24),
+    stops=st.lists(st.text(alphabet="abé☃\ufffd", min_size=1, max_size=3), min_size=1, max_size=3, unique=True),
+    cuts=st.lists(st.integers(1, 30), max_size=6, unique=True),
+    min_tokens=st.integers(0, 8),
+)
+def test_any_tokens_and_a_least_length(
+    codec: TextCodec, data: list[int], stops: list[str], cuts: list[int], min_tokens: int
+) -> None:
+    """Tokens that are no whole characters, and stops that do not count at first: any cut gives the same, no stop string
+    that counts leaks, and nothing of the text before it is lost."""
+    output = OutputOptions(stops=tuple(stops))
+    by_token = shown(codec, data, list(range(1, len(data))), output, EndReason.LENGTH, min_tokens)
+    assert shown(codec, data, cuts, output, EndReason.LENGTH, min_tokens) == by_token
+    text, used, reason = by_token
+    assert len(used) > min_tokens or reason == "length"
+    stream = codec.stream()
+    exempt = "".join(stream.push([token]) for token in data[:min_tokens])
+    assert text.startswith(exempt)
+    assert not any(stop in text[len(exempt) :] for stop in stops)
+    assert codec.decode(data).startswith(text)
 
 
 @pytest.mark.parametrize("include", [False, True])
