@@ -99,7 +99,9 @@ def test_an_open_loop_sends_on_time_while_the_server_stalls(codec: TextCodec) ->
     with HttpServer(build_app(IngressSettings(("tiny",), CONTEXT), codec, generator, Metrics(), FakeFleet())) as server:
         run = asyncio.run(run_load(Target(server.url, "tiny", 400), plan, lambda o: None))
     assert run.outcomes[-1].sent < run.outcomes[0].chunks[0]  # all out before the first answer
-    assert figures(run.outcomes, run.duration_s, {})["median_send_lag_ms"] < 50
+    assert (
+        figures(run.outcomes, run.duration_s, {})["median_send_lag_ms"] < 500
+    )  # a server that stalls for 1 s held none back
 
 
 def test_failures_are_outcomes(codec: TextCodec) -> None:
