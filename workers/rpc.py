@@ -53,7 +53,7 @@ _CLIENT_OPTIONS = [
     ("grpc.enable_http_proxy", 0),  # workers are addressed directly, whatever the environment says
     ("grpc.use_local_subchannel_pool", 1),  # a new client starts without another one's connection back-off
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 2000),  # also the time a connection may take; refused ones are tried sooner
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
 _EOF: object = grpc.aio.EOF  # type: ignore[attr-defined]  # grpc-stubs does not know it

@@ -73,6 +73,7 @@ def bench_command() -> Callable[..., None]:
 
     def bench(**given: Any) -> None:
         slos = parse_slos(given["goodput"] or ())
+        _check(given)
         target, limits = _target(given)
         plan, left_out = _plan(given, limits)
         run = _run(target, plan)
@@ -100,20 +101,34 @@ class _Limits:
     block_size: int
 
 
-def _plan(given: dict[str, Any], limits: _Limits) -> tuple[list[Planned], dict[str, int]]:
-    """The requests, and how many rows of a trace were left out."""
-    count, seed = int(_positive(given, "num_prompts")), given["seed"]
-    if given["trace"] is not None:
-        keep = _positive(given, "trace_keep")
-        scaling = Scaling(_positive(given, "length_divisor"), _positive(given, "time_stretch"), keep)
-        part = Slice(count, given["trace_start"], _positive(given, "trace_duration"), limits.max_model_len)
-        trace = read_trace(given["trace"], part, scaling, seed)
-        return list(trace.plan), {"rows_without_output": trace.without_output, "rows_too_long": trace.too_long}
-    _positive(given, "input_len"), _positive(given, "output_len"), _positive(given, "turns")
+POSITIVE = (
+    "num_prompts request_rate burstiness input_len output_len turns trace_duration length_divisor time_stretch "
+    "trace_keep shared_prefixes"
+).split()
+
+
+def _check(given: dict[str, Any]) -> None:
+    """Mistakes that need no server to be seen."""
+    for name in POSITIVE:
+        if not given[name] > 0:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag}: {given[name]} must be more than zero", key=flag)
+    _edges(given)
     if given["arrival"] not in SHAPES:
         raise ConfigError(f"--arrival: {given['arrival']!r} is not one of {', '.join(SHAPES)}", key="--arrival")
-    shape = SHAPES[given["arrival"]]
-    arrivals = shape(count, _positive(given, "request_rate"), _positive(given, "burstiness"), seed)
+    if given["trace"] is not None and not given["trace"].is_file():
+        raise ConfigError(f"--trace: {given['trace']}: no such file", key="--trace")
+
+
+def _plan(given: dict[str, Any], limits: _Limits) -> tuple[list[Planned], dict[str, int]]:
+    """The requests, and how many rows of a trace were left out."""
+    count, seed = given["num_prompts"], given["seed"]
+    if given["trace"] is not None:
+        scaling = Scaling(given["length_divisor"], given["time_stretch"], given["trace_keep"])
+        part = Slice(count, given["trace_start"], given["trace_duration"], limits.max_model_len)
+        trace = read_trace(given["trace"], part, scaling, seed)
+        return list(trace.plan), {"rows_without_output": trace.without_output, "rows_too_long": trace.too_long}
+    arrivals = SHAPES[given["arrival"]](count, given["request_rate"], given["burstiness"], seed)
     plan = fixed_plan(count, given["input_len"], given["output_len"], arrivals)
     plan = with_turns(plan, SessionShape(given["turns"], given["think_time"]), seed)
     return with_shared_prefixes(plan, given["shared_prefixes"], given["shared_prefix_len"], seed), {}
@@ -125,13 +140,6 @@ def _edges(given: dict[str, Any]) -> Edges:
     if not 0.0 <= share < 0.5:
         raise ConfigError(f"--edges: {share} must be from 0 to less than 0.5", key="--edges")
     return Edges(share)
-
-
-def _positive(given: dict[str, Any], name: str) -> float:
-    value = given[name]
-    if not value > 0:
-        raise ConfigError(f"--{name.replace('_', '-')}: {value} must be more than zero", key=f"--{name}")
-    return float(value)
 
 
 def _target(given: dict[str, Any]) -> tuple[Target, _Limits]:

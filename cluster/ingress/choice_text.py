@@ -33,14 +33,15 @@ class Piece:
 class ChoiceText:
     """State of one choice's text."""
 
-    __slots__ = ("_exempt", "_include_stop", "_index", "_matcher", "_stream")
+    __slots__ = ("_include_stop", "_index", "_matcher", "_min_tokens", "_seen", "_stream")
 
     def __init__(self, index: int, codec: TextCodec, output: OutputOptions, min_tokens: int = 0) -> None:
         self._index = index
         self._stream = codec.stream(output.skip_special_tokens)
         self._matcher = StopMatcher(output.stops, output.include_stop) if output.stops else None
         self._include_stop = output.include_stop
-        self._exempt = min_tokens  # tokens to come in which no stop string counts
+        self._min_tokens = min_tokens
+        self._seen = 0
 
     def read(self, delta: Delta) -> Piece:
         """Take in everything new. A stop string ends the choice here, whatever the delta says."""
@@ -54,20 +55,26 @@ class ChoiceText:
             return Piece(self._index, text, tokens, delta.logprobs, reason)
         text, used = self._until_stop(self._matcher, shown)
         if self._matcher.stopped is None and reason is not None:
-            text += self._matcher.push(self._stream.finish())
+            rest = self._stream.finish()
+            text += self._matcher.push(rest) if self._stops_count else rest
             text += self._matcher.finish()
         if self._matcher.stopped is None:
             return Piece(self._index, text, tokens, delta.logprobs, reason)
         logprobs = None if delta.logprobs is None else delta.logprobs[:used]
         return Piece(self._index, text, tokens[:used], logprobs, "stop")
 
+    @property
+    def _stops_count(self) -> bool:
+        """Whether more than the least number of tokens is there."""
+        return self._seen > self._min_tokens
+
     def _until_stop(self, matcher: StopMatcher, tokens: Sequence[int]) -> tuple[str, int]:
         """Safe text, and how many tokens it took to complete a stop (all of them if none is complete)."""
         text = ""
         for count, token in enumerate(tokens, 1):
             piece = self._stream.push((token,))
-            if self._exempt:
-                self._exempt -= 1
+            self._seen += 1
+            if not self._stops_count:
                 text += piece
                 continue
             text += matcher.push(piece)

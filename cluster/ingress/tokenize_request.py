@@ -13,6 +13,7 @@ from penstock.cluster.ingress.logprob_format import token_text
 from penstock.cluster.ingress.messages import encode_messages
 from penstock.cluster.ingress.sampling_fields import read_model
 from penstock.cluster.ingress.settings import IngressSettings
+from penstock.cluster.ingress.template_variables import read_continuation, read_variables
 from penstock.cluster.text import TextCodec
 from penstock.workers.errors import RequestError
 
@@ -52,4 +53,8 @@ def _ids(fields: Fields, settings: IngressSettings, text: TextCodec) -> list[int
     if not isinstance(prompt, str):
         raise fields.refuse("prompt", f"must be a string, not {shown(prompt)}", "invalid_type")
     fields.text("prompt", settings.limits.max_tokenize_bytes)
+    (
+        read_variables(fields, settings, text),
+        read_continuation(fields),
+    )  # they say nothing of a prompt, but may not be wrong
     return text.encode(prompt, "prompt", fields.boolean("add_special_tokens", default=True))

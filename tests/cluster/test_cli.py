@@ -64,8 +64,11 @@ def test_every_flag_has_a_key() -> None:
         "--mixed",
         "--host",
         "--port",
+        "--grpc-port",
         "--served-model-name",
         "--dtype",
+        "--model-impl",
+        "--generation-config",
         "--max-model-len",
         "--block-size",
         "--max-num-seqs",
@@ -78,6 +81,14 @@ def test_every_flag_has_a_key() -> None:
         "--tensor-parallel-size",
         "--address",
         "--api-key",
+        "--api-keys",
+        "--metrics-aliases",
+        "--otlp-traces-endpoint",
+        "--otlp-traces-sample-ratio",
+        "--log-format",
+        "--log-level",
+        "--access-log/--no-access-log",
+        "--enable-tokenizer-info-endpoint",
     ]
 
 
@@ -159,9 +170,9 @@ def test_a_model_without_a_tokenizer_is_told_at_once(
     assert "tokenizer.json: missing; serve with --skip-tokenizer-init" in capsys.readouterr().err
     assert run(monkeypatch, "serve", str(bare), "--skip-tokenizer-init") == 0
     raw = json.loads((bare / "config.json").read_text())
-    (bare / "config.json").write_text(json.dumps({**raw, "architectures": ["MambaForCausalLM"]}))
+    (bare / "config.json").write_text(json.dumps({**raw, "architectures": ["MambaForCausalLM"], "state_size": 16}))
     assert run(monkeypatch, "serve", str(bare), "--skip-tokenizer-init") == 2
-    assert "'MambaForCausalLM' is not supported; supported are" in capsys.readouterr().err
+    assert "models with recurrent layers are not supported" in capsys.readouterr().err
     assert len(started) == 1
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -123,6 +124,9 @@ class VirtualWorker:
         self.computed_tokens = 0
         self._slots = itertools.count(1)
         self._cost_s = 0.0
+        # timers of one moment have no order, a connection has: each timer delivers whatever is next
+        self._inbound: deque[Order | RequestSnapshot | Drain | Cancel] = deque()
+        self._outbound: deque[tuple[ToRouter, ...]] = deque()
         self._wake = asyncio.Event()
         self._thaw = asyncio.Event()
         self._thaw.set()
@@ -211,27 +215,28 @@ class VirtualWorker:
         self.seats[slot] = seat
         return slot
 
-    def post(self, order: Order | RequestSnapshot | Drain) -> None:
-        self.cluster.later(self.shape.latency_s, lambda: self._receive(order))
+    def post(self, order: Order | RequestSnapshot | Drain | Cancel) -> None:
+        self._inbound.append(order)
+        self.cluster.later(self.shape.latency_s, self._receive)
 
     def vacate(self, seat: Seat, cancel: bool) -> None:
         if self.seats.pop(seat.slot, None) is not None and cancel:
-            order = Cancel(seat.slot, seat.attempt)
-            self.cluster.later(self.shape.latency_s, lambda: self._receive(order))
+            self.post(Cancel(seat.slot, seat.attempt))
 
-    def _receive(self, message: object) -> None:
+    def _receive(self) -> None:
+        message = self._inbound.popleft()
         if self.alive:
-            self.engine.post(ROUTER, message)  # type: ignore[arg-type]
+            self.engine.post(ROUTER, message)
             self.wake()
 
     def deliver(self, *messages: ToRouter) -> None:
-        """What the worker says reaches the router a little later, in order. (Timers of one moment have no order.)"""
+        """What the worker says reaches the router a little later, in order."""
+        self._outbound.append(messages)
+        self.cluster.later(self.shape.latency_s, self._hear)
 
-        def arrive() -> None:
-            for message in messages:
-                self._arrive(message)
-
-        self.cluster.later(self.shape.latency_s, arrive)
+    def _hear(self) -> None:
+        for message in self._outbound.popleft():
+            self._arrive(message)
 
     def _arrive(self, message: ToRouter) -> None:
         if not self.attached:

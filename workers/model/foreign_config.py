@@ -23,6 +23,7 @@ REFUSED_KEYS = {
     "alibi": "ALiBi attention is not supported: paged attention takes no position bias",
     "use_bidirectional_attention": "attention that is not causal is not supported",
 }
+STATE_KEYS = ("state_size", "ssm_state_size", "ssm_cfg", "mamba_d_state", "linear_conv_kernel_dim")
 NESTED_KEYS = ("text_config", "vision_config", "audio_config", "speech_config", "encoder", "decoder", "llm_config")
 
 
@@ -44,6 +45,9 @@ def parse_foreign_config(raw: dict[str, Any], path: str) -> ForeignConfig:
     for key, reason in REFUSED_KEYS.items():
         if raw.get(key):
             raise fields.error(key, reason)
+    for key in STATE_KEYS:
+        if fields.raw.get(key) is not None:
+            raise fields.error(key, "models with recurrent layers are not supported: their state is not in KV blocks")
     for key in NESTED_KEYS:
         if isinstance(raw.get(key), dict):
             raise fields.error(key, "models of several parts (vision, audio, encoder) are not supported")
