@@ -172,7 +172,7 @@ def test_a_model_without_a_tokenizer_is_told_at_once(
     raw = json.loads((bare / "config.json").read_text())
     (bare / "config.json").write_text(json.dumps({**raw, "architectures": ["MambaForCausalLM"], "state_size": 16}))
     assert run(monkeypatch, "serve", str(bare), "--skip-tokenizer-init") == 2
-    assert "models with recurrent layers are not supported" in capsys.readouterr().err
+    assert "MambaForCausalLM has recurrent layers" in capsys.readouterr().err
     assert len(started) == 1
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from fakes.exactness import CheckpointSpec, Reference, Verdict, make_checkpoint
+from fakes.foreign_checkpoints import ForeignReference, ForeignSpec, make_foreign
 from fakes.sampled import as_requests, fields
 from fakes.threaded_cluster import ThreadedCluster
 from fakes.variants import Variant
@@ -25,13 +26,13 @@ VERDICTS = pytest.StashKey[list[Verdict]]()
 
 @dataclass
 class Checkpoint:
-    spec: CheckpointSpec
+    spec: CheckpointSpec | ForeignSpec
     directory: Path
     verdicts: list[Verdict]
 
     @functools.cached_property
     def reference(self) -> Reference:
-        return Reference(self.directory)
+        return ForeignReference(self.directory) if isinstance(self.spec, ForeignSpec) else Reference(self.directory)
 
     def require_exact(self, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]]) -> None:
         """Judge greedy outputs; AssertionError unless every step is right. Counted in the summary of the run."""
@@ -55,13 +56,14 @@ class Checkpoint:
 @pytest.fixture(scope="session")
 def checkpoint(
     tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
-) -> Callable[[CheckpointSpec], Checkpoint]:
+) -> Callable[[CheckpointSpec | ForeignSpec], Checkpoint]:
     verdicts = pytestconfig.stash.setdefault(VERDICTS, [])
 
     @functools.cache
-    def make(spec: CheckpointSpec) -> Checkpoint:
-        directory = make_checkpoint(tmp_path_factory.mktemp("checkpoints") / spec.name, spec)
-        return Checkpoint(spec, directory, verdicts)
+    def make(spec: CheckpointSpec | ForeignSpec) -> Checkpoint:
+        directory = tmp_path_factory.mktemp("checkpoints") / spec.name
+        made = make_foreign(directory, spec) if isinstance(spec, ForeignSpec) else make_checkpoint(directory, spec)
+        return Checkpoint(spec, made, verdicts)
 
     return make
 

@@ -13,13 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes.exactness import CheckpointSpec, covering_specs, mixed_prompts
+from fakes.exactness import CheckpointSpec, covering_specs, family_specs, mixed_prompts
+from fakes.foreign_checkpoints import NAMED, ForeignSpec
 from fakes.sampled import fields, others
 from fakes.served_cluster import Choice, Completion, ServedCluster, complete
 from fakes.variants import Variant, pairwise_variants
 
 SPECS = [covering_specs()[number] for number in (0, 8, 7, 3, 10, 2)]
 ROWS = list(zip(SPECS, pairwise_variants(), strict=True))
+# Of every newer family and every named foreign architecture one, each in a row of its own
+FAMILY_ROWS = list(zip(family_specs()[::3], pairwise_variants()[2:], strict=False))
+FOREIGN_ROWS = list(zip(NAMED, pairwise_variants(), strict=False))
 TOKENS = 48
 AGAIN = 24
 ALTERNATIVES = 5
@@ -39,6 +43,14 @@ def test_two_opposite_clusters(
 @pytest.mark.parametrize(("spec", "variant"), ROWS[2:], ids=lambda value: _id(value))
 def test_the_rest_of_the_cover(
     checkpoint: Callable[..., Any], tmp_path: Path, spec: CheckpointSpec, variant: Variant
+) -> None:
+    check_cluster(checkpoint(spec), variant, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("spec", "variant"), FAMILY_ROWS + FOREIGN_ROWS, ids=lambda value: _id(value))
+def test_newer_families_and_foreign_architectures(
+    checkpoint: Callable[..., Any], tmp_path: Path, spec: CheckpointSpec | ForeignSpec, variant: Variant
 ) -> None:
     check_cluster(checkpoint(spec), variant, tmp_path)
 
@@ -141,4 +153,4 @@ def _settled(cluster: ServedCluster) -> dict[str, dict[str, Any]]:
 
 
 def _id(value: object) -> str:
-    return value.name if isinstance(value, CheckpointSpec) else str(value)
+    return value.name if isinstance(value, (CheckpointSpec, ForeignSpec)) else str(value)

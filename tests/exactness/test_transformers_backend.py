@@ -16,7 +16,7 @@ import pytest
 from fakes.exactness import mixed_prompts
 from fakes.foreign_checkpoints import MORE, NAMED, ForeignReference, ForeignSpec, make_foreign
 from fakes.threaded_cluster import Answer, HostedWorker, ThreadedCluster
-from fakes.variants import Variant, greedy
+from fakes.variants import Variant, all_variants, greedy
 
 from penstock.workers.runner import kv_view
 from penstock.workers.scheduler.plan import StepPlan
@@ -51,7 +51,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Callable[[ForeignSpec],
 def test_greedy_output_is_that_of_transformers(
     foreign: Callable[[ForeignSpec], Foreign], spec: ForeignSpec, split: bool
 ) -> None:
-    require_exact(foreign(spec), split)
+    require_exact(foreign(spec), Variant(split, 16, True, True))
 
 
 @pytest.mark.slow
@@ -60,7 +60,16 @@ def test_greedy_output_is_that_of_transformers(
 def test_greedy_output_of_every_other(
     foreign: Callable[[ForeignSpec], Foreign], spec: ForeignSpec, split: bool
 ) -> None:
-    require_exact(foreign(spec), split)
+    require_exact(foreign(spec), Variant(split, 16, True, True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", all_variants(), ids=str)
+@pytest.mark.parametrize("spec", NAMED, ids=lambda spec: spec.name)
+def test_the_named_in_every_variant(
+    foreign: Callable[[ForeignSpec], Foreign], spec: ForeignSpec, variant: Variant
+) -> None:
+    require_exact(foreign(spec), variant)
 
 
 @pytest.mark.parametrize("spec", [NAMED[0], NAMED[2]], ids=lambda spec: spec.name)
@@ -86,18 +95,18 @@ def test_an_altered_block_is_noticed(foreign: Callable[[ForeignSpec], Foreign]) 
     assert model.reference.judge(prompts, [answer.tokens for answer in answers]).wrong
 
 
-def require_exact(model: Foreign, split: bool) -> None:
+def require_exact(model: Foreign, variant: Variant) -> None:
     prompts = mixed_prompts(model.spec.vocab, PROMPTS)
-    answers, cluster = asyncio.run(_run(model.directory, Variant(split, 16, True, True), prompts))
-    decoding = cluster.workers["decode-0" if split else "mixed-0"]
-    computing = cluster.workers["prefill-0" if split else "mixed-0"]
-    assert computing.longest_chunk == 16
-    assert decoding.preemptions > 0
-    assert sum(answer.cached_tokens for answer in answers) > 0
-    assert decoding.transfers.incoming_arrived == (len(answers) if split else 0)
+    answers, cluster = asyncio.run(_run(model.directory, variant, prompts))
+    decoding = cluster.workers["decode-0" if variant.split else "mixed-0"]
+    computing = cluster.workers["prefill-0" if variant.split else "mixed-0"]
+    assert computing.longest_chunk == (variant.chunk or max(map(len, prompts)))
+    assert (decoding.preemptions > 0) == variant.preempt
+    assert (sum(answer.cached_tokens for answer in answers) > 0) == variant.caching
+    assert decoding.transfers.incoming_arrived == (len(answers) if variant.split else 0)
     outputs = [answer.tokens for answer in answers]
-    verdict = model.reference.judge([*prompts, *prompts[:AGAIN]], outputs)
-    assert verdict.steps == sum(map(len, outputs)) > PROMPTS * TOKENS
+    verdict = model.reference.judge([*prompts, *prompts[: len(answers) - PROMPTS]], outputs)
+    assert verdict.steps == sum(map(len, outputs)) >= PROMPTS * TOKENS
     verdict.require_exact(tie_share=0.01)
     seen = [len(set(tokens)) / TOKENS for tokens in outputs[:PROMPTS]]
     assert sum(seen) / PROMPTS > 0.3, "the model repeats itself: this comparison would prove little"

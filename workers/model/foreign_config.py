@@ -47,7 +47,7 @@ def parse_foreign_config(raw: dict[str, Any], path: str) -> ForeignConfig:
             raise fields.error(key, reason)
     for key in STATE_KEYS:
         if fields.raw.get(key) is not None:
-            raise fields.error(key, "models with recurrent layers are not supported: their state is not in KV blocks")
+            raise fields.error(key, f"{architecture} has recurrent layers, which keep no KV blocks: not supported")
     for key in NESTED_KEYS:
         if isinstance(raw.get(key), dict):
             raise fields.error(key, "models of several parts (vision, audio, encoder) are not supported")
