@@ -90,6 +90,12 @@ class Generation:
         if self._task is not None:
             self._task.cancel()
 
+    def finish(self) -> None:
+        """The reader has all it wants, such as a whole stop string: a good end, and the work stops everywhere."""
+        if not self.ended and not self.emission.ended:
+            self.emission.conclude(EndReason.STOP)
+        self.cancel()
+
     def __aiter__(self) -> Generation:
         return self
 

@@ -84,6 +84,7 @@ class ChoiceRunner:
                         lead.set()
                 await on_piece(piece)
                 if piece.finish_reason is not None:
+                    generation.finish()
                     return
         finally:
             generation.cancel()

@@ -48,6 +48,10 @@ class Generation(Protocol):
         """Everything new since the last read."""
         ...
 
+    def finish(self) -> None:
+        """The caller has all it wants before the end: a good end, and the work stops everywhere."""
+        ...
+
     def cancel(self) -> None:
         """Stop the work everywhere; harmless at any time, also after the end."""
         ...

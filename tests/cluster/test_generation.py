@@ -110,6 +110,26 @@ def test_cancel_reaches_the_worker_at_once() -> None:
     asyncio.run(scenario())
 
 
+def test_a_reader_that_has_enough_ends_it_well() -> None:
+    async def scenario() -> None:
+        reports: list[RequestReport] = []
+        async with ScriptedWorker() as worker:
+            generator = await connected(worker, reports)
+            generation = generator.submit(REQUEST)
+            slot = await slot_of(worker)
+            await worker.say(Started(slot, 1, 0))
+            await worker.say(frame((slot, 1, 0, [5], 0)))
+            assert (await anext(generation)).tokens == (5,)
+            generation.finish()
+            assert await worker.hear() == Cancel(slot, 1)
+            await until(lambda: generation.ended)
+            assert [(delta.tokens, delta.end) async for delta in generation] == [((), EndReason.STOP)]
+            assert [(report.terminal, report.generated_tokens) for report in reports] == [("completed", 1)]
+            await generator.close()
+
+    asyncio.run(scenario())
+
+
 def test_closing_the_generator_ends_every_generation() -> None:
     async def scenario() -> None:
         async with ScriptedWorker() as worker:

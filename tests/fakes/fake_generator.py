@@ -78,6 +78,9 @@ class FakeGeneration:
             self._ended = step.end is not EndReason.NONE
             return step
 
+    def finish(self) -> None:
+        self.cancel()
+
     def cancel(self) -> None:
         if not self._ended:
             self._ended = True
