@@ -25,7 +25,7 @@ from penstock.cluster.attendance import Attendance, Attendant
 from penstock.cluster.config import ClusterIdentity
 from penstock.cluster.discovery import NAMESPACE, ClusterAddress, controller_name
 from penstock.cluster.editions import ActorNeeds, Edition
-from penstock.cluster.fleet_plan import FleetPlan, Member
+from penstock.cluster.fleet_plan import FleetPlan, Member, Settled
 from penstock.cluster.logs import begin_logs
 from penstock.cluster.plan_store import delete_plan, load_plan, save_plan
 from penstock.cluster.roster import Roster, WorkerState
@@ -70,7 +70,8 @@ class Controller:
         self._ending = False
         self._room_made = now
         self._problems: dict[str, str] = {}  # edition -> why it cannot start
-        self._served: set[str] = set()  # editions that have been complete once
+        self._served: set[str] = set()  # editions that have been complete, with the pool sizes they have now
+        self._established: set[str] = set()  # editions that have been complete, with whatever sizes
         self._tasks: set[asyncio.Future[Any]] = set()
         saved = load_plan(self._cluster_id)
         self._key = saved["key"] if saved else spec.identity.key
@@ -81,6 +82,7 @@ class Controller:
         self._host.find_orphans(self._plan.members)
         self._returned = saved is not None
         self._served |= set(self._plan.targets)  # what runs already need not prove that it can start
+        self._established |= self._served
         self._life: asyncio.Future[None] | None = None
 
     # --- deployments ----------------------------------------------------------------------------------------------
@@ -92,15 +94,21 @@ class Controller:
             raise StartError("the cluster is ending")
         return str(self._key)
 
-    async def apply(self, edition: Edition, counts: Mapping[Role, int]) -> str:
-        """Have so many workers of an edition. Returns "" once they serve, else why they cannot be started."""
+    async def apply(self, edition: Edition, counts: Mapping[Role, int], patient: bool = False) -> Settled:
+        """Have so many workers of an edition; returns once they serve, or cannot be started.
+
+        Unless `patient`, at once where the edition has served before: an ingress that comes back while workers are
+        missing must be there to say so, and to serve as soon as they are back.
+        """
         self._begin()
         _check_counts(counts)
         if self._plan.apply(edition, counts):
             log.info("edition %s: %s", edition.key, _words(counts))
             self._served.discard(edition.key)
         self._reconcile(also_wanted=edition.key)
-        return await self._settle(edition.key)
+        if edition.key in self._established and not patient:
+            return Settled(established=True)
+        return Settled(await self._settle(edition.key))
 
     async def scale(self, changes: Mapping[str, int]) -> dict[str, int]:
         """Other pool sizes, by role, until a deployment states others; the sizes that hold now. ConfigError."""
@@ -201,6 +209,7 @@ class Controller:
         for edition in self._attendance.abandoned():
             log.info("edition %s has no ingress any more", edition)
             self._plan.drop(edition)
+            self._established.discard(edition)
             self._attendance.forget(edition)
         self._reconcile()
         if self._spec.launched:
@@ -279,6 +288,7 @@ class Controller:
                 return "another deployment took its place"
             if self._plan.settled(edition, roster, self._host.waiting(STUCK_AFTER_S)):
                 self._served.add(edition)
+                self._established.add(edition)
                 return ""
             failed = [e for e in roster.of_edition(edition).entries if e.state is WorkerState.RESTARTING]
             if failed and edition not in self._served:

@@ -48,6 +48,14 @@ class Steps:
     stop: tuple[Member, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What became of a wish. `established`: the edition has served before, so nobody waited for it to be complete."""
+
+    problem: str = ""  # why it cannot be fulfilled
+    established: bool = False
+
+
 class FleetPlan:
     """See the module's docstring."""
 

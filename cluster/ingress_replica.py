@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 
 LAUNCHED_DRAIN_S = 5.0  # `penstock serve` ends with its terminal
 READY_TIMEOUT_S = 60.0
+LINK_S = 5.0  # time to find workers that serve already
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,19 +163,24 @@ class IngressReplica(GrpcMethods):
             await asyncio.to_thread(self._tracer.close)
 
     async def _bring_up(self, pools: PoolSettings) -> None:
-        """Have workers, see that they serve, and only then listen. Raises StartError."""
-        problem = await self._membership.apply(self._edition, counts_of(pools))
-        if problem:
+        """Have workers, see that they serve, and only then listen. Raises StartError.
+
+        Where the edition has served before, missing workers hold nothing up: requests are refused with Retry-After.
+        """
+        settled = await self._membership.apply(self._edition, counts_of(pools))
+        if settled.problem:
             self._follower.cancel()
             await self._membership.leave()
-            raise StartError(problem)
+            raise StartError(settled.problem)
         try:
-            async with asyncio.timeout(READY_TIMEOUT_S):
+            async with asyncio.timeout(LINK_S if settled.established else READY_TIMEOUT_S):
                 while self._fleet.unready():
                     self._fleet_changed.clear()
                     await self._fleet_changed.wait()
         except TimeoutError:
-            raise StartError(f"the workers run but cannot be reached: {self._fleet.unready()}") from None
+            if not settled.established:
+                raise StartError(f"the workers run but cannot be reached: {self._fleet.unready()}") from None
+            log.warning("back without workers: %s", self._fleet.unready())
         self._wanted = pools
         if self._listener is not None:
             self._listener.start()
@@ -182,9 +188,9 @@ class IngressReplica(GrpcMethods):
             await self._grpc.start()
 
     async def _rescale(self, pools: PoolSettings) -> None:
-        problem = await self._membership.apply(self._edition, counts_of(pools))
-        if problem:
-            log.error("the pools are not what was asked for: %s", problem)
+        settled = await self._membership.apply(self._edition, counts_of(pools), patient=True)
+        if settled.problem:
+            log.error("the pools are not what was asked for: %s", settled.problem)
 
 
 class Mounted:

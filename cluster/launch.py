@@ -32,6 +32,7 @@ from penstock.cluster.config import ClusterIdentity
 from penstock.cluster.controller import ControllerSpec, create_controller
 from penstock.cluster.discovery import ClusterAddress, node_address
 from penstock.cluster.editions import counts_of, edition_of
+from penstock.cluster.fleet_plan import Settled
 from penstock.cluster.ingress_replica import IngressSpec
 from penstock.cluster.listen_address import settle
 from penstock.cluster.model_directory import describe
@@ -196,13 +197,14 @@ class Cluster:
             raise StartError(f"the ingress did not start: {error}") from error
 
     def _await_workers(self) -> list[dict[str, object]]:
-        pending = self._handle.apply.remote(edition_of(self.config), counts_of(self.config.pools))
+        pending = self._handle.apply.remote(edition_of(self.config), counts_of(self.config.pools), True)
         done: list[Any] = []
         while not done:
             self._keep_going()
             done, _ = ray.wait([pending], timeout=POLL_S)
-        if problem := ray.get(done[0]):
-            raise StartError(problem)
+        settled: Settled = ray.get(done[0])
+        if settled.problem:
+            raise StartError(settled.problem)
         facts: list[dict[str, object]] = ray.get(self._handle.ready.remote())
         return facts
 

@@ -19,6 +19,7 @@ from penstock.cluster.attendance import Attendant
 from penstock.cluster.controller import ControllerSpec, create_controller
 from penstock.cluster.discovery import find_controller
 from penstock.cluster.editions import Edition
+from penstock.cluster.fleet_plan import Settled
 from penstock.cluster.roster import Roster
 from penstock.cluster.supervision import StartError
 from penstock.workers.protocol import Role
@@ -56,16 +57,16 @@ class Membership:
         except TimeoutError as error:
             raise StartError(f"the controller of cluster {self._spec.identity.cluster_id} does not answer") from error
 
-    async def apply(self, edition: Edition, counts: Mapping[Role, int]) -> str:
-        """Have the controller bring up so many workers; "" once they serve, else why they cannot be started."""
+    async def apply(self, edition: Edition, counts: Mapping[Role, int], patient: bool = False) -> Settled:
+        """See `Controller.apply`."""
         while True:
             try:
-                problem: str = await (await self._controller()).apply.remote(edition, counts)
+                settled: Settled = await (await self._controller()).apply.remote(edition, counts, patient)
             except (ValueError, RayError) as error:
                 _note(error)
                 await asyncio.sleep(RETRY_S)
             else:
-                return problem
+                return settled
 
     async def follow(self, update: Callable[[Roster], None]) -> None:
         """Hand every new roster to `update`, for ever."""

@@ -164,6 +164,11 @@ class TwoNodeRay:
         """Live processes of this Ray whose title holds one of these."""
         return [process for process in self.see() if any(title in " ".join(command(process)) for title in titles)]
 
+    def on_second(self, title: str) -> bool:
+        """Whether a process of that title lives on the second node."""
+        second = self._nodes[-1].pid
+        return any(second in (parent.pid for parent in process.parents()) for process in self.processes(title))
+
     def see(self) -> list[psutil.Process]:
         """Live processes below the nodes."""
         for node in self._nodes:

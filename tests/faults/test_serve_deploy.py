@@ -135,6 +135,12 @@ def test_a_killed_ingress_breaks_its_streams_visibly_and_comes_back(cluster: Ser
 
 
 def test_a_lost_node_is_said_and_its_workers_come_back_on_another(cluster: ServeCluster) -> None:
+    """The node holds every decode worker and the ingress."""
+    while not cluster.on_second("ray::ServeReplica"):  # Serve starts it here and there
+        (replica,) = cluster.processes("ray::ServeReplica")
+        replica.kill()
+        cluster.until(lambda gone=replica: [p for p in cluster.processes("ray::ServeReplica") if p != gone], 40.0)
+        cluster.until(lambda: cluster.ready_roles().get("decode"), 40.0)
     cluster.kill_second()
     wanted = "waiting for 0.25 CPU, 1 decode: no node has it"
 
