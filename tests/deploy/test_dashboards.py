@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import yaml
 from fakes.observed_cluster import DECODE, PREFILL, ObservedCluster
 from fakes.promql import Series, problems, read_expression, series_of
+from fakes.served_cluster import ServedCluster, complete
 
 DASHBOARDS = Path(__file__).parents[2] / "deploy" / "dashboards"
 FILLED_IN = {"$__rate_interval": "5m", "$model": ".*", "$worker": ".*"}
@@ -98,15 +100,35 @@ def alerts() -> list[dict[str, Any]]:
     return [rule for group in rules["groups"] for rule in group["rules"]]
 
 
-def test_every_query_of_the_board_finds_its_series(series: Series) -> None:
+def require_all_found(series: Series) -> None:
     asked = queries()
     assert len(asked) > 80
     assert [problem for query in asked for problem in problems(filled(query), series)] == []
-
-
-def test_every_alert_finds_its_series(series: Series) -> None:
     assert len(alerts()) > 8
     assert [problem for rule in alerts() for problem in problems(rule["expr"], series)] == []
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(120)
+def test_every_query_finds_its_series_in_a_scrape_of_penstock_serve(tmp_path: Path) -> None:
+    """The embedded model behind Ray and HTTP, one request of either kind and one refusal."""
+    cluster = ServedCluster(tmp_path, ["--prefill", "1", "--decode", "1", "--kv-cache-memory-bytes", "64M"])
+    try:
+        cluster.wait_ready()
+        body = {"prompt": "17 + 25 = ", "max_tokens": 8}
+        asyncio.run(complete(cluster.url, [body, {**body, "stream": True}]))
+        assert cluster.http.post("/v1/completions", json={**body, "model": "nobody", "nonsense": 1}).status_code == 404
+        time.sleep(1.0)  # the workers' next heartbeats
+        require_all_found(series_of(cluster.http.get("/metrics").text))
+    finally:
+        cluster.end()
+
+
+def test_every_query_and_alert_finds_its_series(series: Series) -> None:
+    require_all_found(series)
+
+
+def test_alerts_name_labels_that_they_group_by() -> None:
     for rule in alerts():
         named = set(re.findall(r"\$labels\.(\w+)", rule["annotations"]["summary"]))
         assert named <= read_expression(rule["expr"]).grouped_by
