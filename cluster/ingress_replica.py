@@ -37,6 +37,7 @@ from penstock.cluster.membership import Membership
 from penstock.cluster.metrics import Metrics
 from penstock.cluster.model_directory import describe
 from penstock.cluster.settings import ClusterConfig, PoolSettings
+from penstock.cluster.startup_report import generation_lines
 from penstock.cluster.supervision import StartError
 from penstock.cluster.text import load_text
 from penstock.cluster.tracing import observing, open_tracer
@@ -73,6 +74,9 @@ class IngressReplica(GrpcMethods):
         model = describe(config.runner)
         text = load_text(model, config.front.skip_tokenizer_init, config.scheduler.max_model_len)
         begin_logs(config.logs, f"ingress-{os.getpid()}")
+        if spec.identity is None:  # `penstock serve` says it on its terminal
+            for line in generation_lines(model, config.front.generation_config):
+                log.info(line)
         metrics = Metrics(config.model_name, config.front.metrics_aliases, config.router.placement.policy)
         self._tracer = open_tracer(config.tracing)
         self._wanted: PoolSettings | None = None

@@ -40,14 +40,9 @@ class StartupReport:
         self.console.print(table)
 
     def generation(self, model: ModelDescription, setting: str) -> None:
-        """Sampling defaults of the model directory and whether they hold (`front.generation_config`); end tokens."""
-        stated = ", ".join(f"{name} {value:g}" for name, value in model.defaults.stated().items())
-        if stated:
-            holds = "" if setting == "auto" else f" (not applied: --generation-config {setting})"
-            self.console.print(f"Sampling defaults of generation_config.json: {stated}{holds}", highlight=False)
-        if model.eos_token_ids:
-            ids = ", ".join(map(str, model.eos_token_ids))
-            self.console.print(f"End tokens of config.json and generation_config.json: {ids}", highlight=False)
+        """See `generation_lines`."""
+        for line in generation_lines(model, setting):
+            self.console.print(line, highlight=False)
 
     def begin_loading(self, steps: int) -> None:
         """Show a bar of so many steps; without a terminal each step is a line."""
@@ -116,3 +111,15 @@ def _shown(value: object) -> str:
 
 def _int(value: object) -> int:
     return int(str(value))
+
+
+def generation_lines(model: ModelDescription, setting: str) -> list[str]:
+    """Sampling defaults of the model directory and whether they hold (`front.generation_config`); end tokens."""
+    lines = []
+    stated = ", ".join(f"{name} {value:g}" for name, value in model.defaults.stated().items())
+    if stated:
+        holds = "" if setting == "auto" else f" (not applied: --generation-config {setting})"
+        lines.append(f"Sampling defaults of generation_config.json: {stated}{holds}")
+    if model.eos_token_ids:
+        lines.append(f"End tokens of the model directory: {', '.join(map(str, model.eos_token_ids))}")
+    return lines

@@ -80,7 +80,7 @@ def test_the_report_tells_the_defaults(directory: Path) -> None:
     StartupReport(console).generation(described(directory), "vllm")
     lines = console.export_text().splitlines()
     assert lines[0] == "Sampling defaults of generation_config.json: temperature 0.7"
-    assert lines[1] == "End tokens of config.json and generation_config.json: 0, 399"
+    assert lines[1] == "End tokens of the model directory: 0, 399"
     assert lines[2].endswith("(not applied: --generation-config vllm)")
 
 
