@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
 import jinja2.meta
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from penstock.cluster.model_directory import read_json
@@ -21,6 +22,7 @@ from penstock.workers.errors import ModelError, RequestError
 
 Message = Mapping[str, Any]
 MAX_REASON_CHARS = 200
+MAX_PRODUCT = 1_000_000  # characters or items of a repeated text or list; exponents may reach a thousandth of it
 # What the template is always given, or may call; never a caller's to set.
 RESERVED = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "tokenize", "chat_template"}
@@ -28,13 +30,24 @@ RESERVED = frozenset(
 _TOLD = ("tokenizer_class", "add_bos_token", "add_eos_token", "add_prefix_space", "padding_side")
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, in which a caller's number cannot make a template multiply text, or numbers, without bound."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        factors = [len(one) if isinstance(one, Sized) else abs(one) for one in (left, right)]
+        size = factors[0] * factors[1] if operator == "*" else factors[1] * 1000
+        if size > MAX_PRODUCT and (operator == "**" or isinstance(left, Sized) or isinstance(right, Sized)):
+            raise jinja2.TemplateError("a product in the template is too large")
+        return super().call_binop(context, operator, left, right)
+
+
 class ChatTemplate:
     """One compiled template with the special tokens it may use."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], path: str, max_chars: int) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda style: datetime.datetime.now().astimezone().strftime(style)
@@ -47,13 +60,13 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         self._max_chars = max_chars
 
-    def render(self, messages: Sequence[Message], **variables: Any) -> str:
+    def render(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
         """The prompt text. Raises RequestError with the template's own words when it refuses the messages."""
         arguments = {**self._special_tokens, **variables, "messages": messages, "tools": None, "documents": None}
         pieces: list[str] = []
         size = 0
         try:
-            for piece in self._template.generate(**arguments):
+            for piece in self._template.generate(arguments):
                 pieces.append(piece)
                 size += len(piece)
                 if size > self._max_chars:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -21,7 +22,7 @@ from penstock.cluster.client_answers import (
     unreachable,
 )
 from penstock.cluster.client_calls import Call, Options, Prompt, Unpack, generate_call
-from penstock.workers.errors import RefusedError
+from penstock.workers.errors import ConfigError, RefusedError
 from penstock.workers.protocol import FailureCode
 
 CONNECT_TIMEOUT_S = 5.0
@@ -31,7 +32,11 @@ Answer = TypeVar("Answer")
 
 
 def httpx_settings(url: str, api_key: str) -> dict[str, object]:
-    """Keyword arguments of httpx's clients for one server."""
+    """Keyword arguments of httpx's clients for one server. Raises ConfigError for what is no URL or no key."""
+    if not _is_url(url):
+        raise ConfigError(f"{url!r} is not the URL of a server, like http://127.0.0.1:8000", "url")
+    if not isinstance(api_key, str) or not _is_plain(api_key):
+        raise ConfigError("an API key is ASCII without spaces", "api_key")
     return {
         "base_url": url,
         "headers": {"authorization": f"Bearer {api_key}"} if api_key else {},
@@ -39,6 +44,20 @@ def httpx_settings(url: str, api_key: str) -> dict[str, object]:
         "verify": url.startswith("https:"),
         "limits": httpx.Limits(max_connections=None),
     }
+
+
+def _is_url(url: object) -> bool:
+    if not isinstance(url, str) or not _is_plain(url):
+        return False
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets that do not match, a port that is none
+        return False
+
+
+def _is_plain(text: str) -> bool:
+    return text.isascii() and text.isprintable() and " " not in text
 
 
 def transport_problem(url: str, error: httpx.HTTPError) -> RefusedError:

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from penstock.cluster.client_answers import Completion
 from penstock.cluster.client_async import AsyncHandle
-from penstock.cluster.client_calls import Options, Prompt
+from penstock.cluster.client_calls import Options, Prompt, listed
 from penstock.workers.errors import PenstockError, RefusedError, RequestError
 from penstock.workers.protocol import FailureCode
 
@@ -50,13 +50,13 @@ class BatchPlan:
     return_exceptions: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_concurrency < 1:
-            raise RequestError("max_concurrency: must be at least 1", field="max_concurrency")
+        if type(self.max_concurrency) is not int or self.max_concurrency < 1:
+            raise RequestError("max_concurrency: must be an integer of at least 1", field="max_concurrency")
 
 
 async def run_batch(handle: AsyncHandle, prompts: Iterable[Prompt], options: Options, plan: BatchPlan) -> list[Outcome]:
     """One outcome per prompt. The first failure ends the batch and is raised, unless exceptions are to be returned."""
-    waiting = list(prompts)
+    waiting = listed(prompts, "prompts", "a list of prompts")
     ended: list[tuple[int, Outcome]] = []
     source = iter(enumerate(waiting))
     with BatchProgress(len(waiting), shown=plan.progress) as progress:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, Generic, TypedDict, TypeVar, Unpack
@@ -72,6 +74,10 @@ class Options(TypedDict, total=False):
 
 
 OPTION_NAMES = frozenset(Options.__annotations__)
+TEXT_ONLY = ("best_of", "echo", "add_special_tokens")
+CHAT_ONLY = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+_NO_JSON = (TypeError, ValueError, RecursionError)  # UnicodeEncodeError is a ValueError
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +90,17 @@ class Call(Generic[Answer]):
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def content(self) -> bytes:
-        """The body as sent. Raises RequestError for what is not JSON."""
+        """The body as sent. Raises RequestError naming the field that JSON cannot say."""
         try:
-            return json.dumps(self.body, allow_nan=False, ensure_ascii=False).encode()
-        except (TypeError, ValueError, RecursionError) as error:  # UnicodeEncodeError is a ValueError
-            raise RequestError(f"the request cannot be sent as JSON: {error}", code="invalid_json") from error
+            return _as_json(self.body)
+        except _NO_JSON:
+            for name, value in self.body.items():
+                try:
+                    _as_json(value)
+                except _NO_JSON as error:
+                    reason = f"{name}: cannot be sent as JSON: {str(error)[:200]}"
+                    raise RequestError(reason, field=name, code="invalid_json") from error
+            raise
 
 
 def generate_call(prompt: Prompt, options: Options, stream: bool = False) -> Call[Completion]:
@@ -99,11 +111,14 @@ def generate_call(prompt: Prompt, options: Options, stream: bool = False) -> Cal
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise RequestError(f"{name}: is not an option{hint}", field=name, code="unknown_field")
     body: dict[str, Any] = {**options, "return_token_ids": True, "stream": stream}
-    request_id = body.pop("request_id", None)
-    headers = {"x-request-id": str(request_id)} if request_id else {}
+    headers = _identity(body.pop("request_id", None))
     if stream:
         body["stream_options"] = {"include_usage": True}
     field, value = _prompt(prompt)
+    for name in CHAT_ONLY if field == "prompt" else TEXT_ONLY:
+        if body.get(name) is not None:
+            where = "messages" if field == "prompt" else "text and token prompts"
+            raise RequestError(f"{name}: only goes with {where}", field=name, code="unsupported_value")
     body[field] = value
     if field == "prompt":
         return Call("/v1/completions", body, completion_of, headers)
@@ -124,9 +139,9 @@ def score_call(prompt: Prompt, top: int, model: str | None) -> Call[Score]:
 
 def embed_calls(inputs: Sequence[str] | Sequence[Sequence[int]], model: str | None) -> list[Call[Embeddings]]:
     """As many requests as the inputs need."""
-    if isinstance(inputs, str) or any(isinstance(one, Integral) for one in inputs):
-        raise RequestError("inputs: give a list of texts or of lists of token ids", field="input", code="invalid_type")
-    plain = [one if isinstance(one, str) else _ids(one) for one in inputs]
+    wanted = "a list of texts or of lists of token ids"
+    items = listed(inputs, "input", wanted)
+    plain = [one if isinstance(one, str) else _ids(listed(one, "input", wanted)) for one in items]
     return [
         Call(
             "/v1/embeddings",
@@ -145,17 +160,42 @@ def tokenize_call(prompt: str | Sequence[Mapping[str, Any]], special: bool, mode
 
 def detokenize_call(token_ids: Sequence[int], model: str | None) -> Call[str]:
     """Text of token ids."""
-    return Call("/detokenize", {"tokens": _ids(token_ids), **_model(model)}, text_of)
+    tokens = _ids(listed(token_ids, "tokens", "a list of token ids"))
+    return Call("/detokenize", {"tokens": tokens, **_model(model)}, text_of)
+
+
+def _as_json(value: Any) -> bytes:
+    return json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+
+
+def listed(items: Any, field: str, wanted: str) -> list[Any]:
+    """The items of any sequence or iterator. Raises RequestError for what only looks like one: text, bytes, objects,
+    and sets, which have no order."""
+    if isinstance(items, (str, bytes, bytearray, memoryview, Mapping, AbstractSet)) or not isinstance(items, Iterable):
+        kind = type(items).__name__
+        raise RequestError(f"{field}: give {wanted}, not {kind}", field=field, code="invalid_type")
+    return list(items)
 
 
 def _prompt(prompt: Prompt) -> tuple[str, Any]:
     """The field a prompt goes into, and its value there."""
     if isinstance(prompt, str):
         return "prompt", prompt
-    items: list[Any] = list(prompt)
+    items = listed(prompt, "prompt", "text, token ids or a list of messages")
     if items and all(isinstance(item, Mapping) for item in items):
         return "messages", [dict(item) for item in items]
+    if items and all(isinstance(item, (str, list, tuple)) for item in items):
+        raise RequestError("prompt: one at a time; use batch for several", field="prompt", code="invalid_type")
     return "prompt", _ids(items)
+
+
+def _identity(request_id: Any) -> dict[str, str]:
+    """The header of a caller's own request id."""
+    if request_id is None:
+        return {}
+    if not isinstance(request_id, str) or not _REQUEST_ID.match(request_id):
+        raise RequestError("request_id: must be 1 to 128 of A-Z a-z 0-9 . _ : -", field="request_id")
+    return {"x-request-id": request_id}
 
 
 def _ids(items: Iterable[Any]) -> list[Any]:

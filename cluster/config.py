@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import os
 import sys
 from collections.abc import Iterable, Mapping
@@ -90,6 +91,7 @@ def build(layers: Mapping[str, Sourced]) -> ClusterConfig:
     return tree
 
 
+@functools.cache  # type hints take a while to resolve, and never change
 def known_keys(tree: type = ClusterConfig, prefix: str = "") -> dict[str, Any]:
     """Every dotted key and its type, in the tree's order."""
     keys: dict[str, Any] = {}

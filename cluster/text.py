@@ -84,11 +84,17 @@ class TextCodec:
         return self._lead + ids[-(keep - lead) :]
 
     def encode_chat(
-        self, messages: Sequence[Message], field: str = "messages", continue_final: bool = False, **variables: Any
+        self,
+        messages: Sequence[Message],
+        variables: Mapping[str, Any] | None = None,
+        *,
+        field: str = "messages",
+        continue_final: bool = False,
     ) -> list[int]:
         """Ids of the rendered chat. Special tokens written by a caller stay plain text: they cannot forge a role.
 
-        `continue_final`: the prompt ends with the last message's text, for the model to go on with.
+        `variables`: what else the template may read. `continue_final`: the prompt ends with the last message's text,
+        for the model to go on with.
         """
         tokenizer = self._ready(field)
         if self._template is None:
@@ -98,7 +104,7 @@ class TextCodec:
         end = f"\ue000{mark}:end\ue001"
         if continue_final:
             masked[-1] = {**masked[-1], "content": f"{masked[-1]['content']}{end} "}
-        rendered = self._template.render(masked, **self._mask(variables, mark))
+        rendered = self._template.render(masked, self._mask(variables or {}, mark))
         if continue_final:
             rendered = _until(rendered, end, str(messages[-1]["content"]), field)
         ids: list[int] = []

@@ -19,6 +19,7 @@ from penstock.workers.errors import ConfigError
 
 CHOICES = {
     "runner.kind": ("model", "oracle"),
+    "runner.device": ("cpu",),
     "runner.dtype": ("auto", "float32", "bfloat16", "float16"),
     "runner.model_impl": ("auto", "penstock", "transformers"),
     "front.generation_config": ("auto", "vllm", "none"),
@@ -78,6 +79,8 @@ UPPER = {
     "pools.mixed": 1024,
 }
 MAX_NAME_CHARS = 256
+NO_CUSTOM_RESOURCES = ("CPU", "GPU", "memory", "object_store_memory")
+RAY_ADDRESS = re.compile(r"auto|local|(ray://)?([^\s:/]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}")
 CLUSTER_NAME = re.compile(r"[A-Za-z0-9._-]{0,64}")
 
 
@@ -149,6 +152,10 @@ def _ray(config: ClusterConfig) -> None:
         for name, amount in value_of(config, key).items():
             if not name or not math.isfinite(amount) or amount <= 0:
                 raise wrong(config, key, f"{name!r}: {amount!r} must be more than zero")
+            if name in NO_CUSTOM_RESOURCES:
+                raise wrong(config, key, f"{name} is no custom resource; Ray refuses it here")
+    if ray.address and not RAY_ADDRESS.fullmatch(ray.address):
+        raise wrong(config, "ray.address", f"{ray.address!r} is neither auto nor host:port")
     if not CLUSTER_NAME.fullmatch(ray.cluster_name):
         raise wrong(config, "ray.cluster_name", "letters, digits, '.', '_' and '-' only, at most 64")
 

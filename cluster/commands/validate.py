@@ -20,10 +20,14 @@ from penstock.workers.errors import ConfigError
 HELP = "Check configuration files, Serve configurations and Kubernetes manifests, without a cluster."
 SUFFIXES = (".yaml", ".yml", ".json")
 FOUND_ERRORS = 1
+STANDARD_INPUT = "-"
 
 
 def validate(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files, or folders of .yaml, .yml, .json.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE...", help="Files, or folders of .yaml, .yml, .json; -: standard input."),
+    ],
     crds: Annotated[
         Path | None, typer.Option("--crds", metavar="DIR", help="Resource definitions to check custom kinds against.")
     ] = None,
@@ -40,7 +44,8 @@ def validate(
             raise ConfigError(f"--kind: {kind!r} is none of configuration, serve, kubernetes", key="--kind")
         expected = DocumentKind(kind)
     listed = [one for file in files for one in _files_of(file)]
-    findings = check_files(listed, SchemaBook(crds), expected)
+    met = frozenset(listed) - frozenset(files)
+    findings = check_files(listed, SchemaBook(crds), expected, met)
     errors = sum(one.severity is Severity.ERROR for one in findings)
     warnings = len(findings) - errors
     if json_output:
@@ -56,9 +61,12 @@ def validate(
 
 def _files_of(path: Path) -> list[Path]:
     """The file itself, or every file of a folder that could be one."""
+    if str(path) == STANDARD_INPUT:
+        return [Path("/dev/stdin")]
     if not path.is_dir():
         return [path]
-    found = sorted(one for one in path.rglob("*") if one.suffix in SUFFIXES and one.is_file())
+    # A link that leads nowhere is told, not passed over.
+    found = sorted(one for one in path.rglob("*") if one.suffix in SUFFIXES and (one.is_file() or not one.exists()))
     if not found:
         raise ConfigError(f"{path}: no {', '.join(SUFFIXES)} files in this folder", key="FILE")
     return found

@@ -5,6 +5,7 @@ Used by the two ways a call reaches us. Stands on the HTTP table (`ingress/error
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import grpc
@@ -47,7 +48,7 @@ def status_of(error: BaseException) -> RpcStatus:
     problem = problem_of(error)
     code = _CODES.get(problem.status, grpc.StatusCode.INTERNAL)
     message = problem.message.encode()[:MAX_MESSAGE_BYTES].decode(errors="ignore")
-    retry_after_s = None if problem.retry_after_s is None else max(1, round(problem.retry_after_s))
+    retry_after_s = None if problem.retry_after_s is None else max(1, math.ceil(problem.retry_after_s))
     metadata: Metadata = (("grpc-status-details-bin", _details(problem, code, message, retry_after_s)),)
     if retry_after_s is not None:
         metadata += (("retry-after", str(retry_after_s)),)

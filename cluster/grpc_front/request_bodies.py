@@ -7,11 +7,12 @@ but the one thing JSON has no room for: a prompt in no form at all.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
-from google.protobuf.json_format import MessageToDict
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.struct_pb2 import Value
 
 from penstock.cluster.grpc_front.penstock_pb2 import (
     Conversation,
@@ -22,6 +23,23 @@ from penstock.cluster.grpc_front.penstock_pb2 import (
     TokenizeRequest,
 )
 from penstock.workers.errors import RequestError
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Stands for a request whose bytes are no message of its kind, so that the servicer refuses it like any other."""
+
+
+def lenient(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """A deserialiser that never fails: grpcio would answer with a defect of the server and log its traceback."""
+
+    def read(raw: bytes) -> Any:
+        try:
+            return parse(raw)
+        except DecodeError:
+            return Unreadable()
+
+    return read
 
 
 def generate_body(request: GenerateRequest, stream: bool) -> tuple[dict[str, Any], bool]:
@@ -94,11 +112,16 @@ def _conversation(chat: Conversation) -> dict[str, Any]:
     body: dict[str, Any] = {"messages": [{"content": "", **plain(message)} for message in chat.messages]}
     body |= _stated(chat, ("add_generation_prompt",))
     if chat.chat_template_kwargs:
-        values = {name: MessageToDict(value) for name, value in chat.chat_template_kwargs.items()}
-        body["chat_template_kwargs"] = {name: _whole(value) for name, value in values.items()}
+        body["chat_template_kwargs"] = {name: _scalar(value) for name, value in chat.chat_template_kwargs.items()}
     return body
 
 
-def _whole(value: Any) -> Any:
-    """protobuf's Value has only doubles: 3.0 was written as 3."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+def _scalar(value: Value) -> Any:
+    """A value as JSON has it. protobuf's numbers are doubles: 3.0 was written as 3. What is in a list or an object does
+    not matter: templates are given neither."""
+    kind = value.WhichOneof("kind")
+    if kind == "number_value":
+        return int(value.number_value) if value.number_value.is_integer() else value.number_value
+    if kind in {"string_value", "bool_value"}:
+        return getattr(value, kind)
+    return {"struct_value": {}, "list_value": []}.get(kind or "")

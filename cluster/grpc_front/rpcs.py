@@ -15,6 +15,7 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message_factory import GetMessageClass
 
 from penstock.cluster.grpc_front.penstock_pb2 import DESCRIPTOR
+from penstock.cluster.grpc_front.request_bodies import lenient
 
 SERVICE = DESCRIPTOR.services_by_name["Generation"]
 
@@ -41,7 +42,7 @@ class GenerationStub:
 def _handler(method: MethodDescriptor, serve: Callable[..., Any]) -> Any:
     make = grpc.unary_stream_rpc_method_handler if method.server_streaming else grpc.unary_unary_rpc_method_handler
     request, answer = GetMessageClass(method.input_type), GetMessageClass(method.output_type)
-    return make(serve, request_deserializer=request.FromString, response_serializer=answer.SerializeToString)
+    return make(serve, request_deserializer=lenient(request.FromString), response_serializer=answer.SerializeToString)
 
 
 def _call(channel: Any, name: str) -> Any:

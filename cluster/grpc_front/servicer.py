@@ -34,7 +34,13 @@ from penstock.cluster.grpc_front.penstock_pb2 import (
     TokenizeResponse,
 )
 from penstock.cluster.grpc_front.problems import Metadata, RpcStatus, status_of
-from penstock.cluster.grpc_front.request_bodies import detokenize_body, embed_body, generate_body, tokenize_body
+from penstock.cluster.grpc_front.request_bodies import (
+    Unreadable,
+    detokenize_body,
+    embed_body,
+    generate_body,
+    tokenize_body,
+)
 from penstock.cluster.ingress.choice_text import Piece
 from penstock.cluster.ingress.errors import HttpProblem, problem_of
 from penstock.cluster.ingress.keys import Caller
@@ -202,10 +208,13 @@ class GenerationServicer:
         return HealthResponse(ready=not reason, reason=reason)
 
     def _caller(self, request: Any, call: RpcCall, metadata: Stated) -> Caller:
-        """Who asks. Raises HttpProblem 401, or 413 for a message larger than an HTTP body may be."""
+        """Who asks. Raises HttpProblem 401, 413 for a message larger than an HTTP body may be, and RequestError for
+        bytes that are none."""
         keys = [_bytes(value) for name, value in metadata if name == "authorization"]
         caller = self._service.access.authorise(keys)
         call.watch.tenant = caller.tenant
+        if isinstance(request, Unreadable):
+            raise RequestError("the request is not a message of this rpc's kind", code="invalid_protobuf")
         most = self._service.settings.limits.max_body_bytes
         if request.ByteSize() > most:
             message = f"the request is larger than {most} bytes"

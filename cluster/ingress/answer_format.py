@@ -13,11 +13,17 @@ from typing import Any
 from penstock.cluster.ingress.call import Call
 from penstock.cluster.ingress.choice_text import Piece
 from penstock.cluster.ingress.choices import Scores, Tally
-from penstock.cluster.ingress.logprob_format import chat_logprobs, completion_logprobs, prompt_logprobs
+from penstock.cluster.ingress.logprob_format import (
+    TextOffsets,
+    chat_logprobs,
+    completion_logprobs,
+    prompt_logprobs,
+)
 from penstock.cluster.ingress.results import ChoiceResult
 from penstock.cluster.text import TextCodec
 from penstock.router.emission import TokenLogprob
 
+_NO_LOGPROBS = ',"logprobs":null'
 DONE = b"data: [DONE]\n\n"
 _quote: Callable[[str], str] = json.JSONEncoder(ensure_ascii=False).encode
 
@@ -35,7 +41,7 @@ class AnswerFormat:
         self._head = {**head, "object": _object(chat, call.output.stream)}
         self._prefix = "data: " + json.dumps(self._head)[:-1] + ',"choices":['
         self._begun: set[int] = set()
-        self._offsets = [0] * call.num_choices
+        self._offsets: dict[int, TextOffsets] = {}
 
     def chunk(self, piece: Piece, tally: Tally) -> bytes:
         """The events for one piece: for chat also the one that opens the choice and the one that closes it."""
@@ -54,12 +60,12 @@ class AnswerFormat:
         events = ""
         if first:
             whole = usage + self._prompt_ids(0) if len(self._begun) == 1 else usage
-            events = self._event(piece.index, '{"role":"assistant","content":""}', "null", "", whole)
+            events = self._event(piece.index, '{"role":"assistant","content":""}', "null", _NO_LOGPROBS, whole)
         if piece.text or piece.tokens:
             delta = f'{{"content":{_quote(piece.text)}}}'
             events += self._event(piece.index, delta, "null", self._extras(piece, False), usage)
         if piece.finish_reason is not None:
-            events += self._event(piece.index, "{}", f'"{piece.finish_reason}"', "", usage)
+            events += self._event(piece.index, "{}", f'"{piece.finish_reason}"', _NO_LOGPROBS, usage)
         return events.encode()
 
     def tail(self, tally: Tally, comment: bytes = b"") -> bytes:
@@ -90,7 +96,7 @@ class AnswerFormat:
         return call.texts[index // call.n] if call.output.echo else ""
 
     def _extras(self, piece: Piece, first: bool) -> str:
-        extras = ""
+        extras = _NO_LOGPROBS
         if self._call.output.logprobs:
             extras = f',"logprobs":{json.dumps(self._logprobs(piece.index, piece.tokens, piece.logprobs or (), first))}'
         if self._call.output.return_token_ids:
@@ -114,12 +120,16 @@ class AnswerFormat:
         """Of these tokens, after the prompt's when an echo begins."""
         if self._chat:
             return chat_logprobs(self._codec, tokens, logprobs)
+        if index not in self._offsets:
+            self._offsets[index] = TextOffsets(self._codec, self._call.output.skip_special_tokens)
+        walk, offsets = self._offsets[index], list[int]()
         entries: list[TokenLogprob | None] = [*logprobs]
         if first and self._call.output.echo:
             prompt = index // self._call.n
+            offsets = walk.of_echo(self._call.prompts[prompt], self._call.texts[prompt])
             tokens, entries = [*self._call.prompts[prompt], *tokens], [*self._scores[prompt], *logprobs]
-        formatted, self._offsets[index] = completion_logprobs(self._codec, tokens, entries, self._offsets[index])
-        return formatted
+        offsets += walk.of_generated(tokens[len(offsets) :])
+        return completion_logprobs(self._codec, tokens, entries, offsets)
 
     def _choice(self, index: int, result: ChoiceResult) -> dict[str, Any]:
         output, prompt = self._call.output, index // self._call.n

@@ -33,6 +33,8 @@ CHAT_UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "tool_choice": ("none",),
     "function_call": ("none",),
     "echo": (False,),
+    "best_of": (1,),
+    "add_special_tokens": (False,),
     "documents": ([],),
     "audio": (),
     "modalities": (["text"],),

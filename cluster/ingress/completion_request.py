@@ -57,7 +57,7 @@ def parse_completion(body: dict[str, Any], settings: IngressSettings, text: Text
     check_scored(prompts, scored, settings, "prompt")
     stated = 1 if stated == 0 else stated
     limits = tuple(fit(stated, DEFAULT_MAX_TOKENS, prompt, settings, "prompt") for prompt in prompts)
-    check_min_tokens(sampling.min_tokens, limits)
+    check_min_tokens(sampling.min_tokens, (0,) if output.hide_generated else limits)
     texts = _echoed(stated_prompts, prompts, keep is not None, output, text)
     return Call(model, prompts, limits, n, sampling, output, salt, best_of, texts)
 

@@ -54,7 +54,7 @@ def parse_embedding(body: dict[str, Any], settings: IngressSettings, text: TextC
     wants_base64(body)
     if fields.raw("dimensions") is not None:
         raise fields.refuse("dimensions", "vectors have the model's width; it cannot be changed", "unsupported_value")
-    fields.sized("user", settings.limits.max_label_bytes)
+    fields.sized("user", str, settings.limits.max_label_bytes)
     keep = read_truncation(fields, settings, 1)
     add_special = fields.boolean("add_special_tokens", default=True)
     salt = read_salt(fields)

@@ -73,9 +73,14 @@ class Exchange:
         """Refuse header floods and ambiguous framing; a harmless request id of the caller's goes into the answer."""
         size = sum(len(name) + len(value) for name, value in self._headers)
         if len(self._headers) > self._limits.max_headers or size > self._limits.max_header_bytes:
-            raise HttpProblem(431, "invalid_request_error", "the request's headers are too large", close=True)
-        if self.headers(b"content-length") and self.headers(b"transfer-encoding"):
-            raise HttpProblem(400, "invalid_request_error", "both Content-Length and Transfer-Encoding", close=True)
+            raise _refused(431, "the request's headers are too large", "headers_too_large")
+        coded = self.headers(b"transfer-encoding")
+        if coded and self.headers(b"content-length"):
+            raise _refused(400, "both Content-Length and Transfer-Encoding", "invalid_http")
+        if coded and [value.strip().lower() for value in coded] != [b"chunked"]:
+            raise _refused(400, "the only Transfer-Encoding is chunked", "invalid_http")
+        if len(self.headers(b"host")) > 1:
+            raise _refused(400, "more than one Host", "invalid_http")
         stated = self.headers(b"x-request-id")
         if len(stated) == 1 and _REQUEST_ID.match(stated[0]):
             self._identity[0] = (b"x-request-id", stated[0])
@@ -89,17 +94,19 @@ class Exchange:
         """The whole JSON body, within its limits of type, size and time."""
         kinds = self.headers(b"content-type")
         if len(kinds) != 1 or kinds[0].split(b";")[0].strip().lower() != JSON:
-            raise HttpProblem(415, "invalid_request_error", "Content-Type must be application/json")
+            raise _refused(415, "Content-Type must be application/json", "unsupported_media_type", close=False)
         if any(value.strip().lower() != b"identity" for value in self.headers(b"content-encoding")):
-            raise HttpProblem(415, "invalid_request_error", "Content-Encoding is not supported")
+            raise _refused(415, "Content-Encoding is not supported", "unsupported_media_type", close=False)
         try:
             async with asyncio.timeout(self._limits.body_timeout_s):
                 body = await self._collect()
         except TimeoutError:
-            raise HttpProblem(408, "timeout", "the body did not arrive in time", may_retry=False, close=True) from None
+            late = "the body did not arrive in time"
+            raise HttpProblem(408, "timeout", late, code="timeout", may_retry=False, close=True) from None
         if body is not None:
             return body
-        await self._discard()
+        if not self.headers(b"expect"):  # who waits for a 100 has sent nothing yet
+            await self._discard()
         raise HttpProblem(
             413,
             "request_too_large",
@@ -211,3 +218,7 @@ class Exchange:
     async def end_stream(self) -> None:
         """The proper end of a stream."""
         await self._send({"type": "http.response.body", "body": b""})
+
+
+def _refused(status: int, message: str, code: str, close: bool = True) -> HttpProblem:
+    return HttpProblem(status, "invalid_request_error", message, code=code, close=close)

@@ -14,6 +14,7 @@ from typing import Any
 from penstock.workers.errors import RequestError
 
 MAX_SHOWN_CHARS = 60
+_KINDS = {str: "a string", bool: "true or false", int: "an integer", dict: "an object"}
 
 
 class Fields:
@@ -97,10 +98,14 @@ class Fields:
             raise self.refuse(key, f"must be an object, not {shown(value)}", "invalid_type")
         return Fields(value, f"{self.name(key)}.")
 
-    def sized(self, key: str, max_bytes: int) -> None:
-        """Accepts anything whose JSON is short: fields that are taken and not used."""
+    def sized(self, key: str, kind: type, max_bytes: int) -> None:
+        """Accepts any value of a kind whose JSON is short: fields that are taken and not used."""
         value = self._raw.get(key)
-        if value is not None and len(json.dumps(value)) > max_bytes:
+        if value is None:
+            return
+        if type(value) is not kind:
+            raise self.refuse(key, f"must be {_KINDS[kind]}, not {shown(value)}", "invalid_type")
+        if len(json.dumps(value)) > max_bytes:
             raise self.refuse(key, f"is longer than {max_bytes} bytes", "too_long")
 
     def only(self, key: str, allowed: tuple[object, ...]) -> None:

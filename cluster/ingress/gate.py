@@ -10,6 +10,7 @@ requests that a page of another site makes (`Origin`) or that name a public host
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass
 from enum import Enum
 
@@ -18,6 +19,7 @@ from penstock.cluster.ingress.exchange import Exchange
 from penstock.cluster.ingress.keys import Access, Caller
 
 MODEL_PREFIX = "/v1/models/"
+_HOST = re.compile(r"[A-Za-z0-9_.:\[\]-]*\Z")
 _PRIVATE_SUFFIXES = (".localhost", ".local", ".internal", ".svc")
 
 
@@ -105,7 +107,9 @@ def _check_operator(exchange: Exchange, caller: Caller, access: Access) -> None:
 
 
 def _is_public(host: str) -> bool:
-    """True for a name that public DNS may point anywhere."""
+    """True for a name that public DNS may point anywhere, and for what is no name at all."""
+    if not _HOST.match(host):
+        return True
     name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() and not host.endswith("]") else host
     name = name.strip("[]").rstrip(".").lower()
     try:

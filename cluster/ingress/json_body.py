@@ -1,7 +1,8 @@
 """A JSON object out of the bytes of a body, or a 400: nothing that a parser, a log or an encoder could choke on later.
 
 Used by `service.py`. Refused: bad UTF-8, lone surrogates, NaN and Infinity, nesting beyond `MAX_DEPTH`, a name twice
-in one object (gateways and servers disagree which one counts), and anything but an object at the top.
+in one object (gateways and servers disagree which one counts), anything but an object at the top, and bodies of so
+many values that parsing them would hold up everybody else: their punctuation is counted before, that in strings too.
 """
 
 from __future__ import annotations
@@ -13,11 +14,16 @@ from typing import Any, NoReturn
 from penstock.cluster.ingress.errors import HttpProblem
 
 MAX_DEPTH = 64
+MAX_MEMBERS = 500_000  # lists, objects and names
+MAX_COMMAS = 2_000_000
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89abcdefABCDEF]")
 
 
 def parse_json(raw: bytes) -> dict[str, Any]:
     """The body. Raises HttpProblem 400."""
+    brackets = raw.count(b"[") + raw.count(b"{")
+    if brackets + raw.count(b":") > MAX_MEMBERS or raw.count(b",") > MAX_COMMAS:
+        raise _wrong("the body holds too many values")
     try:
         body = json.loads(raw.decode(), parse_constant=_no_constant, object_pairs_hook=_once)
         if _SURROGATE_ESCAPE.search(raw):
@@ -30,7 +36,7 @@ def parse_json(raw: bytes) -> dict[str, Any]:
         raise _wrong(f"the body is not JSON: {str(error)[:200]}") from None
     if not isinstance(body, dict):
         raise _wrong("the body must be a JSON object")
-    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH:
+    if brackets > MAX_DEPTH:
         _check_depth(body)
     return body
 

@@ -32,18 +32,46 @@ def token_text(codec: TextCodec, token: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
 
 
-def completion_logprobs(
-    codec: TextCodec, tokens: Sequence[int], logprobs: Sequence[TokenLogprob | None], offset: int
-) -> tuple[dict[str, Any], int]:
-    """The `logprobs` object of `/v1/completions` for these tokens, and the text offset after them.
+class TextOffsets:
+    """Where the tokens of one choice stand in its answer's text, in characters.
 
-    A first token that is echoed has no logprob: null.
+    A token that shows nothing, or only a part of a character, stands where the next text begins.
     """
+
+    __slots__ = ("_at", "_codec", "_stream")
+
+    def __init__(self, codec: TextCodec, skip_special_tokens: bool) -> None:
+        self._codec = codec
+        self._stream = codec.stream(skip_special_tokens)
+        self._at = 0
+
+    def of_echo(self, tokens: Sequence[int], text: str) -> list[int]:
+        """Of the prompt's tokens in its text, which is as the caller wrote it: without the special tokens and the
+        leading space that a tokenizer puts before it."""
+        stream, offsets = self._codec.stream(skip_special_tokens=False), []
+        for token in tokens:
+            piece = stream.push((token,))
+            shown = next((form for form in (piece, piece.removeprefix(" ")) if text.startswith(form, self._at)), "")
+            offsets.append(self._next(token, shown))
+        self._at = len(text)
+        return offsets
+
+    def of_generated(self, tokens: Sequence[int]) -> list[int]:
+        """Of the tokens that come next."""
+        return [self._next(token, self._stream.push((token,))) for token in tokens]
+
+    def _next(self, token: int, shown: str) -> int:
+        """Where a token stands that adds `shown`: behind what it adds for bytes before it that became no character."""
+        before, own = self._at, token_text(self._codec, token)
+        self._at += len(shown)
+        return self._at - len(own) if own and shown.endswith(own) else before
+
+
+def completion_logprobs(
+    codec: TextCodec, tokens: Sequence[int], logprobs: Sequence[TokenLogprob | None], offsets: list[int]
+) -> dict[str, Any]:
+    """The `logprobs` object of `/v1/completions` for these tokens. A first token that is echoed has none: null."""
     texts = [token_text(codec, token) for token in tokens]
-    offsets = []
-    for text in texts:
-        offsets.append(offset)
-        offset += len(text)
     top: list[dict[str, float] | None] = []
     for text, entry in zip(texts, logprobs, strict=True):
         if entry is None:
@@ -54,7 +82,7 @@ def completion_logprobs(
             named.setdefault(token_text(codec, token), finite(value))
         top.append(named)
     chosen = [None if entry is None else finite(entry.logprob) for entry in logprobs]
-    return {"tokens": texts, "token_logprobs": chosen, "top_logprobs": top, "text_offset": offsets}, offset
+    return {"tokens": texts, "token_logprobs": chosen, "top_logprobs": top, "text_offset": offsets}
 
 
 def chat_logprobs(codec: TextCodec, tokens: Sequence[int], logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:

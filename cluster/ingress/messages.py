@@ -22,7 +22,7 @@ def encode_messages(fields: Fields, settings: IngressSettings, text: TextCodec) 
     check_text_length(sum(len(m["content"]) for m in messages), settings, text, "messages")
     generates, continues = read_continuation(fields)
     variables = read_variables(fields, settings, text)
-    ids = text.encode_chat(messages, "messages", continues, add_generation_prompt=generates, **variables)
+    ids = text.encode_chat(messages, {**variables, "add_generation_prompt": generates}, continue_final=continues)
     if not ids:
         raise RequestError("messages: the chat template made an empty prompt of them", field="messages")
     return ids

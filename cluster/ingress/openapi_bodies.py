@@ -75,7 +75,6 @@ def _chat(shape: Shape) -> tuple[Schema, list[str]]:
         "logprobs": _boolean(),
         "top_logprobs": _integer(0, shape.limits.max_logprobs, "only with logprobs: true"),
         **_template(shape),
-        "include_reasoning": {},
         "parallel_tool_calls": {},
         **{name: {"enum": [*harmless, None], "description": UNUSABLE} for name, harmless in CHAT_UNSUPPORTED.items()},
     }
@@ -88,7 +87,7 @@ def _embedding(shape: Shape) -> tuple[Schema, list[str]]:
         "model": _string(),
         "encoding_format": {"type": ["string", "null"], "enum": ["float", "base64", None]},
         "dimensions": {"type": "null", "description": "vectors have the model's width"},
-        "user": _label(shape),
+        "user": _label(shape, str),
         "add_special_tokens": _boolean(),
         "truncate_prompt_tokens": _integer(-1, shape.max_model_len - 1, "not 0; -1: as many as fit"),
         "cache_salt": _salt(),
@@ -133,7 +132,7 @@ def _shared(shape: Shape) -> Schema:
             "type": ["object", "null"],
             "maxProperties": limits.max_logit_bias,
             "propertyNames": {"pattern": "^(0|[1-9][0-9]{0,9})$", "description": f"token ids up to {last}"},
-            "additionalProperties": _number(-MAX_BIAS, MAX_BIAS),
+            "additionalProperties": {"type": "number", "minimum": -MAX_BIAS, "maximum": MAX_BIAS},
         },
         "bad_words": _list(_short_string(limits.max_stop_bytes), limits.max_bad_words),
         "allowed_token_ids": {**_list(_id(shape), limits.max_allowed_token_ids), "minItems": 1},
@@ -158,7 +157,7 @@ def _shared(shape: Shape) -> Schema:
             "properties": {"type": {"const": "text"}},
             "required": ["type"],
         },
-        **{name: _label(shape) for name in UNUSED},
+        **{name: _label(shape, kind) for name, kind in UNUSED.items()},
         **{name: {"enum": [*harmless, None], "description": UNUSABLE} for name, harmless in UNSUPPORTED.items()},
     }
 
@@ -170,6 +169,7 @@ def _template(shape: Shape) -> Schema:
         "add_generation_prompt": _boolean(),
         "continue_final_message": _boolean(),
         "reasoning_effort": {"type": ["string", "null"], "maxLength": 64},
+        "include_reasoning": _boolean(),
         "chat_template_kwargs": {
             "type": ["object", "null"],
             "maxProperties": MAX_VARIABLES,
@@ -241,8 +241,12 @@ def _short_string(max_bytes: int) -> Schema:
     return {"type": "string", "minLength": 1, "maxLength": max_bytes, "description": "bytes of UTF-8 count"}
 
 
-def _label(shape: Shape) -> Schema:
-    return {"description": f"taken and not used; at most {shape.limits.max_label_bytes} bytes of JSON"}
+def _label(shape: Shape, kind: type) -> Schema:
+    name = {str: "string", dict: "object", bool: "boolean", int: "integer"}[kind]
+    return {
+        "type": [name, "null"],
+        "description": f"taken and not used; at most {shape.limits.max_label_bytes} bytes of JSON",
+    }
 
 
 def _salt() -> Schema:

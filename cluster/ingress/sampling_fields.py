@@ -45,16 +45,16 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "chat_template": (),
 }
 # Fields that are accepted, bounded, and not used.
-UNUSED = (
-    "user",
-    "metadata",
-    "store",
-    "service_tier",
-    "safety_identifier",
-    "prompt_cache_key",
-    "request_id",
-    "priority",
-)
+UNUSED: dict[str, type] = {
+    "user": str,
+    "metadata": dict,
+    "store": bool,
+    "service_tier": str,
+    "safety_identifier": str,
+    "prompt_cache_key": str,
+    "request_id": str,
+    "priority": int,
+}
 
 
 def read_model(fields: Fields, settings: IngressSettings) -> str:
@@ -126,8 +126,8 @@ def refuse_unsupported(fields: Fields, settings: IngressSettings) -> None:
     response_format = fields.child("response_format")
     if response_format is not None and response_format.raw("type") != "text":
         raise fields.refuse("response_format", "only type 'text' is supported by this server", "unsupported_value")
-    for name in UNUSED:
-        fields.sized(name, settings.limits.max_label_bytes)
+    for name, kind in UNUSED.items():
+        fields.sized(name, kind, settings.limits.max_label_bytes)
 
 
 def read_max_tokens(fields: Fields, name: str, settings: IngressSettings, low: int = 1) -> int | None:

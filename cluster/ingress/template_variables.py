@@ -14,7 +14,7 @@ from penstock.cluster.ingress.settings import IngressSettings
 from penstock.cluster.text import TextCodec
 
 MAX_VARIABLES = 16
-MAX_NUMBER = 1e9
+MAX_NUMBER = 1e8
 
 
 def read_continuation(fields: Fields) -> tuple[bool, bool]:
@@ -27,11 +27,13 @@ def read_continuation(fields: Fields) -> tuple[bool, bool]:
 
 
 def read_variables(fields: Fields, settings: IngressSettings, text: TextCodec) -> dict[str, Any]:
-    """`reasoning_effort` and `chat_template_kwargs`, as far as the template reads them."""
+    """`reasoning_effort`, `include_reasoning` and `chat_template_kwargs`, as far as the template reads them."""
     variables: dict[str, Any] = {}
     effort = fields.text("reasoning_effort", 64)
     if effort is not None:
         variables["reasoning_effort"] = effort
+    if fields.raw("include_reasoning") is not None:
+        variables["include_reasoning"] = fields.boolean("include_reasoning")
     stated = fields.child("chat_template_kwargs")
     names = stated.keys() if stated is not None else []
     if len(names) > MAX_VARIABLES:

@@ -78,6 +78,8 @@ def _logit_bias(fields: Fields, settings: IngressSettings, text: TextCodec) -> B
             raise fields.refuse(
                 "logit_bias", f"keys are token ids from 0 to {text.vocab_size - 1}, not {shown(key)}", "out_of_range"
             )
+        if stated.raw(key) is None:
+            raise stated.refuse(key, "must be a number, not null", "invalid_type")
         value = stated.number(key, -MAX_BIAS, MAX_BIAS, 0.0)
         if value:
             found.append((int(key), value))

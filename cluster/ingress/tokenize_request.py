@@ -34,6 +34,9 @@ def detokenize(body: dict[str, Any], settings: IngressSettings, text: TextCodec)
     tokens = fields.raw("tokens")
     if not isinstance(tokens, list):
         raise fields.refuse("tokens", f"must be a list of token ids, not {shown(tokens)}", "invalid_type")
+    most = settings.limits.max_tokenize_bytes  # a token has at least one byte
+    if len(tokens) > most:
+        raise fields.refuse("tokens", f"must hold at most {most} token ids", "out_of_range")
     if not all(type(token) is int and 0 <= token < text.vocab_size for token in tokens):
         raise fields.refuse("tokens", f"token ids are integers from 0 to {text.vocab_size - 1}", "out_of_range")
     return {"prompt": text.decode_whole(tokens)}

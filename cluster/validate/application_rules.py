@@ -17,7 +17,7 @@ from penstock.cluster.llm_config import is_llm_config, translate
 from penstock.cluster.settings import ClusterConfig, with_value
 from penstock.cluster.validate.configuration_rules import Stated, check_stated, read_stated
 from penstock.cluster.validate.findings import Path, Problem, nearest, warning
-from penstock.cluster.validate.loose import entries, mapping, number, text, whole
+from penstock.cluster.validate.loose import at, entries, mapping, number, text, walk, whole
 from penstock.workers.errors import ConfigError
 
 BUILDER = "penstock.cluster.serve_app:build"
@@ -51,6 +51,25 @@ def application_config(application: dict[str, Any]) -> ClusterConfig:
     return config
 
 
+def stated_of(application: dict[str, Any], base: Path) -> Stated:
+    """What an application of ours states, and where; `base` is the place of its arguments."""
+    return _stated(application, base)[0]
+
+
+def check_together(raw: dict[str, Any], base: Path) -> Iterator[Problem]:
+    """Several applications of ours in one configuration: ingresses of the same nodes need ports of their own."""
+    taken: dict[int, int] = {}
+    for index, application in entries(raw, "applications"):
+        stated = stated_of(application, (*base, "applications", index, "args")) if is_ours(application) else None
+        place = stated.places.get("front.port") if stated is not None else None
+        if stated is None or place is None:
+            continue
+        port = stated.config().front.port
+        if port and port in taken:
+            yield Problem(place, f"the ingress of application {taken[port]} listens on {port} too")
+        taken.setdefault(port, index)
+
+
 def check_application(raw: dict[str, Any], index: int, path: Path, elsewhere: bool) -> Iterator[Problem]:
     """Everything wrong with application `index` of a Serve configuration, which is one of ours."""
     application = mapping(raw, "applications", index)
@@ -63,6 +82,8 @@ def check_application(raw: dict[str, Any], index: int, path: Path, elsewhere: bo
     route = text(application, "route_prefix")
     if route.strip("/"):
         yield warning((*path, "route_prefix"), f"OpenAI clients then need the base URL .../{route.strip('/')}/v1")
+    if "route_prefix" in application and application["route_prefix"] is None and "front.port" not in stated.places:
+        yield Problem((*path, "route_prefix"), "without a route, and without front.port, nobody can ask")
     yield from _ports(raw, config, stated, (*path, "args"), elsewhere)
     yield from _deployment(application, config, path)
 
@@ -75,9 +96,19 @@ def _stated(application: dict[str, Any], base: Path) -> tuple[Stated, list[Probl
         try:
             translated = translate(args)
         except ConfigError as error:
-            return Stated({}, {}), [Problem(base, str(error))]
+            return Stated({}, {}), [Problem((*base, *_within(args, str(error.key or ""))), str(error))]
         return Stated(translated, dict.fromkeys(translated, base)), []
     return read_stated({name: value for name, value in args.items() if name != CONFIG_FILE}, base, SPELLINGS)
+
+
+def _within(args: Any, key: str) -> Path:
+    """Where the deepest part of a dotted key stands in arguments of the foreign shape."""
+    parts = key.split(".")
+    for place, value in walk(args):
+        if isinstance(value, dict) and parts[0] in value:
+            deepest = [parts[: n + 1] for n in range(len(parts)) if at(value, *parts[: n + 1]) is not None]
+            return (*place, *(deepest[-1] if deepest else ()))
+    return ()
 
 
 def _ports(

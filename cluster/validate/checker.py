@@ -12,18 +12,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
 from typing import Any
 
+from penstock.cluster.validate.carried_rules import carried
 from penstock.cluster.validate.configuration_rules import check_configuration, section_names
 from penstock.cluster.validate.findings import Finding, Path, Problem, Severity, key_of, nearest, warning
+from penstock.cluster.validate.kind_rules import check_kind, is_known
 from penstock.cluster.validate.loose import text
 from penstock.cluster.validate.object_rules import check_object
 from penstock.cluster.validate.reference_rules import KubernetesObject, check_references
 from penstock.cluster.validate.schemas import SchemaBook
 from penstock.cluster.validate.serve_rules import check_serve, serve_keys
-from penstock.cluster.validate.service_rules import SERVE_KEY, Embedded, embedded
+from penstock.cluster.validate.service_rules import SERVE_KEY, embedded
 from penstock.cluster.validate.structural import complete, problems
 from penstock.cluster.validate.yaml_tree import MAX_BYTES, Node, read_documents
 
 OBJECT_KEYS = ("apiVersion", "kind", "metadata", "spec")
+ALIKE = 0.75  # other programs' files have a `version` and `annotations` too
 
 
 class DocumentKind(enum.Enum):
@@ -41,20 +44,28 @@ class _Document:
     file: str
     node: Node
     tree: Any
-    embedded: Embedded | None = None
+    inside: dict[Path, Node] = field(default_factory=dict)  # documents within texts of this one, by their place
     problems: list[Problem] = field(default_factory=list)
 
     def line_of(self, path: Path) -> int:
-        """The line of a path; paths into the embedded Serve configuration lead into its own lines."""
-        if self.embedded is not None and self.embedded.node is not None and path[:2] == ("spec", SERVE_KEY):
-            inside = path[2:]
-            if inside and self.embedded.node.at(inside[:1]) is not None:
-                return self.embedded.node.line_of(inside)
+        """The line of a path; paths into a document within a text lead into its own lines."""
+        for place, node in self.inside.items():
+            rest = path[len(place) :]
+            if path[: len(place)] == place and rest and node.at(rest[:1]) is not None:
+                return node.line_of(rest)
         return self.node.line_of(path)
 
 
-def check_files(files: Iterable[FilePath], book: SchemaBook, expected: DocumentKind | None = None) -> list[Finding]:
-    """Every finding of all files, in the order of files and lines. `expected`: what every document has to be."""
+def check_files(
+    files: Iterable[FilePath],
+    book: SchemaBook,
+    expected: DocumentKind | None = None,
+    met: frozenset[FilePath] = frozenset(),
+) -> list[Finding]:
+    """Every finding of all files, in the order of files and lines.
+
+    `expected`: what every document has to be. `met`: files that nobody named, found in a folder; they may be of others.
+    """
     findings: list[Finding] = []
     documents: list[_Document] = []
     for file in files:
@@ -76,7 +87,8 @@ def check_files(files: Iterable[FilePath], book: SchemaBook, expected: DocumentK
                 document.problems.append(Problem((), "a configuration is one document; this file holds several"))
         else:
             reason = "neither a configuration of Penstock, nor a Serve configuration, nor a Kubernetes object"
-            document.problems.append(Problem((), reason))
+            by_chance = FilePath(document.file) in met
+            document.problems.append(warning((), f"{reason}: left aside") if by_chance else Problem((), reason))
     for number, problem in check_references(objects):
         documents[number].problems.append(problem)
     findings += [one for document in documents for one in _findings(document)]
@@ -101,7 +113,7 @@ def kind_of(tree: Any) -> DocumentKind | None:
         (DocumentKind.SERVE, serve),
         (DocumentKind.CONFIGURATION, sections),
     ):
-        if any(name in known or nearest(name, known) for name in names):
+        if any(name in known or nearest(name, known, ALIKE) for name in names):
             return kind
     return None
 
@@ -123,6 +135,8 @@ def _read(file: FilePath) -> tuple[list[_Document], list[Finding]]:
 def _items(document: _Document) -> Iterator[_Document]:
     """A `kind: List` stands for what it holds."""
     items = document.node.at(("items",))
+    if text(document.tree, "kind") == "List" and items is not None and not isinstance(items.value, list):
+        document.problems.append(Problem(("items",), "expected a list of objects"))
     if text(document.tree, "kind") == "List" and items is not None and isinstance(items.value, list):
         for node in items.value:
             yield _Document(document.file, node, node.plain())
@@ -135,42 +149,31 @@ def _check_kubernetes(document: _Document, book: SchemaBook) -> None:
     if not isinstance(tree, dict):
         document.problems.append(Problem((), "expected the keys of a Kubernetes object"))
         return
-    document.problems += _known_kind(tree, book)
+    known = book.known()
+    document.problems += check_kind(tree, known)
     schemas = book.find(text(tree, "apiVersion"), text(tree, "kind"))
     stated = tree
     if schemas:
         tree = complete(tree, schemas[0])
         for schema in schemas:
             document.problems += problems(tree, schema)
-    serve_config = None
-    if text(tree, "kind") == "RayService":
-        document.embedded = embedded(document.node)
-        inside = document.embedded.node
-        serve_config = inside.plain() if inside is not None else None
-        document.problems += [
-            replace(one.problem, path=("spec", SERVE_KEY, *one.problem.path)) for one in document.embedded.misread
-        ]
-    several = document.embedded is not None and document.embedded.several
-    document.problems += check_object(tree, stated, serve_config, several)
-
-
-def _known_kind(tree: dict[str, Any], book: SchemaBook) -> Iterator[Problem]:
-    api_version, kind = text(tree, "apiVersion"), text(tree, "kind")
-    known = book.known()
-    for name in ("apiVersion", "kind"):
-        if not isinstance(tree.get(name), str) or not tree[name]:
-            yield Problem((name,), f"required key {name!r} is missing or no text", nearest(name, ()))
-    if not kind or not api_version:
+    if not is_known(tree, known):
         return
-    if api_version == "ray.io/v1alpha1":
-        yield warning(("apiVersion",), "ray.io/v1alpha1 is frozen and will go", "ray.io/v1")
-    elif kind in known and api_version not in known[kind]:
-        yield Problem(("apiVersion",), f"a {kind} has no version {api_version!r}", known[kind][0])
-    elif kind not in known and (hint := nearest(kind, known)):
-        yield Problem(("kind",), f"unknown kind {kind!r}", hint)
-    elif kind not in known:
-        reason = f"no schema for {api_version} {kind} here: checked by its name only; give its definition with --crds"
-        yield warning(("kind",), reason)
+    if text(tree, "kind") == "RayService":
+        found = embedded(document.node)
+        serve_config = found.node.plain() if found.node is not None else None
+        if found.node is not None:
+            document.inside[("spec", SERVE_KEY)] = found.node
+        document.problems += [
+            replace(one.problem, path=("spec", SERVE_KEY, *one.problem.path)) for one in found.misread
+        ]
+        document.problems += check_object(tree, stated, serve_config, found.several)
+        return
+    for one in carried(document.node) if text(tree, "kind") == "ConfigMap" else ():
+        document.problems += one.problems
+        if one.node is not None:
+            document.inside[one.path] = one.node
+    document.problems += check_object(tree, stated)
 
 
 def _findings(document: _Document) -> Iterator[Finding]:

@@ -12,10 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from penstock.cluster.settings import ClusterConfig
+from penstock.cluster.validate.authentication_rules import check_authentication
+from penstock.cluster.validate.environment_rules import check_environment
 from penstock.cluster.validate.findings import Path, Problem, warning
+from penstock.cluster.validate.image_rules import check_image
 from penstock.cluster.validate.loose import at, entries, mapping, switch, text, whole
 from penstock.cluster.validate.pod_rules import check_pod
-from penstock.cluster.validate.ray_pod_rules import check_ray_pod
+from penstock.cluster.validate.ray_pod_rules import check_ray_pod, check_shutdown
+from penstock.cluster.validate.resource_rules import check_resources
 from penstock.cluster.validate.start_parameters import check_start_parameters
 from penstock.cluster.validate.version_rules import check_versions
 
@@ -40,6 +44,8 @@ class Surroundings:
     stated: dict[str, Any]  # the spec as written, without defaults
     configs: tuple[ClusterConfig, ...] = ()  # of the Penstock applications that run in it
 
+    shutdown_s: float = 0.0  # the longest graceful_shutdown_timeout_s that is stated
+
     @property
     def drain_s(self) -> float | None:
         """The longest drain of those applications."""
@@ -49,7 +55,7 @@ class Surroundings:
 def check_cluster(spec: dict[str, Any], path: Path, around: Surroundings) -> Iterator[Problem]:
     """Everything wrong with a spec that has its defaults."""
     yield from check_versions(spec, path, around.kind, bool(around.configs))
-    yield from _authentication(spec, path)
+    yield from check_authentication(spec, path, around.kind)
     yield from _head(spec, path, around)
     yield from _groups(spec, path, around)
     yield from _autoscaling(spec, path)
@@ -65,7 +71,10 @@ def _each_group(group: dict[str, Any], path: Path, around: Surroundings, is_head
         yield Problem((*template, "spec", "containers"), "there is no container")
     widest = max((config.pools.tensor_parallel_size for config in around.configs), default=1)
     yield from check_pod(group.get("template"), template)
-    yield from check_ray_pod(group.get("template"), template, None if is_head else around.drain_s, widest)
+    drain = None if is_head else around.drain_s
+    yield from check_ray_pod(group.get("template"), template, drain, widest)
+    if drain is not None:
+        yield from check_shutdown(group.get("template"), template, around.shutdown_s)
     yield from check_start_parameters(group, path, is_head)
     for key, value in mapping(group, "labels").items():
         if not _LABEL_KEY.fullmatch(key) or not _LABEL_VALUE.fullmatch(str(value)):
@@ -79,23 +88,6 @@ def _head(spec: dict[str, Any], path: Path, around: Surroundings) -> Iterator[Pr
     if around.configs and cpus != "0":
         where = (*place, "rayStartParams", "num-cpus")
         yield warning(where, 'set it to "0", so that no worker or ingress lands on the head')
-
-
-def _authentication(spec: dict[str, Any], path: Path) -> Iterator[Problem]:
-    token = text(spec, "authOptions", "mode") == "token"
-    exposed = text(spec, "headGroupSpec", "rayStartParams", "dashboard-host") in ("0.0.0.0", "::")
-    if not token:
-        opened = "whoever reaches the dashboard" if exposed else "whoever reaches Ray's ports"
-        place = (*path, "headGroupSpec", "rayStartParams", "dashboard-host") if exposed else (*path, "authOptions")
-        yield warning(place, f"without authOptions.mode: token {opened} can run code in this cluster")
-        return
-    groups: list[tuple[Path, Any]] = [((*path, "headGroupSpec"), at(spec, "headGroupSpec"))]
-    groups += [((*path, "workerGroupSpecs", i), group) for i, group in entries(spec, "workerGroupSpecs")]
-    for place, group in groups:
-        for index, variable in entries(group, "template", "spec", "containers", 0, "env"):
-            here = (*place, "template", "spec", "containers", 0, "env", index)
-            if text(variable, "name") in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
-                yield Problem(here, f"authOptions sets {text(variable, 'name')} already; leave it out")
 
 
 def _groups(spec: dict[str, Any], path: Path, around: Surroundings) -> Iterator[Problem]:
@@ -154,8 +146,15 @@ def _autoscaling(spec: dict[str, Any], path: Path) -> Iterator[Problem]:
             yield Problem(place, "RAY_enable_autoscaler_v2 without enableInTreeAutoscaling")
         elif scaling and text(spec, "autoscalerOptions", "version"):
             yield Problem(place, "RAY_enable_autoscaler_v2 and autoscalerOptions.version are both set; use the latter")
-    if mapping(spec, "autoscalerOptions") and not scaling:
-        yield warning((*path, "autoscalerOptions"), "without enableInTreeAutoscaling there is no autoscaler")
+    options, where = mapping(spec, "autoscalerOptions"), (*path, "autoscalerOptions")
+    if (whole(options, "idleTimeoutSeconds") or 0) < 0:
+        yield Problem((*where, "idleTimeoutSeconds"), f"{options['idleTimeoutSeconds']} is less than 0")
+    yield from check_resources(mapping(options, "resources"), (*where, "resources"))
+    yield from check_environment(options, where)
+    if text(options, "image"):
+        yield from check_image(text(options, "image"), (*where, "image"))
+    if options and not scaling:
+        yield warning(where, "without enableInTreeAutoscaling there is no autoscaler")
     for index, group in entries(spec, "workerGroupSpecs"):
         if switch(group, "suspend") and scaling:
             yield Problem(
@@ -171,7 +170,11 @@ def _fault_tolerance(spec: dict[str, Any], path: Path, around: Surroundings) -> 
     on = "gcsFaultToleranceOptions" in spec
     if "ray.io/ft-enabled" in around.annotations and on:
         yield Problem(place, "the annotation ray.io/ft-enabled and gcsFaultToleranceOptions exclude each other")
-    if "RAY_REDIS_ADDRESS" in variables:
+    by_annotation = str(around.annotations.get("ray.io/ft-enabled", "")).lower() == "true"
+    if "ray.io/external-storage-namespace" in around.annotations and on:
+        reason = "the annotation ray.io/external-storage-namespace is now externalStorageNamespace of these options"
+        yield Problem(place, reason)
+    if "RAY_REDIS_ADDRESS" in variables and not by_annotation:
         here = (*container, "env", variables["RAY_REDIS_ADDRESS"])
         yield Problem(here, "set gcsFaultToleranceOptions.redisAddress instead of RAY_REDIS_ADDRESS")
     for name, field in (("REDIS_PASSWORD", "redisPassword"), ("REDIS_USERNAME", "redisUsername")):
@@ -179,9 +182,11 @@ def _fault_tolerance(spec: dict[str, Any], path: Path, around: Surroundings) -> 
             here = (*container, "env", variables[name])
             yield Problem(here, f"set gcsFaultToleranceOptions.{field} instead of {name}")
     for name, field in (("redis-password", "redisPassword"), ("redis-username", "redisUsername")):
-        if text(head, "rayStartParams", name):
+        stated = text(head, "rayStartParams", name)
+        if stated and (on or not stated.startswith("$")):
             here = (*path, "headGroupSpec", "rayStartParams", name)
-            yield Problem(here, f"in plain text; set gcsFaultToleranceOptions.{field} from a secret")
+            plain = "" if stated.startswith("$") else "in plain text; "
+            yield Problem(here, f"{plain}set gcsFaultToleranceOptions.{field} from a secret")
     if not on:
         return
     if text(options, "backend") == "rocksdb":

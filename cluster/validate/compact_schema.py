@@ -15,12 +15,15 @@ Used by `core_tables.py` and `ray_tables.py`, which hold field names only. Pure.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 QUANTITY = {
     "x-kubernetes-int-or-string": True,
     "pattern": r"^[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)(([KMGTPE]i)|[numkMGTPE]|([eE][+-]?[0-9]+))?$",
 }
+# The API server reads 0.5 as a quantity in its own kinds; in custom kinds it refuses what is no integer or text.
+NUMBER_TOO = {"type": ["integer", "number", "string"], "pattern": QUANTITY["pattern"]}
 _LEAVES: dict[str, dict[str, Any]] = {
     "str": {"type": "string"},
     "int": {"type": "integer", "format": "int64"},
@@ -33,6 +36,15 @@ _LEAVES: dict[str, dict[str, Any]] = {
     "quantities": {"type": "object", "additionalProperties": QUANTITY},
     "intstr": {"x-kubernetes-int-or-string": True},
 }
+
+
+def with_quantity(raw: Any, quantity: Mapping[str, Any]) -> Any:
+    """The same tree with other quantities."""
+    if raw is QUANTITY:
+        return quantity
+    if isinstance(raw, Mapping):
+        return {name: with_quantity(part, quantity) for name, part in raw.items()}
+    return raw
 
 
 def raw_schema(table: object, closed: bool = True) -> dict[str, Any]:

@@ -125,10 +125,19 @@ def _whole(stated: Stated, base: Path, absent_model: bool) -> Iterator[Problem]:
     try:
         check_whole(derive(config))
     except ConfigError as error:
-        place = stated.places.get(str(error.key), base)
-        yield Problem(place, f"{error.key}: {_reason(error)}" if place == base and error.key else _reason(error))
+        place = stated.places.get(str(error.key)) or _section(stated, str(error.key)) or base
+        yield Problem(
+            place,
+            f"{error.key}: {_reason(error)}" if str(error.key) not in stated.places and error.key else _reason(error),
+        )
     except ModelError as error:
         yield Problem(stated.places.get("runner.model_dir", base), str(error))
+
+
+def _section(stated: Stated, key: str) -> Path | None:
+    """Where a key of the same section stands."""
+    prefix = key.rpartition(".")[0] + "."
+    return next((place for name, place in stated.places.items() if name.startswith(prefix)), None)
 
 
 def _reason(error: ConfigError) -> str:

@@ -1,7 +1,7 @@
 """Field names of the core Kubernetes objects that a serving cluster comes with, in `compact_schema` notation.
 
 The fall-back where the schemas of the optional package are not installed: names, required keys, types and the
-enumerations that matter; rarely used volume kinds and selectors stay open ("any"). `core_schemas.py` reads it.
+enumerations that matter; rarely used volume kinds and selectors stay open ("any"). `schemas.py` reads it.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from penstock.cluster.validate.application_rules import DEPLOYMENT, application_
 from penstock.cluster.validate.findings import Path
 from penstock.cluster.validate.loose import at, entries, mapping, number, switch, text, whole
 from penstock.cluster.validate.quantities import quantity
+from penstock.cluster.validate.resource_rules import LEAST_MEMORY
 
 CONTROL_CPUS = 0.01  # our controller
 Resources = Mapping[str, float]
@@ -43,11 +44,23 @@ class Group:
     each: Resources
     is_head: bool = False
     labels: Mapping[str, str] = field(default_factory=dict)
+    memory: float = 0.0  # bytes of one pod; 0 = not stated
 
 
 def configs_of(serve_config: object) -> list[ClusterConfig]:
     """The configuration of every Penstock application."""
     return [application_config(one) for _, one in entries(serve_config, "applications") if is_ours(one)]
+
+
+def longest_shutdown_s(serve_config: object) -> float:
+    """The longest `graceful_shutdown_timeout_s` that a deployment of Penstock states; 0 where none does."""
+    stated = [
+        number(deployment, "graceful_shutdown_timeout_s") or 0.0
+        for _, application in entries(serve_config, "applications")
+        if is_ours(application)
+        for _, deployment in entries(application, "deployments")
+    ]
+    return max(stated, default=0.0)
 
 
 def demands_of(serve_config: object, base: Path) -> Iterator[Demand]:
@@ -68,7 +81,7 @@ def _ours(config: ClusterConfig, application: dict[str, Any], path: Path) -> Ite
         own = {"prefill": ray.prefill_resources, "decode": ray.decode_resources, "mixed": ray.mixed_resources}[role]
         gpus = ray.worker_num_gpus * pools.tensor_parallel_size
         if count:
-            each = {"CPU": ray.worker_num_cpus, "GPU": gpus, **own}
+            each = {"CPU": ray.worker_num_cpus, "GPU": gpus, **_numbers(own)}
             yield Demand(place, f"{role} workers", count, each, labels=ray.worker_label_selector)
     per_node = ray.max_ingress_per_node
     actor: dict[str, float] = {"CPU": ray.ingress_num_cpus}
@@ -76,6 +89,9 @@ def _ours(config: ClusterConfig, application: dict[str, Any], path: Path) -> Ite
         if text(deployment, "name") == DEPLOYMENT:
             per_node = whole(deployment, "max_replicas_per_node") or per_node
             actor |= _actor_options(deployment)
+        for number_, bundle in entries(deployment, "placement_group_bundles"):
+            here = (*path, "deployments", 0, "placement_group_bundles", number_)
+            yield Demand(here, "bundles of the ingress", ray.ingress_replicas, _numbers(bundle))
     yield Demand(place, "ingress replicas", ray.ingress_replicas, actor, per_node)
     yield Demand(place, "controller", 1, {"CPU": CONTROL_CPUS})
 
@@ -110,7 +126,7 @@ def _actor_options(deployment: dict[str, Any]) -> dict[str, float]:
 
 
 def _numbers(raw: Mapping[str, Any]) -> dict[str, float]:
-    return {str(key): float(value) for key, value in raw.items() if isinstance(value, (int, float))}
+    return {str(key): amount for key in raw if (amount := number(raw, key)) is not None}
 
 
 def groups_of(spec: dict[str, Any], path: Path) -> list[Group]:
@@ -122,12 +138,26 @@ def groups_of(spec: dict[str, Any], path: Path) -> list[Group]:
         replicas = whole(group, "replicas") or 0
         least, most = whole(group, "minReplicas") or 0, whole(group, "maxReplicas")
         pods = most if scaling and most is not None else max(replicas, least)
+        pods = 0 if switch(group, "suspend") else pods
         hosts = whole(group, "numOfHosts") or 1
         place = (*path, "workerGroupSpecs", index)
         groups.append(
-            Group(place, text(group, "groupName"), pods * hosts, offered(group), labels=mapping(group, "labels"))
+            Group(
+                place,
+                text(group, "groupName"),
+                pods * hosts,
+                offered(group),
+                labels=mapping(group, "labels"),
+                memory=_memory(group),
+            )
         )
     return groups
+
+
+def _memory(group: dict[str, Any]) -> float:
+    resources = mapping(group, "template", "spec", "containers", 0, "resources")
+    stated = quantity(at(resources, "limits", "memory")) or 0.0
+    return stated if stated >= LEAST_MEMORY else 0.0  # less is a mistake of its own
 
 
 def offered(group: dict[str, Any]) -> dict[str, float]:

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 Path = tuple[str | int, ...]
+LIKENESS = 0.6  # of a misspelt name to the one that was meant
 _PLAIN_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -78,13 +79,16 @@ def key_of(path: Path) -> str:
     return text
 
 
-def nearest(name: object, known: Iterable[str]) -> str | None:
-    """The known name that was probably meant: the same but for case, dashes and underscores, else the closest."""
+def nearest(name: object, known: Iterable[str], likeness: float | None = None) -> str | None:
+    """The known name that was probably meant: the same but for case, dashes and underscores, else the closest.
+
+    `likeness`: how alike it has to be, 0 to 1.
+    """
     if not isinstance(name, str):
         return None
     candidates = sorted(set(known) - {name})
     same = [c for c in candidates if _squeezed(c) == _squeezed(name)]
-    close = same or difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
+    close = same or difflib.get_close_matches(name, candidates, n=1, cutoff=LIKENESS if likeness is None else likeness)
     return close[0] if close else None
 
 

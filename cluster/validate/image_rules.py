@@ -13,6 +13,7 @@ _NAME = re.compile(r"[a-z0-9]+(?:[._/-]+[a-z0-9]+)*")
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _RAY_IN_TAG = re.compile(r"(?:^|-)ray-?(?=[0-9])")
+_PYTHON_IN_TAG = re.compile(r"-(py3[0-9]+)(?:-|$)")
 FLOATING = frozenset({"latest", "nightly", "main", "master", "stable", "edge", "dev"})
 
 
@@ -31,6 +32,12 @@ class Image:
             return version(self.tag)
         found = _RAY_IN_TAG.search(self.tag)
         return version(self.tag[found.end() :]) if found else None
+
+    @property
+    def python_version(self) -> str | None:
+        """Python's version in the tag of one of Ray's own images: `py311`."""
+        found = _PYTHON_IN_TAG.search(self.tag) if self.repository.split("/")[-2:-1] == ["rayproject"] else None
+        return found[1] if found else None
 
     @property
     def is_ours(self) -> bool:

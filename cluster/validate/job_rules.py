@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from penstock.cluster.validate.cluster_rules import Surroundings, check_cluster
+from penstock.cluster.validate.demands import custom_resources
 from penstock.cluster.validate.findings import Path, Problem, warning
 from penstock.cluster.validate.loose import at, entries, mapping, switch, text, whole
+from penstock.cluster.validate.pod_rules import check_pod
+from penstock.cluster.validate.runtime_env_rules import check_runtime_env
 from penstock.cluster.validate.yaml_tree import read_documents
 
 SELECTOR_KEY = "ray.io/cluster"
@@ -28,13 +31,30 @@ def check_job(tree: dict[str, Any], stated: dict[str, Any]) -> Iterator[Problem]
     yield from _modes(spec, bool(selector))
     yield from _deletion(spec, bool(selector))
     if text(spec, "runtimeEnvYAML"):
-        _, misread = read_documents(text(spec, "runtimeEnvYAML"))
+        documents, misread = read_documents(text(spec, "runtimeEnvYAML"))
         for one in misread[:1]:
             yield Problem((*_PLACE, "runtimeEnvYAML"), one.problem.reason)
+        for document in documents[:1]:
+            yield from check_runtime_env(document.plain(), (*_PLACE, "runtimeEnvYAML"), remote=False)
+    yield from _submitter(spec)
     if "rayClusterSpec" in spec:
         annotations = mapping(tree, "metadata", "annotations")
         around = Surroundings("RayJob", annotations, mapping(stated, "spec", "rayClusterSpec"))
         yield from check_cluster(mapping(spec, "rayClusterSpec"), (*_PLACE, "rayClusterSpec"), around)
+
+
+def _submitter(spec: dict[str, Any]) -> Iterator[Problem]:
+    resources = text(spec, "entrypointResources")
+    if resources and custom_resources(resources) is None:
+        yield Problem((*_PLACE, "entrypointResources"), f"{resources!r} is no JSON object of numbers")
+    if "submitterPodTemplate" not in spec:
+        return
+    place = (*_PLACE, "submitterPodTemplate")
+    yield from check_pod(spec.get("submitterPodTemplate"), place)
+    policy = text(spec, "submitterPodTemplate", "spec", "restartPolicy")
+    if policy not in ("OnFailure", "Never"):
+        reason = f"the submitter is a job; its pod needs OnFailure or Never, not {policy or 'nothing, which is Always'}"
+        yield Problem((*place, "spec", "restartPolicy"), reason)
 
 
 def _numbers(spec: dict[str, Any]) -> Iterator[Problem]:

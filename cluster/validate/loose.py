@@ -5,6 +5,8 @@ Used by every file of rules. Pure.
 
 from __future__ import annotations
 
+import math
+import sys
 from typing import Any
 
 from penstock.cluster.validate.findings import Path
@@ -47,9 +49,11 @@ def whole(tree: Any, *path: str | int) -> int | None:
 
 
 def number(tree: Any, *path: str | int) -> float | None:
-    """The number at a path, or None."""
+    """The finite number at a path, or None."""
     found = at(tree, *path)
-    return float(found) if isinstance(found, (int, float)) and not isinstance(found, bool) else None
+    if not isinstance(found, (int, float)) or isinstance(found, bool) or abs(found) > sys.float_info.max:
+        return None
+    return None if math.isnan(found) else float(found)
 
 
 def switch(tree: Any, *path: str | int) -> bool:

@@ -1,6 +1,7 @@
-"""Rules for pod templates of any kind: images, mounts, resources, ports, probes, environment, tolerations.
+"""Rules for pod templates of any kind: images, mounts, resources, ports, probes, rights.
 
-What only concerns Ray's pods stands in `ray_pod_rules.py`. Used by `object_rules.py` and `cluster_rules.py`. Pure.
+The environment is in `environment_rules.py`, where pods may run in `scheduling_rules.py`; what only concerns Ray's pods
+stands in `ray_pod_rules.py`. Used by `workload_rules.py`, `job_rules.py` and `cluster_rules.py`. Pure.
 """
 
 from __future__ import annotations
@@ -9,17 +10,16 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from penstock.cluster.config import ENVIRONMENT_KEYS, URL_VARIABLE
+from penstock.cluster.validate.environment_rules import check_environment
 from penstock.cluster.validate.findings import Path, Problem, nearest, warning
 from penstock.cluster.validate.image_rules import check_image
 from penstock.cluster.validate.loose import at, entries, mapping, switch, text, whole
-from penstock.cluster.validate.quantities import quantity
+from penstock.cluster.validate.resource_rules import check_resources
+from penstock.cluster.validate.scheduling_rules import check_scheduling
 
-OUR_VARIABLES = (*ENVIRONMENT_KEYS, URL_VARIABLE)
 PROBES = ("readinessProbe", "livenessProbe", "startupProbe")
 _PROBE_LEAST = {"periodSeconds": 1, "timeoutSeconds": 1, "failureThreshold": 1, "initialDelaySeconds": 0}
-_SECRET_NAME = re.compile(r"(PASSWORD|PASSWD|SECRET|TOKEN|API_?KEY|PRIVATE_KEY)(?!.*(PATH|FILE|MODE))", re.IGNORECASE)
-_VARIABLE = re.compile(r"[-._a-zA-Z][-._a-zA-Z0-9]*")
+_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 _PORT_NAME = re.compile(r"(?=.*[a-z])[a-z0-9](?:[a-z0-9-]{0,13}[a-z0-9])?")
 
 
@@ -33,11 +33,16 @@ def check_pod(template: Any, path: Path, claims: frozenset[str] = frozenset()) -
             here = (*place, group, index)
             if (name := text(container, "name")) in names:
                 yield Problem((*here, "name"), f"two containers are called {name!r}")
-            names.add(text(container, "name"))
+            names.add(name)
+            if name and (not _LABEL.fullmatch(name) or len(name) > 63):
+                yield Problem((*here, "name"), f"{name!r}: at most 63 lower-case letters, digits and dashes")
             yield from _container(container, here)
             yield from _mounts(container, here, {*volumes, *claims})
     yield from _volumes(spec, place)
-    yield from _tolerations(spec, place)
+    grace = whole(spec, "terminationGracePeriodSeconds")
+    if grace is not None and grace < 0:
+        yield Problem((*place, "terminationGracePeriodSeconds"), f"{grace} is less than 0")
+    yield from check_scheduling(spec, place)
     yield from _security(spec, place)
 
 
@@ -47,42 +52,17 @@ def _container(container: dict[str, Any], path: Path) -> Iterator[Problem]:
         yield from check_image(image, (*path, "image"))
     elif "image" not in container:
         yield Problem((*path, "image"), "there is no image")
-    yield from _resources(container, path)
+    yield from check_resources(mapping(container, "resources"), (*path, "resources"))
     yield from _ports(container, path)
     for name in PROBES:
         if name in container:
             yield from _probe(container, name, path)
-    yield from _environment(container, path)
-
-
-def _resources(container: dict[str, Any], path: Path) -> Iterator[Problem]:
-    requests, limits = mapping(container, "resources", "requests"), mapping(container, "resources", "limits")
-    place = (*path, "resources")
-    for name, value in requests.items():
-        wanted, most = quantity(value), quantity(limits.get(name))
-        if wanted is not None and most is not None and wanted > most:
-            yield Problem((*place, "requests", name), f"request {value} is more than the limit {limits[name]}")
-        if name.endswith("/gpu") and wanted != most:
-            yield Problem((*place, "requests", name), f"a GPU's request must equal its limit {limits.get(name)!r}")
-    for name, value in limits.items():
-        amount = quantity(value)
-        if name.endswith("/gpu") and amount is not None and amount != int(amount):
-            yield Problem(
-                (*place, "limits", name), f"{value} GPUs: a pod gets whole ones; share them with Ray's num_gpus"
-            )
-        if name == "gpu":
-            yield Problem((*place, "limits", name), "GPUs have a vendor", "nvidia.com/gpu")
-        if name == "memory" and amount is not None and amount < 64 << 20:
-            yield Problem((*place, "limits", name), f"{value} is {amount:.0f} bytes, less than 64Mi")
-    for kind in ("requests", "limits"):
-        known = ("cpu", "memory", "ephemeral-storage")
-        for name in mapping(container, "resources", kind):
-            if "/" not in name and name not in known and not name.startswith("hugepages-") and name != "gpu":
-                yield Problem((*place, kind, name), f"unknown resource {name!r}", nearest(name, known))
+    yield from check_environment(container, path)
 
 
 def _ports(container: dict[str, Any], path: Path) -> Iterator[Problem]:
     names: set[str] = set()
+    numbers: set[tuple[int | None, str]] = set()
     for index, port in entries(container, "ports"):
         here = (*path, "ports", index)
         number, name = whole(port, "containerPort"), text(port, "name")
@@ -95,6 +75,9 @@ def _ports(container: dict[str, Any], path: Path) -> Iterator[Problem]:
         if name and name in names:
             yield Problem((*here, "name"), f"two ports are called {name!r}")
         names.add(name)
+        if number is not None and (number, text(port, "protocol")) in numbers:
+            yield Problem((*here, "containerPort"), f"{number} stands twice among this container's ports")
+        numbers.add((number, text(port, "protocol")))
 
 
 def _probe(container: dict[str, Any], name: str, path: Path) -> Iterator[Problem]:
@@ -123,24 +106,6 @@ def _probe(container: dict[str, Any], name: str, path: Path) -> Iterator[Problem
         yield Problem((*place, "httpGet", "path"), f"{route!r} must start with '/'")
 
 
-def _environment(container: dict[str, Any], path: Path) -> Iterator[Problem]:
-    names: set[str] = set()
-    for index, variable in entries(container, "env"):
-        here = (*path, "env", index)
-        name, value = text(variable, "name"), text(variable, "value")
-        if name in names:
-            yield Problem((*here, "name"), f"the variable {name!r} is set twice")
-        names.add(name)
-        if not _VARIABLE.fullmatch(name):
-            yield Problem((*here, "name"), f"{name!r} is no name of a variable")
-        if value and "valueFrom" in variable:
-            yield Problem(here, f"{name}: value and valueFrom exclude each other")
-        if value and _SECRET_NAME.search(name):
-            yield Problem((*here, "value"), f"{name} in plain text; take it from a secret (valueFrom.secretKeyRef)")
-        if name.startswith("PENSTOCK") and name not in OUR_VARIABLES:
-            yield Problem((*here, "name"), f"Penstock reads no variable {name!r}", nearest(name, OUR_VARIABLES))
-
-
 def _mounts(container: dict[str, Any], path: Path, volumes: set[str]) -> Iterator[Problem]:
     targets: set[str] = set()
     for index, mount in entries(container, "volumeMounts"):
@@ -165,16 +130,6 @@ def _volumes(spec: dict[str, Any], path: Path) -> Iterator[Problem]:
         sources = [key for key in volume if key != "name"]
         if len(sources) != 1:
             yield Problem(here, f"volume {name!r} has {len(sources)} sources; it needs exactly one")
-
-
-def _tolerations(spec: dict[str, Any], path: Path) -> Iterator[Problem]:
-    for index, toleration in entries(spec, "tolerations"):
-        here = (*path, "tolerations", index)
-        operator = text(toleration, "operator") or "Equal"
-        if operator == "Exists" and text(toleration, "value"):
-            yield Problem((*here, "value"), "with operator Exists there is no value")
-        if operator == "Equal" and not text(toleration, "key"):
-            yield Problem(here, "with operator Equal there must be a key")
 
 
 def _security(spec: dict[str, Any], path: Path) -> Iterator[Problem]:

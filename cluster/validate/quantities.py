@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 _QUANTITY = re.compile(r"([+-]?[0-9]*\.?[0-9]+|[0-9]+\.)(Ki|Mi|Gi|Ti|Pi|Ei|[numkMGTPE]|[eE][+-]?[0-9]+)?")
@@ -22,10 +23,12 @@ def quantity(value: object) -> float | None:
     found = _QUANTITY.fullmatch(str(value))
     if found is None:
         return None
-    amount, unit = float(found[1]), found[2] or ""
+    amount, unit = found[1], found[2] or ""
     if unit[:1] in ("e", "E") and unit != "E" and unit != "Ei":
-        return amount * 10.0 ** int(unit[1:])
-    return amount * (_BINARY[unit] if unit in _BINARY else _UNITS[unit])
+        exact = float(f"{amount}{unit}")
+    else:
+        exact = float(amount) * (_BINARY[unit] if unit in _BINARY else _UNITS[unit])
+    return exact if math.isfinite(exact) else None
 
 
 def version(text: str) -> Version | None:

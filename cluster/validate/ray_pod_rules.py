@@ -15,7 +15,8 @@ from penstock.cluster.validate.quantities import quantity
 
 DEFAULT_GRACE_S = 30
 SHARED_MEMORY = "/dev/shm"
-_SLEEP = re.compile(r"\bsleep\s+([0-9]+)\b")
+_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+_SLEEP = re.compile(r"\bsleep\s+([0-9]+)([smhd]?)\b")
 
 
 def check_ray_pod(template: Any, path: Path, drain_s: float | None, tensor_parallel: int = 1) -> Iterator[Problem]:
@@ -55,17 +56,37 @@ def _shared_memory(spec: dict[str, Any], path: Path, memory: float | None, tenso
             yield Problem((*place, "emptyDir", "sizeLimit"), reason)
 
 
-def _grace(spec: dict[str, Any], path: Path, drain_s: float) -> Iterator[Problem]:
-    stated = whole(spec, "terminationGracePeriodSeconds")
-    grace = DEFAULT_GRACE_S if stated is None else stated
-    hook = mapping(spec, "containers", 0, "lifecycle", "preStop")
-    before = whole(hook, "sleep", "seconds") or 0
-    command = " ".join(str(part) for part in at(hook, "exec", "command") or [])
-    if found := _SLEEP.search(command):
-        before = int(found[1])
-    if grace <= before + drain_s:
+def check_shutdown(template: Any, path: Path, shutdown_s: float) -> Iterator[Problem]:
+    """`shutdown_s`: what Serve is told to wait for its replicas; the pod must be there as long."""
+    spec = mapping(template, "spec")
+    grace, before = _grace_s(spec), _before_s(spec)
+    if shutdown_s and grace < before + shutdown_s:
         reason = (
-            f"{grace} s{'' if stated is not None else ' (the default)'} is not more than preStop {before} s + drain "
-            f"{drain_s:g} s (health.drain_s); running requests would be cut off"
+            f"{grace} s is less than preStop {before} s + graceful_shutdown_timeout_s {shutdown_s:g} s; the pod is "
+            "killed before Serve has stopped its replicas"
+        )
+        yield Problem((*path, "spec", "terminationGracePeriodSeconds"), reason)
+
+
+def _grace(spec: dict[str, Any], path: Path, drain_s: float) -> Iterator[Problem]:
+    grace, before = _grace_s(spec), _before_s(spec)
+    if grace <= before + drain_s:
+        default = "" if "terminationGracePeriodSeconds" in spec else " (the default)"
+        reason = (
+            f"{grace} s{default} is not more than preStop {before} s + drain {drain_s:g} s (health.drain_s); running "
+            "requests would be cut off"
         )
         yield Problem((*path, "terminationGracePeriodSeconds"), reason)
+
+
+def _grace_s(spec: dict[str, Any]) -> int:
+    stated = whole(spec, "terminationGracePeriodSeconds")
+    return DEFAULT_GRACE_S if stated is None else stated
+
+
+def _before_s(spec: dict[str, Any]) -> int:
+    """How long the hook waits before the container is told to stop."""
+    hook = mapping(spec, "containers", 0, "lifecycle", "preStop")
+    words = at(hook, "exec", "command")
+    found = _SLEEP.search(" ".join(str(part) for part in words if part is not None) if isinstance(words, list) else "")
+    return int(found[1]) * _UNITS[found[2]] if found else whole(hook, "sleep", "seconds") or 0

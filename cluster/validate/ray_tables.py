@@ -140,7 +140,7 @@ def service_spec(pod_template: object) -> dict[str, Any]:
 def job_spec(pod_template: object) -> dict[str, Any]:
     """`RayJob.spec`."""
     policy = {"policy": "=DeleteCluster|DeleteWorkers|DeleteSelf|DeleteNone"}
-    condition = {"jobStatus": "str", "jobDeploymentStatus": "str", "ttlSeconds": "int"}
+    condition = {"jobStatus": "=SUCCEEDED|FAILED", "jobDeploymentStatus": "=Failed", "ttlSeconds": "int"}
     return {
         "entrypoint": "str",
         "rayClusterSpec": cluster_spec(pod_template),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from penstock.cluster.validate.findings import Path, Problem, nearest, warning
-from penstock.cluster.validate.loose import entries, mapping, text, walk, whole
+from penstock.cluster.validate.loose import at, entries, mapping, switch, text, walk, whole
 
 ELSEWHERE = "penstock/created-elsewhere"
 AUTH_SECRET_KEY = ("authOptions", "secretName")
@@ -22,6 +22,24 @@ _NAMED = {
     "persistentVolumeClaim": ("persistentvolumeclaim", "claimName"),
     **_KEYED,
 }
+GROUP_LABEL, NODE_LABEL = "ray.io/group", "ray.io/node-type"
+SET_BY_OPERATOR = (
+    (NODE_LABEL, "redis-cleanup"),
+    ("app.kubernetes.io/name", "kuberay"),
+    ("app.kubernetes.io/created-by", "kuberay-operator"),
+)
+# Beginnings of labels that pods get when they are made.
+MADE_LATER = (
+    "ray.io/",
+    "kubernetes.io/",
+    "statefulset.kubernetes.io/",
+    "apps.kubernetes.io/",
+    "batch.kubernetes.io/",
+    "job-name",
+    "controller-uid",
+    "pod-template-hash",
+)
+MISSPELT = 0.8  # how alike a name is to the one that was meant; below it, it is another's
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +91,8 @@ def check_references(objects: list[KubernetesObject]) -> Iterator[tuple[int, Pro
         if one.kind in ("Service", "PodDisruptionBudget", "NetworkPolicy"):
             for problem in _selects(one, objects):
                 yield one.number, problem
+        for problem in _backends(one, present):
+            yield one.number, problem
         for problem in _redis(one, objects, declared):
             yield one.number, problem
 
@@ -108,6 +128,10 @@ def _references(one: KubernetesObject) -> Iterator[Reference]:
             yield Reference(path, "secret", value)
         elif last == "serviceAccountName" and isinstance(value, str) and value != "default":
             yield Reference(path, "serviceaccount", value)
+        elif path[-2:] == ("scaleTargetRef", "name") and isinstance(value, str):
+            yield Reference(path, text(one.tree, *path[:-1], "kind").lower(), value)
+        elif isinstance(value, str) and (path[-2:] == ("service", "name") or path == ("spec", "serviceName")):
+            yield Reference(path, "service", value)
         elif last == "imagePullSecrets":
             yield from (Reference((*path, i, "name"), "secret", text(e, "name")) for i, e in entries(value) if e)
 
@@ -128,7 +152,7 @@ def _resolve(
         return None
     names = {name for kind, name in present if kind == reference.kind}
     names |= {entry.partition("/")[2] for entry in declared if entry.startswith(f"{reference.kind}/")}
-    hint = nearest(reference.name, names)
+    hint = nearest(reference.name, names, MISSPELT)
     reason = f"no {reference.kind} {reference.name!r} in the given files"
     if hint:
         return Problem(reference.path, reason, hint)
@@ -137,33 +161,48 @@ def _resolve(
 
 def _pod_templates(objects: list[KubernetesObject]) -> Iterator[tuple[KubernetesObject, dict[str, Any]]]:
     """Every pod template with the object that it stands in."""
+    yield from ((one, pod) for one, pod, _ in _counted_templates(objects))
+
+
+def _counted_templates(objects: list[KubernetesObject]) -> Iterator[tuple[KubernetesObject, dict[str, Any], int]]:
+    """The same with how many pods of it there are at most."""
     for one in objects:
         for path, value in walk(dict(one.tree)):
             if path and path[-1] == "template" and isinstance(value, dict) and "spec" in value:
-                yield one, value
+                above = at(one.tree, *path[:-1])
+                scaling = switch(at(one.tree, *path[:-3]), "enableInTreeAutoscaling")
+                names = ("replicas", "minReplicas", *(["maxReplicas"] if scaling else []))
+                stated = [whole(above, name) for name in names]
+                count = max((count for count in stated if count is not None), default=1)
+                yield one, _labelled(value, above, str(path[-2]) if len(path) > 1 else ""), count
             elif not path and one.kind == "Pod":
-                yield one, dict(one.tree)
+                yield one, dict(one.tree), 1
 
 
 def _selects(one: KubernetesObject, objects: list[KubernetesObject]) -> Iterator[Problem]:
     place: Path = ("spec", "selector") if one.kind == "Service" else ("spec", "selector", "matchLabels")
     place = ("spec", "podSelector", "matchLabels") if one.kind == "NetworkPolicy" else place
-    wanted = {key: str(value) for key, value in mapping(one.tree, *place).items() if not _set_by_operator(key)}
-    templates = [(owner, pod) for owner, pod in _pod_templates(objects) if owner.namespace == one.namespace]
+    wanted = _wanted(mapping(one.tree, *place))
+    templates = [found for found in _counted_templates(objects) if found[0].namespace == one.namespace]
     if not wanted or not templates:
         return
     chosen = [
-        pod
-        for _, pod in templates
+        (pod, count)
+        for _, pod, count in templates
         if all(mapping(pod, "metadata", "labels").get(key) == value for key, value in wanted.items())
     ]
     if not chosen:
-        near = {str(v) for _, pod in templates for v in mapping(pod, "metadata", "labels").values()}
+        near = {str(v) for _, pod, _ in templates for v in mapping(pod, "metadata", "labels").values()}
         hint = next((h for value in wanted.values() if value not in near and (h := nearest(value, near))), None)
         shown = ", ".join(f"{key}={value}" for key, value in wanted.items())
         yield Problem(place, f"no pod in the given files is labelled {shown}", hint)
     elif one.kind == "Service":
-        yield from _target_ports(one, chosen)
+        yield from _target_ports(one, [pod for pod, _ in chosen])
+    elif (least := whole(one.tree, "spec", "minAvailable")) is not None:
+        count = sum(count for _, count in chosen)
+        if least >= count:
+            place = ("spec", "minAvailable")
+            yield warning(place, f"{least} of {count} pods: none may ever be moved, so no node can be drained")
 
 
 def _peers(one: KubernetesObject, objects: list[KubernetesObject]) -> Iterator[Problem]:
@@ -179,7 +218,7 @@ def _peers(one: KubernetesObject, objects: list[KubernetesObject]) -> Iterator[P
             above = above[part]
         if not isinstance(value, dict) or mapping(above, "namespaceSelector") or "namespaceSelector" in above:
             continue  # pods of other namespaces need not be in these files
-        wanted = {key: str(want) for key, want in value.items() if not _set_by_operator(key)}
+        wanted = _wanted(value)
         if wanted and not any(all(found.get(key) == want for key, want in wanted.items()) for found in labels):
             shown = ", ".join(f"{key}={want}" for key, want in wanted.items())
             near = {str(found) for one_pod in labels for found in one_pod.values()}
@@ -187,9 +226,27 @@ def _peers(one: KubernetesObject, objects: list[KubernetesObject]) -> Iterator[P
             yield warning(path, f"no pod in the given files is labelled {shown}", hint)
 
 
-def _set_by_operator(key: str) -> bool:
-    """Labels that pods get when they are made."""
-    return key.startswith(("ray.io/", "statefulset.kubernetes.io/", "kubernetes.io/"))
+def _labelled(template: dict[str, Any], above: Any, field: str) -> dict[str, Any]:
+    """The template with the labels that KubeRay gives to the pods of a group."""
+    metadata = mapping(template, "metadata")
+    if field == "headGroupSpec":
+        own = {GROUP_LABEL: "headgroup", NODE_LABEL: "head"}
+    elif group := text(above, "groupName"):
+        own = {GROUP_LABEL: group, NODE_LABEL: "worker"}
+    else:
+        return template
+    return {**template, "metadata": {**metadata, "labels": {**mapping(metadata, "labels"), **own}}}
+
+
+def _wanted(labels: Mapping[str, Any]) -> dict[str, str]:
+    """What a selector asks of pods, without what they only get when they are made."""
+    return {
+        key: value
+        for key, value in labels.items()
+        if isinstance(value, str)
+        and not (key.startswith(MADE_LATER) and key not in (GROUP_LABEL, NODE_LABEL))
+        and (key, value) not in SET_BY_OPERATOR
+    }
 
 
 def _target_ports(one: KubernetesObject, pods: list[dict[str, Any]]) -> Iterator[Problem]:
@@ -202,6 +259,19 @@ def _target_ports(one: KubernetesObject, pods: list[dict[str, Any]]) -> Iterator
             yield Problem(place, f"no selected pod has a port called {target!r}", nearest(target, names))
         elif isinstance(target, int) and ports and target not in numbers:
             yield warning(place, f"no selected pod declares port {target}")
+
+
+def _backends(one: KubernetesObject, present: Mapping[tuple[str, str], KubernetesObject]) -> Iterator[Problem]:
+    """Ports that an Ingress asks of services that are among the files."""
+    for path, value in walk(dict(one.tree)) if one.kind == "Ingress" else ():
+        service = present.get(("service", text(value, "name"))) if path[-1:] == ("service",) else None
+        if service is None:
+            continue
+        ports = [port for _, port in entries(service.tree, "spec", "ports")]
+        for field, offered in (("number", "port"), ("name", "name")):
+            wanted = at(value, "port", field)
+            if wanted is not None and wanted not in [port.get(offered) for port in ports]:
+                yield Problem((*path, "port", field), f"the service {service.name} has no port {wanted!r}")
 
 
 def _redis(one: KubernetesObject, objects: list[KubernetesObject], declared: set[str]) -> Iterator[Problem]:

@@ -17,13 +17,15 @@ from typing import Any
 
 import yaml
 
-from penstock.cluster.validate import core_tables, ray_tables
-from penstock.cluster.validate.compact_schema import QUANTITY, raw_schema
+from penstock.cluster.validate import core_tables, ray_tables, workload_tables
+from penstock.cluster.validate.compact_schema import NUMBER_TOO, QUANTITY, raw_schema, with_quantity
 from penstock.cluster.validate.structural import Schema
 from penstock.workers.errors import ConfigError
 
 MAX_CRD_BYTES = 16 << 20
+TABLES = {**core_tables.KINDS, **workload_tables.KINDS}
 RAY_KINDS = ("RayCluster", "RayService", "RayJob")
+_QUANTITY = "io.k8s.apimachinery.pkg.api.resource.Quantity"
 _POD_TEMPLATE = "io.k8s.api.core.v1.PodTemplateSpec"
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -49,11 +51,12 @@ class SchemaBook:
         forms that those leave out.
         """
         place, ray = (api_version, kind), api_version == "ray.io/v1" and kind in RAY_KINDS
-        ours = self._ours(place, closed=False) if ray or place in core_tables.KINDS else ()
+        ours = self._ours(place, closed=False) if ray or place in TABLES else ()
         if place in self._given:
             return (_closed_metadata(self._given[place]), *ours)
         if place in self._core:
-            return (Schema(self._definitions[self._core[place]], self._definitions), *ours)
+            definitions = {**self._definitions, _QUANTITY: NUMBER_TOO}
+            return (Schema(definitions[self._core[place]], definitions), *ours)
         if ray and self._definitions:
             (table,) = self._ours(place, closed=True)
             template = {"$ref": f"#/$defs/{_POD_TEMPLATE}"}
@@ -63,7 +66,7 @@ class SchemaBook:
     def known(self) -> dict[str, list[str]]:
         """Every kind that has a schema, with its API versions."""
         found: dict[str, list[str]] = {kind: ["ray.io/v1"] for kind in RAY_KINDS}
-        for api_version, kind in [*self._given, *self._core, *core_tables.KINDS]:
+        for api_version, kind in [*self._given, *self._core, *TABLES]:
             if api_version not in found.setdefault(kind, []):
                 found[kind].append(api_version)
         return found
@@ -75,9 +78,10 @@ class SchemaBook:
             "RayJob": ray_tables.job_spec,
         }
         ray = specs.get(place[1])
-        table = {"spec!": ray(core_tables.POD_TEMPLATE)} if ray is not None else core_tables.KINDS[place]
+        table = {"spec!": ray(core_tables.POD_TEMPLATE)} if ray is not None else TABLES[place]
         around = {"apiVersion": "str", "kind": "str", "metadata!": core_tables.METADATA, "status": "any"}
-        return (Schema(raw_schema({**around, **table}, closed)),)
+        raw = raw_schema({**around, **table}, closed)
+        return (Schema(raw if ray is not None else with_quantity(raw, NUMBER_TOO)),)
 
 
 def _closed_metadata(raw: Mapping[str, Any]) -> Schema:
@@ -140,7 +144,7 @@ def _installed_definitions() -> dict[str, Any]:
         return {}
     raw = json.loads((newest / "_definitions.json").read_text(encoding="utf-8"))
     # They say less of quantities than the API server does.
-    return {**raw["$defs"], "io.k8s.apimachinery.pkg.api.resource.Quantity": QUANTITY}
+    return {**raw["$defs"], _QUANTITY: QUANTITY}
 
 
 def _version_of(folder: Path) -> tuple[int, ...]:

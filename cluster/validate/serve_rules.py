@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import ipaddress
+import re
 from collections.abc import Iterator
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from penstock.cluster.validate.application_rules import BUILDER, check_application, is_ours
+from penstock.cluster.validate.application_rules import BUILDER, check_application, check_together, is_ours
+from penstock.cluster.validate.environment_rules import keys_in_plain_text
 from penstock.cluster.validate.findings import Path, Problem, nearest, warning
-from penstock.cluster.validate.loose import at, entries, text, whole
+from penstock.cluster.validate.loose import at, entries, mapping, text, whole
+from penstock.cluster.validate.runtime_env_rules import check_runtime_env
+
+STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 
 
 def serve_keys() -> frozenset[str]:
@@ -34,13 +40,46 @@ def check_serve(raw: object, base: Path = (), elsewhere: bool = False) -> Iterat
     applications = entries(raw, "applications")
     if not applications:
         yield Problem((*base, "applications"), "there is no application")
+    yield from _options(raw, base)
+    yield from keys_in_plain_text(raw, base)
     yield from _routes_and_names(applications, base)
+    yield from check_together(raw, base)
     for index, application in applications:
         path = (*base, "applications", index)
         yield from _import_path(application, path)
+        yield from check_runtime_env(application.get("runtime_env"), (*path, "runtime_env"))
         yield from _deployments(application, path)
         if is_ours(application):
             yield from check_application(raw, index, path, elsewhere)
+
+
+def _options(raw: dict[str, Any], base: Path) -> Iterator[Problem]:
+    """What Serve only notices when it starts."""
+    for group in ("http_options", "grpc_options"):
+        port = whole(raw, group, "port")
+        if port is not None and not 1 <= port <= 65535:
+            yield Problem((*base, group, "port"), f"{port} is outside 1 to 65535")
+    ports = [whole(raw, group, "port") for group in ("http_options", "grpc_options")]
+    if ports[0] is not None and ports[0] == ports[1]:
+        yield Problem((*base, "grpc_options", "port"), f"the HTTP proxies listen on {ports[1]} too")
+    http, place = mapping(raw, "http_options"), (*base, "http_options")
+    host = text(http, "host")
+    if host and host.replace(".", "").isdigit() and not _is_address(host):
+        yield Problem((*place, "host"), f"{host!r} is no IP address", nearest(host, ("0.0.0.0", "127.0.0.1")))
+    root = text(http, "root_path")
+    if root and not root.startswith("/"):
+        yield Problem((*place, "root_path"), f"{root!r} must start with '/'", f"/{root}")
+    for name, other in (("ssl_keyfile", "ssl_certfile"), ("ssl_certfile", "ssl_keyfile")):
+        if http.get(name) and not http.get(other):
+            yield Problem((*place, name), f"{name} needs {other}")
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _schema() -> type[BaseModel]:
@@ -80,11 +119,19 @@ def _schema_problems(raw: dict[str, Any], model: type[BaseModel], base: Path) ->
     except ValidationError as error:
         for one in error.errors(include_url=False, include_context=False, include_input=False):
             path = (*base, *_existing(raw, one["loc"]))
+            if path == base or (path and isinstance(path[-1], int)):
+                path = (*path, *_field_in(str(one["msg"]), at(raw, *path[len(base) :])))
             if path not in told and "multiple configs for application" not in one["msg"]:
                 told.add(path)
                 yield Problem(path, str(one["msg"]).removeprefix("Value error, "))
     except (TypeError, ValueError, KeyError, AttributeError) as error:  # some of its validators raise these themselves
         yield Problem(base, f"Serve refuses it: {error}")
+
+
+def _field_in(message: str, tree: Any) -> Path:
+    """The key of a mapping that a message about the whole of it names."""
+    named = [name for name in re.findall(r"[a-z_]{4,}", message) if isinstance(tree, dict) and name in tree]
+    return (named[0],) if named else ()
 
 
 def _existing(raw: Any, location: tuple[int | str, ...]) -> Path:
@@ -169,6 +216,12 @@ def _deployments(application: dict[str, Any], path: Path) -> Iterator[Problem]:
         scaling = deployment.get("autoscaling_config")
         if isinstance(scaling, dict):
             yield from _schema_problems(scaling, AutoscalingConfig, (*place, "autoscaling_config"))
+        actor = (*place, "ray_actor_options", "runtime_env")
+        yield from check_runtime_env(at(deployment, "ray_actor_options", "runtime_env"), actor)
+        strategy = deployment.get("placement_group_strategy")
+        if strategy is not None and strategy not in STRATEGIES:
+            reason = f"{strategy!r} is none of {', '.join(STRATEGIES)}"
+            yield Problem((*place, "placement_group_strategy"), reason, nearest(strategy, STRATEGIES))
         per_node = whole(deployment, "max_replicas_per_node")
         if per_node is not None and not 1 <= per_node <= 100:
             yield Problem((*place, "max_replicas_per_node"), f"{per_node} is outside 1 to 100")

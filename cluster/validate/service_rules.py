@@ -11,9 +11,11 @@ from typing import Any
 
 from penstock.cluster.validate.capacity_rules import check_capacity
 from penstock.cluster.validate.cluster_rules import Surroundings, check_cluster
-from penstock.cluster.validate.demands import configs_of, demands_of, groups_of
+from penstock.cluster.validate.demands import configs_of, demands_of, groups_of, longest_shutdown_s
 from penstock.cluster.validate.findings import Path, Problem, nearest, warning
+from penstock.cluster.validate.listening_rules import check_listening
 from penstock.cluster.validate.loose import at, mapping, switch, text, whole
+from penstock.cluster.validate.memory_rules import check_memory
 from penstock.cluster.validate.quantities import duration_s
 from penstock.cluster.validate.serve_rules import check_serve
 from penstock.cluster.validate.yaml_tree import Misread, Node, read_documents
@@ -58,9 +60,13 @@ def check_service(
         yield Problem(serve_place, "several documents; Serve reads the first one only")
     configs = tuple(configs_of(serve_config))
     cluster, cluster_place = mapping(spec, "rayClusterConfig"), (*place, "rayClusterConfig")
-    around = Surroundings("RayService", annotations, mapping(stated, "spec", "rayClusterConfig"), configs)
+    shutdown_s = longest_shutdown_s(serve_config)
+    around = Surroundings("RayService", annotations, mapping(stated, "spec", "rayClusterConfig"), configs, shutdown_s)
     yield from check_cluster(cluster, cluster_place, around)
-    yield from check_capacity(list(demands_of(serve_config, serve_place)), groups_of(cluster, cluster_place))
+    groups = groups_of(cluster, cluster_place)
+    yield from check_capacity(list(demands_of(serve_config, serve_place)), groups)
+    yield from check_memory(serve_config, serve_place, groups)
+    yield from check_listening(serve_config, serve_place, spec, cluster_place)
     yield from _upgrade(spec, place)
     yield from _lifetime(spec, place, around)
     if text(cluster, "headGroupSpec", "headService", "metadata", "name"):

@@ -1,7 +1,7 @@
 """Values against a structural schema (OpenAPI v3 as Kubernetes writes it), the way the API server goes about it.
 
 `complete` drops nulls and fills in defaults in tree order; `problems` then compares. One walker serves the schemas of
-resource definitions (`crd_files.py`), of core objects and of our own tables (`compact_schema.py`). Pure. Rules that
+resource definitions (`schemas.py`), of core objects and of our own tables (`compact_schema.py`). Pure. Rules that
 Kubernetes states in CEL are not evaluated.
 """
 

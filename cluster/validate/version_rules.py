@@ -13,6 +13,7 @@ from penstock.cluster.validate.image_rules import parse_image
 from penstock.cluster.validate.loose import at, entries, mapping, switch, text, whole
 from penstock.cluster.validate.quantities import Version, shown, version
 
+_IMAGE = ("template", "spec", "containers", 0, "image")
 MINIMUM = (2, 55, 0)  # what Penstock itself needs; a test compares it with the package's requirement
 TOKEN_AUTH = (2, 52, 0)
 KUBERNETES_AUTH = (2, 55, 0)
@@ -40,11 +41,21 @@ def check_versions(spec: dict[str, Any], path: Path, kind: str, is_ours: bool) -
 def _images(spec: dict[str, Any], path: Path, ray: Version | None, is_ours: bool) -> Iterator[Problem]:
     """The Ray container is the first of a pod. All of a cluster's must hold the same Ray."""
     found: list[tuple[Path, str, Version]] = []
+    head = parse_image(text(spec, "headGroupSpec", *_IMAGE))
+    head_python = head.python_version
     groups = [((*path, "headGroupSpec"), mapping(spec, "headGroupSpec"))]
     groups += [((*path, "workerGroupSpecs", i), group) for i, group in entries(spec, "workerGroupSpecs")]
     for place, group in groups:
-        here = (*place, "template", "spec", "containers", 0, "image")
-        image = parse_image(text(group, "template", "spec", "containers", 0, "image"))
+        here = (*place, *_IMAGE)
+        image = parse_image(text(group, *_IMAGE))
+        python = image.python_version
+        if python and head_python and python != head_python:
+            yield Problem(
+                here, f"the tag {image.tag!r} holds Python {python}, the head's {head_python}; it cannot join"
+            )
+        ours, its = version(image.tag), version(head.tag)
+        if is_ours and image.repository == head.repository and ours and its and ours != its:
+            yield Problem(here, f"the tag {image.tag!r} holds another version than the head's {head.tag!r}")
         inside = image.ray_version
         if inside is not None:
             found.append((here, image.tag, inside))
@@ -53,6 +64,10 @@ def _images(spec: dict[str, Any], path: Path, ray: Version | None, is_ours: bool
         if is_ours and image.repository.split("/")[-2:-1] == ["rayproject"]:
             reason = f"{image.repository} holds no Penstock; build deploy/Dockerfile"
             yield warning(here, reason)
+    sidecar = parse_image(text(spec, "autoscalerOptions", "image"))
+    if ray is not None and sidecar.ray_version is not None and sidecar.ray_version != ray:
+        reason = f"the tag {sidecar.tag!r} holds Ray {shown(sidecar.ray_version)}, but rayVersion is {shown(ray)}"
+        yield Problem((*path, "autoscalerOptions", "image"), reason)
     if ray is None and len({inside for _, _, inside in found}) > 1:
         here, tag, inside = found[-1]
         yield Problem(here, f"the tag {tag!r} holds Ray {shown(inside)}, the head's {shown(found[0][2])}")
@@ -77,6 +92,12 @@ def _features(spec: dict[str, Any], path: Path, ray: Version, kind: str) -> Iter
             yield from too_old(("workerGroupSpecs", index, "priority"), "the priority of a group", GROUP_PRIORITY)
     if switch(spec, "enableInTreeAutoscaling"):
         yield from _autoscaler(spec, path, ray)
+        return
+    for index, group in entries(spec, "workerGroupSpecs"):
+        for name in ("idleTimeoutSeconds", "priority"):
+            if whole(group, name):
+                place = (*path, "workerGroupSpecs", index, name)
+                yield warning(place, "only the autoscaler takes notice of it (enableInTreeAutoscaling)")
 
 
 def _autoscaler(spec: dict[str, Any], path: Path, ray: Version) -> Iterator[Problem]:

@@ -147,6 +147,8 @@ def _yaml_reason(error: yaml.YAMLError, text: str) -> tuple[int, str]:
     line = lines[mark.line] if mark.line < len(lines) else ""
     if line[mark.column : mark.column + 1] == "\t":
         return mark.line + 1, "a tab where YAML wants spaces"
+    if "{{" in line:
+        return mark.line + 1, "a template, not YAML; render it first and check what comes out"
     return mark.line + 1, f"not YAML: {getattr(error, 'problem', None) or 'malformed'}"
 
 

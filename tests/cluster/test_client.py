@@ -23,7 +23,7 @@ from penstock.cluster.ingress.app import build_app
 from penstock.cluster.ingress.settings import IngressSettings
 from penstock.cluster.metrics import Metrics
 from penstock.cluster.text import TextCodec
-from penstock.workers.errors import RefusedError, RequestError
+from penstock.workers.errors import ConfigError, RefusedError, RequestError
 from penstock.workers.protocol import EndReason, FailureCode
 
 pytestmark = pytest.mark.timeout(60)
@@ -133,6 +133,28 @@ def test_nobody_there() -> None:
             list(handle.stream("x"))
 
 
+@pytest.mark.parametrize(
+    ("url", "key"),
+    [
+        ("localhost:8000", ""),
+        ("ftp://localhost", ""),
+        ("http://", ""),
+        ("http://[::1", ""),
+        ("http://127.0.0.1:99999", ""),
+        ("http://a b", ""),
+        ("http://a\n", ""),
+        ("http://127.0.0.1", "kéy"),
+        ("http://127.0.0.1", "a\nb"),
+        ("http://127.0.0.1", "a b"),
+    ],
+)
+def test_what_is_no_url_or_no_key_is_told_at_once(url: str, key: str) -> None:
+    with pytest.raises(ConfigError) as wrong:
+        connect(url, key)
+    assert wrong.value.key == ("api_key" if key else "url")
+    assert not key or key not in str(wrong.value)
+
+
 def test_a_server_that_ends_a_stream_early(tmp_path: Path) -> None:
     """Any server, also one that ends the body cleanly without [DONE]: the caller hears of it."""
 
@@ -200,7 +222,7 @@ def test_texts_become_vectors(handle_on: Connect) -> None:
 def test_text_to_ids_and_back(handle_on: Connect, codec: TextCodec) -> None:
     handle = handle_on(FakeGenerator())
     assert handle.tokenize("naïve fox") == tuple(codec.encode("naïve fox", "prompt"))
-    assert handle.tokenize(CHAT) == tuple(codec.encode_chat(CHAT, add_generation_prompt=True))
+    assert handle.tokenize(CHAT) == tuple(codec.encode_chat(CHAT, {"add_generation_prompt": True}))
     assert handle.detokenize(handle.tokenize("naïve fox")) == "naïve fox"
 
 

@@ -72,6 +72,14 @@ def test_no_more_at_once_than_asked_for(handle_on: Connect) -> None:
     assert most == 3
     with pytest.raises(RequestError, match="max_concurrency"):
         handle.batch(PROMPTS, max_concurrency=0)
+    for odd in ("5", 1.5, True):
+        with pytest.raises(RequestError, match="max_concurrency"):
+            handle.batch(PROMPTS, max_concurrency=odd)  # type: ignore[call-overload]
+    for prompts in ("abc", None, {"a": 1}):
+        with pytest.raises(RequestError, match="prompts: give a list"):
+            handle.batch(prompts, progress=False)  # type: ignore[call-overload]
+    kinds = [type(one) for one in handle.batch([PROMPTS[0], None], progress=False, return_exceptions=True)]  # type: ignore[list-item]
+    assert kinds[1] is RequestError
 
 
 def test_refused_prompts_are_asked_again_after_as_long_as_the_server_says(handle_on: Connect) -> None:

@@ -57,7 +57,8 @@ def test_token_ids_may_be_numpys() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), b"x", {1, 2}, object()])
 def test_what_json_cannot_say_is_refused_here(value: Any) -> None:
     with pytest.raises(RequestError) as refused:
-        generate_call("x", {"temperature": value}).content()
+        generate_call("x", {"max_tokens": 3, "temperature": value}).content()
+    assert refused.value.field == "temperature"
     assert refused.value.code == "invalid_json"
 
 
@@ -78,3 +79,45 @@ def test_the_other_calls() -> None:
         embed_calls([1, 2, 3], None)  # type: ignore[arg-type]
     assert tokenize_call("hi", False, None).body == {"prompt": "hi", "add_special_tokens": False}
     assert "messages" in tokenize_call(CHAT, True, None).body
+
+
+NO_LIST: list[Any] = [None, 5, 1.5, True, b"abc", bytearray(b"a"), {"role": "user"}, {5, 6}, object()]
+
+
+@pytest.mark.parametrize("odd", [*NO_LIST, ["a", "b"], [[1], [2]]], ids=str)
+def test_what_is_no_prompt_is_refused_here(odd: Any) -> None:
+    """Bytes would pass for token ids, an object for the list of its names."""
+    for ask in (
+        lambda: generate_call(odd, {}),
+        lambda: generate_call(odd, {}, stream=True),
+        lambda: score_call(odd, 0, None),
+        lambda: tokenize_call(odd, True, None),
+    ):
+        with pytest.raises(RequestError) as refused:
+            ask()
+        assert refused.value.field == "prompt"
+
+
+@pytest.mark.parametrize("odd", [*NO_LIST, "text"], ids=str)
+def test_what_is_no_list_is_refused_here(odd: Any) -> None:
+    with pytest.raises(RequestError):
+        embed_calls(odd, None)
+    with pytest.raises(RequestError):
+        embed_calls([odd] if odd != "text" else [5], None)
+    with pytest.raises(RequestError):
+        detokenize_call(odd, None)
+
+
+@pytest.mark.parametrize("request_id", ["", "a\nb", "é", "\ud800", "x" * 129, " ", 5, b"x"])
+def test_request_ids_that_no_header_can_hold(request_id: Any) -> None:
+    with pytest.raises(RequestError) as refused:
+        generate_call("x", {"request_id": request_id})
+    assert refused.value.field == "request_id"
+
+
+def test_options_of_the_other_kind_of_prompt() -> None:
+    for prompt, name, value in (("x", "chat_template_kwargs", {"a": 1}), (CHAT, "best_of", 2), (CHAT, "echo", True)):
+        with pytest.raises(RequestError) as refused:
+            generate_call(prompt, {name: value})  # type: ignore[misc]
+        assert refused.value.field == name
+        generate_call(prompt, {name: None})  # type: ignore[misc]

@@ -64,9 +64,9 @@ def test_sentence_piece_tokens(tmp_path: Path) -> None:
 
 def test_chat(codec: TextCodec) -> None:
     messages = [{"role": "user", "content": " hello "}, {"role": "assistant", "content": "fox"}]
-    text = codec.decode(codec.encode_chat(messages, add_generation_prompt=True), skip_special_tokens=False)
+    text = codec.decode(codec.encode_chat(messages, {"add_generation_prompt": True}), skip_special_tokens=False)
     assert text == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nfox<|im_end|>\n<|im_start|>assistant\n"
-    assert len(codec.encode_chat(messages, add_generation_prompt=True)) > len(codec.encode_chat(messages))
+    assert len(codec.encode_chat(messages, {"add_generation_prompt": True})) > len(codec.encode_chat(messages))
 
 
 def test_callers_cannot_write_special_tokens(codec: TextCodec) -> None:
@@ -162,6 +162,26 @@ def test_a_cut_prompt_keeps_its_first_special_token() -> None:
     assert codec.encode_end("a b c", "prompt", 2) == [0, 3]
 
 
+def test_template_variables_may_have_any_name(tmp_path: Path) -> None:
+    """A template may read what our own functions call their arguments."""
+    directory = write_tiny_model(tmp_path / "m")
+    names = ["field", "continue_final", "variables", "source", "name", "context", "args"]
+    (directory / "chat_template.jinja").write_text("".join(f"{{{{ {name} }}}}," for name in names))
+    codec = load_text(describe(RunnerSettings(model_dir=str(directory))), False, 512)
+    assert codec.template_variables == set(names)
+    ids = codec.encode_chat([{"role": "user", "content": "x"}], dict.fromkeys(names, "7"))
+    assert codec.decode(ids) == "7," * len(names)
+
+
+@pytest.mark.parametrize("text", ["'ab' * n", "n * [1]", "2 ** n", "9 ** (9 ** 9)", "messages[0].content * n"])
+def test_a_number_cannot_make_a_template_multiply_without_bound(tmp_path: Path, text: str) -> None:
+    directory = write_tiny_model(tmp_path / "m")
+    (directory / "chat_template.jinja").write_text(f"{{{{ 3 * 4.5 }}}}{{{{ '-' * 3 }}}}{{{{ ({text}) | length }}}}")
+    codec = load_text(describe(RunnerSettings(model_dir=str(directory))), False, 512)
+    with pytest.raises(RequestError, match="product in the template is too large"):
+        codec.encode_chat([{"role": "user", "content": "x"}], {"n": 100_000_000})
+
+
 def test_template_variables_are_those_it_reads(tmp_path: Path) -> None:
     source = (
         "{{ bos_token }}{% for message in messages %}{{ message.content }}{% endfor %}"
@@ -176,7 +196,7 @@ def test_a_continued_message_ends_the_prompt(codec: TextCodec) -> None:
     """The template trims its messages: a trailing space does not stay, as it would not in the middle."""
     for text, end in (("Sure", "Sure"), ("Sure ", "Sure"), ("", "assistant\n"), ("a<|im_end|>b", "a<|im_end|>b")):
         messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": text}]
-        ids = codec.encode_chat(messages, continue_final=True, add_generation_prompt=False)
+        ids = codec.encode_chat(messages, {"add_generation_prompt": False}, continue_final=True)
         assert codec.decode(ids, skip_special_tokens=False).endswith(end)
     assert ids.count(2) == 1  # the one of the user's message: what a caller writes forges none
 

@@ -73,6 +73,7 @@ for _ in range(60):
 
 PROMPTS: list[tuple[Any, ...]] = [
     (32, "no prompt", {"prompt": None}, "prompt"),
+    (61, "min_tokens of none", {"max_tokens": 0, "echo": True, "min_tokens": 1}, "min_tokens"),
     (32, "empty prompt", {"prompt": ""}, "prompt"),
     (32, "empty list", {"prompt": []}, "prompt"),
     (32, "empty inner list", {"prompt": [[]]}, "prompt"),
@@ -161,6 +162,9 @@ CHATS: list[tuple[Any, ...]] = [
     (78, "huge number", {"chat_template_kwargs": {"a": 10**30}}, "chat_template_kwargs.a"),
     (78, "long text", {"chat_template_kwargs": {"a": "x" * 10_000}}, "chat_template_kwargs.a"),
     (78, "a list", {"chat_template_kwargs": []}, "chat_template_kwargs"),
+    (0, "best_of", {"best_of": 3}, "best_of"),
+    (0, "special tokens around a template", {"add_special_tokens": True}, "add_special_tokens"),
+    (0, "include_reasoning a number", {"include_reasoning": 1}, "include_reasoning"),
     (0, "documents", {"documents": [{"text": "x"}]}, "documents"),
     (0, "echo", {"echo": True}, "echo"),
     (0, "reasoning_effort a number", {"reasoning_effort": 3}, "reasoning_effort"),
@@ -230,6 +234,7 @@ SHARED: list[tuple[Any, ...]] = [
     (49, "bias 1e9", {"logit_bias": {"5": 1e9}}, "logit_bias.5"),
     (49, "bias -101", {"logit_bias": {"5": -101}}, "logit_bias.5"),
     (49, "bias a string", {"logit_bias": {"5": "1"}}, "logit_bias.5"),
+    (49, "bias null", {"logit_bias": {"5": None}}, "logit_bias.5"),
     (49, "bias a list", {"logit_bias": [1]}, "logit_bias"),
     (49, "10^5 biases", {"logit_bias": {str(i): 1 for i in range(100_000)}}, "logit_bias"),
     (49, "every token banned by bias", {"logit_bias": {str(i): -100 for i in range(VOCAB)}}, "logit_bias"),
@@ -247,6 +252,10 @@ SHARED: list[tuple[Any, ...]] = [
     (54, "seed 2^64", {"seed": 2**64}, "seed"),
     (54, "seed a float", {"seed": 1.5}, "seed"),
     (57, "user of 1 MB", {"user": "x" * 1_000_000}, "user"),
+    (57, "user a number", {"user": 5}, "user"),
+    (57, "metadata a list", {"metadata": ["a"]}, "metadata"),
+    (57, "store a string", {"store": "yes"}, "store"),
+    (58, "priority bool", {"priority": True}, "priority"),
     (57, "metadata of 1 MB", {"metadata": {"a": "x" * 1_000_000}}, "metadata"),
     (57, "safety_identifier of 1 MB", {"safety_identifier": "x" * 1_000_000}, "safety_identifier"),
     (58, "priority of 1 MB", {"priority": "x" * 1_000_000}, "priority"),
@@ -321,6 +330,7 @@ DETOKENIZES: list[tuple[Any, ...]] = [
     (33, "bool", {"tokens": [True]}, "tokens"),
     (33, "float", {"tokens": [1.5]}, "tokens"),
     (33, "2^64", {"tokens": [2**64]}, "tokens"),
+    (33, "a million and more", {"tokens": [5] * ((1 << 20) + 1)}, "tokens"),
 ]
 BAD_REQUESTS: list[BadRequest] = [
     *_rows("completions", PROMPTS + SHARED),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from penstock.cluster.grpc_front import request_bodies as bodies
@@ -122,3 +124,18 @@ def test_what_has_no_body_is_refused_by_field() -> None:
     assert second.value.field == "inputs[1]"
     with pytest.raises(RequestError, match="text or a conversation"):
         bodies.tokenize_body(TokenizeRequest(prompt=Prompt(tokens=TokenIds(ids=[1]))))
+
+
+def test_odd_template_variables_reach_the_parser_as_they_are() -> None:
+    """JSON has no word for some of them; the parser refuses those by name."""
+    request = GenerateRequest(prompt=CHAT)
+    values = request.prompt.chat.chat_template_kwargs
+    values["nan"].number_value = math.nan
+    values["huge"].number_value = -math.inf
+    values["list"].list_value.extend([1, [2]])
+    values["object"].struct_value["a"] = "b"
+    values["null"].null_value = 0
+    values["unset"].SetInParent()
+    found = bodies.generate_body(request, stream=False)[0]["chat_template_kwargs"]
+    assert math.isnan(found.pop("nan"))
+    assert found == {"huge": -math.inf, "list": [], "object": {}, "null": None, "unset": None}

@@ -132,6 +132,21 @@ def test_wrong_requests_name_their_field(start: Start) -> None:
     assert refused(lambda: stub.Generate(nan))[1].param == "temperature"
 
 
+def test_bytes_that_are_no_message_are_the_callers_mistake(codec: TextCodec) -> None:
+    """grpcio's own answer is UNKNOWN, with a traceback in the log."""
+    with FakeGrpcServer(codec, FakeGenerator()) as server, grpc.insecure_channel(server.address) as channel:
+        for rpc in ("Generate", "Stream", "Embed", "Tokenize", "Detokenize", "ListModels"):
+            kind = channel.unary_stream if rpc == "Stream" else channel.unary_unary
+            call = kind(f"/penstock.v1.Generation/{rpc}")
+            for raw in (b"\xff" * 20, b"\x0a\x03\xff\xfe\xfd"):
+                answer = lambda raw=raw, rpc=rpc, call=call: list(call(raw)) if rpc == "Stream" else call(raw)  # noqa: E731
+                if raw[0] == 0x0A and rpc == "ListModels":
+                    continue  # an empty message with a field that it does not know
+                code, detail, _ = refused(answer)
+                assert code is grpc.StatusCode.INVALID_ARGUMENT
+                assert detail.code
+
+
 def test_the_key_is_asked_of_all_but_health(start: Start) -> None:
     stub = start(FakeGenerator(), api_key="s3cret")
     request = pb.GenerateRequest(prompt=TEXT)

@@ -86,6 +86,15 @@ def test_echo_streams_as_it_answers(serve: Any) -> None:
 
 
 @pytest.mark.parametrize("chat", [False, True])
+def test_every_chunk_says_that_it_has_no_logprobs(serve: Any, chat: bool) -> None:
+    prompt: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]} if chat else {"prompt": "hello fox"}
+    streamed = events(serve(FakeGenerator()), "/v1/chat/completions" if chat else "/v1/completions", **prompt)
+    choices = [choice for event in streamed for choice in event["choices"]]
+    assert choices
+    assert all(choice["logprobs"] is None for choice in choices)
+
+
+@pytest.mark.parametrize("chat", [False, True])
 def test_prompt_logprobs(serve: Any, chat: bool) -> None:
     """vLLM's shape: per token a map by id, with text and rank; only the first choice of a prompt scores it."""
     generator = FakeGenerator()

@@ -134,6 +134,8 @@ def test_switched_off_is_unknown(serve: Any) -> None:
         ({"host": "127.0.0.1.evil.com"}, 403),
         ({"host": "localhost.evil.com"}, 403),
         ({"host": "evil.com."}, 403),
+        ({"host": "evil.com#x.local"}, 403),
+        ({"host": "evil.com@localhost"}, 403),
         ({"origin": "http://evil.example.com"}, 403),
         ({"origin": "null"}, 403),
     ],

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.cluster.ingress.errors import HttpProblem
-from penstock.cluster.ingress.json_body import MAX_DEPTH, parse_json
+from penstock.cluster.ingress.json_body import MAX_COMMAS, MAX_DEPTH, MAX_MEMBERS, parse_json
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -48,3 +49,13 @@ def test_depth(depth: int, pair: tuple[bytes, bytes]) -> None:
     with pytest.raises(HttpProblem) as refused:
         parse_json(raw)
     assert refused.value.code == "invalid_json"
+
+
+@pytest.mark.parametrize("unit", [b"[],", b"{},", b'"a":1,', b"5,"])
+def test_a_flood_of_values_is_refused_before_it_is_parsed(unit: bytes) -> None:
+    """A parser that made objects of them all would hold up every other request for seconds."""
+    began = time.monotonic()
+    with pytest.raises(HttpProblem, match="too many values"):
+        parse_json(b'{"a":[' + unit * (max(MAX_MEMBERS, MAX_COMMAS) + 1) + b"1]}")
+    assert time.monotonic() - began < 1
+    assert len(parse_json(b'{"a":[' + b"5," * 100_000 + b"5]}")["a"]) == 100_001

@@ -22,7 +22,7 @@ from penstock.cluster.text import TextCodec
 SHAPE = Shape(LimitSettings(), 400, 512)
 PARSERS: dict[str, Any] = {"completions": parse_completion, "chat": parse_chat, "embeddings": parse_embedding}
 KINDS = {"completions": Kind.COMPLETION, "chat": Kind.CHAT, "embeddings": Kind.EMBEDDING}
-UNREAD = {"include_reasoning", "parallel_tool_calls"}  # known, and without meaning here
+UNREAD = {"parallel_tool_calls"}  # known, and without meaning here
 
 
 def test_every_route_is_described() -> None:

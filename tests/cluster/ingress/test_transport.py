@@ -163,6 +163,10 @@ RAW: list[tuple[str, bytes, set[int]]] = [
     ("18: length and chunks", HEAD + b"content-length: 4\r\n" + CHUNKED + b"0\r\n\r\n", {400}),
     ("18: chunks and length", HEAD + b"transfer-encoding: chunked\r\ncontent-length: 4\r\n\r\n0\r\n\r\n", {400}),
     ("18: chunked twice", HEAD + b"transfer-encoding: chunked, identity\r\n\r\n0\r\n\r\n", {400, 501}),
+    ("18: gzip in chunks", HEAD + b"transfer-encoding: gzip, " + CHUNKED[19:] + b"2\r\n{}\r\n0\r\n\r\n", {400, 501}),
+    ("16: two hosts", HEAD + b"host: y\r\n" + LENGTH + GOOD, {400}),
+    ("9: extensions of chunks without end", HEAD + CHUNKED + b"1;" + b"a" * 900_000, {431, 413, 408, 400, 0}),
+    ("9: a trailer", HEAD + CLOSE + CHUNKED + b"1d\r\n" + GOOD + b"\r\n0\r\ncontent-type: x\r\n\r\n", {200}),
     ("18: folded header", HEAD + b"x-a: b\r\n c: d\r\n" + LENGTH + GOOD, {200, 400}),
     ("18: space before the colon", HEAD + b"content-length : 4\r\n\r\n{}{}", {400}),
     ("19: two keys", HEAD + b"authorization: Bearer x\r\n" + LENGTH + GOOD, {401}),
@@ -200,6 +204,45 @@ def test_endless_heads_are_cut_off(server: HttpServer, canary: Canary) -> None:
         answer = raw(server, HEAD + head, one=True)
         assert status_of(answer) in {431, 0}  # 0: reset while we were still sending
     canary.sang()
+
+
+def test_bodies_that_go_on_after_the_answer_are_cut_off(server: HttpServer, canary: Canary) -> None:
+    """Row 9: who was refused before the body was read, or asked for something without one, cannot drip on for ever."""
+    if not ours(server):
+        pytest.skip("h11 has no such bound")
+    endless = b"content-length: 1000000\r\n\r\n"
+    for head in (HEAD.replace(KEY.encode(), b"nobody"), b"GET /health HTTP/1.1\r\nhost: x\r\n"):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=0.1) as connection:
+            connection.sendall(head + endless)
+            deadline, closed = time.monotonic() + 6, False
+            while not closed and time.monotonic() < deadline:
+                try:
+                    connection.sendall(b"x")
+                    closed = connection.recv(65536) == b""
+                except TimeoutError:
+                    continue
+                except OSError:
+                    closed = True
+            assert closed
+    canary.sang()
+
+
+def test_answers_to_http_1_0_have_no_chunks(server: HttpServer) -> None:
+    """Row 23: a stream's end is the connection's."""
+    body = json.dumps({"prompt": "x", "max_tokens": 3, "stream": True}).encode()
+    old = HEAD.replace(b"HTTP/1.1", b"HTTP/1.0") + b"content-length: %d\r\n\r\n" % len(body) + body
+    head, _, events = raw(server, old).partition(b"\r\n\r\n")
+    assert b"connection: close" in head.lower()
+    assert b"chunked" not in head.lower()
+    assert events.startswith(b"data: {")
+    assert events.endswith(b"data: [DONE]\n\n")
+
+
+def test_nobody_is_asked_to_send_what_is_too_large(server: HttpServer) -> None:
+    """Row 8, with `Expect: 100-continue`."""
+    answer = raw(server, HEAD + b"expect: 100-continue\r\ncontent-length: 99999999\r\n\r\n", one=True)
+    assert status_of(answer) == 413
+    assert raw(server, HEAD + CLOSE + b"expect: 100-continue\r\n" + LENGTH + GOOD).startswith(b"HTTP/1.1 100 ")
 
 
 def test_slow_heads_are_cut_off(server: HttpServer, canary: Canary) -> None:

@@ -126,3 +126,32 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert run(monkeypatch, "--kind", "helm", str(wrong)) == 2
     assert run(monkeypatch, "--crds", str(tmp_path / "none"), str(wrong)) == 2
     assert run(monkeypatch, str(tmp_path / "absent.yaml")) == 1
+
+
+def test_folders(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Files of others are left aside where nobody named them; links that lead nowhere are told."""
+    (tmp_path / "board.json").write_text('{"title": "x", "version": 1, "annotations": {}, "links": []}')
+    (tmp_path / "own.yaml").write_text("pools: {decode: 1}\n")
+    assert run(monkeypatch, str(tmp_path)) == 0
+    assert "board.json:1: warning: neither" in capsys.readouterr().out
+    assert run(monkeypatch, str(tmp_path / "board.json")) == 1
+    (tmp_path / "round.yaml").symlink_to("round.yaml")
+    assert run(monkeypatch, str(tmp_path)) == 1
+    assert "round.yaml:1: error: " in capsys.readouterr().out
+    assert run(monkeypatch, str(ROOT / "deploy")) == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ray: {prefill_resources: {x: .nan}}",
+        "ray: {worker_num_cpus: .inf}",
+        "kv: {memory_bytes: 1000000000000000000000000000000}",
+        "pools: {decode: []}",
+        "health: [{}]",
+    ],
+)
+def test_no_value_breaks_the_sums(tmp_path: Path, text: str) -> None:
+    manifest = (ROOT / "deploy" / "kuberay" / "rayservice-cpu-dev.yaml").read_text()
+    lines = manifest[manifest.index("          kv:\n") : manifest.index("        deployments:\n")]
+    assert any(line.startswith("error") for line in found(tmp_path, manifest.replace(lines, f"          {text}\n")))

@@ -125,6 +125,51 @@ MISTAKES = [
     (HA, "    matchLabels:\n      app.kubernetes.io/name: penstock-redis\n  template", "    matchLabels:\n      app.kubernetes.io/name: redis\n  template", 'spec.selector.matchLabels["app.kubernetes.io/name"]', "not labelled"),
     (HA, "  name: penstock-ha-prefill", "  name: penstock-ha-ingress", "metadata.name", "stands here already"),
     (HA, "    - ports:\n        - protocol: TCP\n          port: 8100", "    - port:\n        - protocol: TCP\n          port: 8100", "spec.ingress[0].port", "did you mean 'ports'"),
+    # who listens where
+    (DEV, "            port: 8100", "            port: 8200", f"{APP}.args.front.port", "nobody listens on 8100 (direct)"),
+    (DEV, "            port: 8100", "            port: 8265", f"{APP}.args.front.port", "Ray's own dashboard"),
+    (DEV, "            port: 8100", "            port: 8100\n            grpc_port: 8000", f"{APP}.args.front.grpc_port", "proxies listen on 8000"),
+    (DEV, "      port: 8000\n    applications", "      port: 9999\n    applications", "spec.serveConfigV2.http_options.port", "'serve' is 8000"),
+    (DEV, "      host: 0.0.0.0", "      host: 127.0.0.1", "spec.serveConfigV2.http_options.host", "no other pod"),
+    (DEV, "proxy_location: EveryNode", "proxy_location: HeadOnly", "spec.serveConfigV2.proxy_location", "excludeHeadPodFromServeSvc"),
+    (DEV, "path: /ready\n                    port: direct", "path: /ready\n                    port: 9999", f"{RAY}.readinessProbe.httpGet.port", "nobody listens on 9999"),
+    (DEV, "path: /ready", "path: /redy", f"{RAY}.readinessProbe.httpGet.path", "did you mean '/ready'"),
+    (DEV, "dashboard-host: 0.0.0.0", "dashboard-host: 127.0.0.1", f"{CLUSTER}.headGroupSpec.rayStartParams.dashboard-host", "another pod"),
+    (DEV, "dashboard-host: 0.0.0.0", "dashboard-port: '8266'", f"{CLUSTER}.headGroupSpec.rayStartParams.dashboard-port", "'dashboard' is 8265"),
+    (SERVE, "  port: 8000", "  port: 80000", "http_options.port", "outside 1 to 65535"),
+    # memory, devices, placement
+    (DEV, "memory_bytes: 512M", "memory_bytes: 16G", f"{APP}.args.kv.memory_bytes", "the largest pod's memory"),
+    (DEV, "            worker_num_cpus: 1", "            worker_accelerator_type: H100", f"{APP}.args.ray.worker_accelerator_type", "no group"),
+    (DEV, "            worker_num_cpus: 1", "            prefill_resources: {CPU: 1}", f"{APP}.args.ray.prefill_resources", "no custom resource"),
+    (GPU, 'nvidia.com/gpu: "8"', 'nvidia.com/gpus: "8"', f'{RAY}.resources.limits["nvidia.com/gpus"]', "did you mean 'nvidia.com/gpu'"),
+    (GPU, "        maxReplicas: 1", "        maxReplicas: 1\n        suspend: true", f"{APP}.args", "no group has such a pod"),
+    (DEV, "        rayStartParams: {}", "        rayStartParams: {}\n        resources: {GPU: '2'}", f"{WORKER}.resources.GPU", "container has 0"),
+    (DEV, "        rayStartParams: {}", "        rayStartParams: {}\n        resources: {CPU: four}", f"{WORKER}.resources.CPU", "no amount"),
+    (DEV, "        rayStartParams: {}", "        rayStartParams: {object-store-memory: '99000000000'}", f"{WORKER}.rayStartParams.object-store-memory", "the container has"),
+    (DEV, "            terminationGracePeriodSeconds: 60", "            terminationGracePeriodSeconds: -1", f"{POD}.terminationGracePeriodSeconds", "less than 0"),
+    (HA, "graceful_shutdown_timeout_s: 130", "graceful_shutdown_timeout_s: 600", f"{CLUSTER}.workerGroupSpecs[0].template.spec.terminationGracePeriodSeconds", "graceful_shutdown_timeout_s 600"),
+    (HA, "sleep 15; ray stop", "sleep 2m; ray stop", f"{CLUSTER}.workerGroupSpecs[0].template.spec.terminationGracePeriodSeconds", "preStop 120 s"),
+    (HA, "maxSkew: 1", "maxSkew: 0", f"{CLUSTER}.workerGroupSpecs[1].template.spec.topologySpreadConstraints[0].maxSkew", "less than 1"),
+    # inside texts, and what Serve only notices later
+    (DEV, "            num_replicas: 1", "            num_replicas: two", f"{APP}.deployments[0].num_replicas", "must be an int"),
+    (DEV, "        args:", "        runtime_env: {pips: [x]}\n        args:", f"{APP}.runtime_env.pips", "did you mean 'pip'"),
+    (DEV, "        args:", "        runtime_env: {env_vars: {A: 1}}\n        args:", f"{APP}.runtime_env.env_vars.A", "quote it"),
+    (SERVE, "        num_replicas: 1", "        placement_group_strategy: PACKED", "applications[0].deployments[0].placement_group_strategy", "did you mean 'PACK'"),
+    (SERVE, "  host: 0.0.0.0", "  ssl_keyfile: /k", "http_options.ssl_keyfile", "needs ssl_certfile"),
+    (SERVE, "  - name: penstock", "  - {name: b, route_prefix: /b, import_path: 'penstock.cluster.serve_app:build', args: {front: {port: 8100}}}\n  - name: penstock", "applications[1].args.front.port", "listens on 8100 too"),
+    (OWN, "  dtype: auto", "  device: cuda", "runner.device", "none of cpu"),
+    (OWN, '  address: ""', "  address: nope", "ray.address", "host:port"),
+    # secrets in plain text
+    (HA, "--requirepass, $(REDIS_PASSWORD)", "--requirepass, hunter2", "spec.template.spec.containers[0].args[2]", "plain text"),
+    (DEV, "                env:\n", "                env:\n                  - {name: X, value: hf_abcdefghijabcdefghij}\n", f"{RAY}.env[0].value", "a key in plain text"),
+    (HA, "      app.kubernetes.io/component: decode\n---", "      ray.io/group: decod\n---", "spec.selector.matchLabels", "did you mean 'decode'"),
+    # what the autoscaler's pod may hold; names and versions
+    (DEV, "    authOptions:", "    enableInTreeAutoscaling: true\n    autoscalerOptions: {resources: {limits: {cpu: 1}, requests: {cpu: 2}}}\n    authOptions:", f"{CLUSTER}.autoscalerOptions.resources.requests.cpu", "more than the limit"),
+    (DEV, "    authOptions:", "    enableInTreeAutoscaling: true\n    autoscalerOptions: {idleTimeoutSeconds: -5}\n    authOptions:", f"{CLUSTER}.autoscalerOptions.idleTimeoutSeconds", "less than 0"),
+    (DEV, '    rayVersion: "2.60.0"\n', "", f"{CLUSTER}.rayVersion", "asks for Ray's version"),
+    (HA, "apiVersion: networking.k8s.io/v1", "apiVersion: networking/v1", "apiVersion", "did you mean 'networking.k8s.io/v1'"),
+    (HA, "accessModes: [ReadWriteOnce]", "accessModes: [ReadWriteOne]", "spec.volumeClaimTemplates[0].spec.accessModes[0]", "did you mean 'ReadWriteOnce'"),
+    (HA, "          port: 8265", "          port: '8265'", "spec.ingress[1].ports[0].port", "a port's name"),
 ]  # fmt: skip
 
 
@@ -143,6 +188,12 @@ DOUBTS = [
     (HA, "        - protocol: UDP\n          port: 53\n        - protocol: TCP\n          port: 53\n", "        - protocol: TCP\n          port: 443\n", "spec.egress", "port 53"),
     (OWN, 'model_dir: ""', "model_dir: /models/nowhere", "runner.model_dir", "not on this machine"),
     (SERVE, "route_prefix: /", "route_prefix: /llm", "applications[0].route_prefix", "base URL"),
+    (HA, "  maxUnavailable: 1", "  maxUnavailable: 0", "spec.maxUnavailable", "no node can be drained"),
+    (HA, "  maxUnavailable: 1", "  minAvailable: 2", "spec.minAvailable", "2 of 2 pods"),
+    (HA, "serviceName: penstock-redis", "serviceName: redis-of-others", "spec.serviceName", "no service"),
+    (DEV, "        maxReplicas: 1", "        maxReplicas: 1\n        idleTimeoutSeconds: 60", f"{WORKER}.idleTimeoutSeconds", "only the autoscaler"),
+    (DEV, "path: /ready", "path: /v1/models", f"{RAY}.readinessProbe.httpGet.path", "asks for a key"),
+    (DEV, "        rayStartParams: {}", "        rayStartParams: {num-cpus: '64'}", f"{WORKER}.rayStartParams.num-cpus", "the container has 4"),
 ]  # fmt: skip
 
 

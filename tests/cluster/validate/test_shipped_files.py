@@ -11,9 +11,9 @@ import yaml
 from repo.source_tree import ROOT
 
 from penstock.cluster.config import load_config
-from penstock.cluster.validate import core_tables, version_rules
+from penstock.cluster.validate import version_rules
 from penstock.cluster.validate.checker import check_files
-from penstock.cluster.validate.schemas import RAY_KINDS, SchemaBook
+from penstock.cluster.validate.schemas import RAY_KINDS, TABLES, SchemaBook
 from penstock.cluster.validate.start_parameters import OPTIONS
 from penstock.cluster.validate.structural import Schema
 
@@ -114,7 +114,7 @@ def test_our_pod_table_knows_the_same_fields() -> None:
 
 def test_our_tables_know_no_field_that_kubernetes_does_not() -> None:
     book, bare = SchemaBook(), SchemaBook(installed=False)
-    for api_version, kind in core_tables.KINDS:
+    for api_version, kind in TABLES:
         (ours,) = bare.find(api_version, kind)
         theirs = book.find(api_version, kind)
         if len(theirs) < 2:

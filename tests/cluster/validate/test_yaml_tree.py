@@ -54,6 +54,7 @@ def test_anchors_and_merges() -> None:
         ("a: " + "x" * MAX_BYTES, 1, "", "larger than"),
         (b"a: 1\nb: \xff\n", 2, "", "not UTF-8"),
         ("a: \x00\n", 1, "", "not YAML"),
+        ("{{- if .Values.x }}\na: 1\n", 1, "", "a template"),
     ],
 )
 def test_what_is_wrong(text: str | bytes, line: int, key: str, reason: str) -> None:
