@@ -109,7 +109,9 @@ def _check_what_happened(
     computing = cluster.workers["prefill-0" if variant.split else "mixed-0"]
     decoding = cluster.workers["decode-0" if variant.split else "mixed-0"]
     longest = max(len(prompt) for prompt in prompts)
-    assert computing.longest_chunk == (variant.chunk or longest)
+    # whoever gave way computes its prompt again and with it what it had generated
+    again = TOKENS if variant.preempt and not variant.chunk else 0
+    assert 0 <= computing.longest_chunk - (variant.chunk or longest) <= again
     assert all(hosted.widest_step <= variant.step_tokens for hosted in cluster.workers.values())
     assert (decoding.preemptions > 0) == variant.preempt
     cached = sum(answer.cached_tokens for answer in answers)

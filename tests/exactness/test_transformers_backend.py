@@ -100,7 +100,9 @@ def require_exact(model: Foreign, variant: Variant) -> None:
     answers, cluster = asyncio.run(_run(model.directory, variant, prompts))
     decoding = cluster.workers["decode-0" if variant.split else "mixed-0"]
     computing = cluster.workers["prefill-0" if variant.split else "mixed-0"]
-    assert computing.longest_chunk == (variant.chunk or max(map(len, prompts)))
+    # whoever gave way computes its prompt again and with it what it had generated
+    again = TOKENS if variant.preempt and not variant.chunk else 0
+    assert 0 <= computing.longest_chunk - (variant.chunk or max(map(len, prompts))) <= again
     assert (decoding.preemptions > 0) == variant.preempt
     assert (sum(answer.cached_tokens for answer in answers) > 0) == variant.caching
     assert decoding.transfers.incoming_arrived == (len(answers) if variant.split else 0)
