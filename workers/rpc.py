@@ -164,11 +164,12 @@ class WorkerClient:
         stream = AttachedStream(self._open(), self.address)
         stream.send(hello)
         try:
-            welcome = await asyncio.wait_for(stream.read(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                welcome = await stream.read()
         except TimeoutError:
             await stream.close()
             raise RefusedError(FailureCode.WORKER_LOST, f"worker at {self.address}: no welcome") from None
-        except (RefusedError, WireError):
+        except (RefusedError, WireError, asyncio.CancelledError):
             await stream.close()
             raise
         if not isinstance(welcome, Welcome):
