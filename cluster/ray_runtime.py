@@ -35,6 +35,7 @@ RAY_SWITCHES = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # leave device variables of actors without GPUs alone
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_worker_niceness": "0",  # Ray would give actors a low priority, and they are who serves
+    "GRPC_VERBOSITY": "ERROR",  # a stream that ends is no news for a terminal
     "GOMP_SPINCOUNT": "30000",  # idle compute threads spin briefly, then leave the cores to ingress and RPC
 }
 OBJECT_STORE_BYTES = 80 << 20  # Ray's least; no request data passes through it
