@@ -84,7 +84,7 @@ def test_the_other_calls() -> None:
 NO_LIST: list[Any] = [None, 5, 1.5, True, b"abc", bytearray(b"a"), {"role": "user"}, {5, 6}, object()]
 
 
-@pytest.mark.parametrize("odd", [*NO_LIST, ["a", "b"], [[1], [2]]], ids=str)
+@pytest.mark.parametrize("odd", [*NO_LIST, ["a", "b"], [[1], [2]]])
 def test_what_is_no_prompt_is_refused_here(odd: Any) -> None:
     """Bytes would pass for token ids, an object for the list of its names."""
     for ask in (
@@ -98,7 +98,7 @@ def test_what_is_no_prompt_is_refused_here(odd: Any) -> None:
         assert refused.value.field == "prompt"
 
 
-@pytest.mark.parametrize("odd", [*NO_LIST, "text"], ids=str)
+@pytest.mark.parametrize("odd", [*NO_LIST, "text"])
 def test_what_is_no_list_is_refused_here(odd: Any) -> None:
     with pytest.raises(RequestError):
         embed_calls(odd, None)
