@@ -117,7 +117,8 @@ def _answer(route: Route) -> dict[str, Any]:
         return {"description": "Prometheus text", "content": {"text/plain": {"schema": {"type": "string"}}}}
     content: dict[str, Any] = {JSON: {"schema": _ANSWERS.get(route.name, _OBJECT)}}
     if route.name in {Kind.COMPLETION.value, Kind.CHAT.value}:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        # no type: some readers take the schema for one event, others for the whole stream
+        content["text/event-stream"] = {"schema": {"description": "chunks as JSON in `data`, at last `[DONE]`"}}
     return {"description": "the answer", "content": content}
 
 

@@ -202,7 +202,8 @@ def _messages(shape: Shape, nullable: bool = False) -> Schema:
 
 
 def _prompts(shape: Shape) -> Schema:
-    ids = {"type": "array", "items": _id(shape), "minItems": 1, "maxItems": shape.max_model_len}
+    longest = f"at most {shape.max_model_len - 1} tokens, unless truncate_prompt_tokens shortens it"
+    ids = {"type": "array", "items": _id(shape), "minItems": 1, "description": longest}
     text = {"type": "string", "minLength": 1}
     many = {"type": "array", "minItems": 1, "maxItems": shape.limits.max_prompts}
     return {"anyOf": [text, ids, {**many, "items": text}, {**many, "items": ids}]}
