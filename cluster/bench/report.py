@@ -32,15 +32,22 @@ class Edges:
 
     def inner(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
         """The outcomes that count."""
-        times = [outcome.scheduled for outcome in outcomes]
-        low, span = min(times, default=0.0), max(times, default=0.0) - min(times, default=0.0)
+        low, span = _span(outcomes)
         if not self.share or not span:
             return list(outcomes)
         return [o for o in outcomes if low + self.share * span <= o.scheduled <= low + (1 - self.share) * span]
 
-    def inner_duration(self, duration_s: float) -> float:
-        """Seconds that the inner outcomes stand for."""
-        return duration_s * (1 - 2 * self.share)
+    def inner_duration(self, outcomes: Sequence[Outcome], duration_s: float) -> float:
+        """Seconds that the inner ones of all outcomes stand for: without edges the whole run with its last answers,
+        else the part of the schedule that they fill, so that rates are those of the steady part."""
+        _, span = _span(outcomes)
+        return span * (1 - 2 * self.share) if self.share and span else duration_s
+
+
+def _span(outcomes: Sequence[Outcome]) -> tuple[float, float]:
+    """Start and length of the schedule, in seconds."""
+    times = [outcome.scheduled for outcome in outcomes]
+    return min(times, default=0.0), max(times, default=0.0) - min(times, default=0.0)
 
 
 def parse_slos(stated: Sequence[str]) -> dict[str, float]:

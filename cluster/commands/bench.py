@@ -171,7 +171,7 @@ def _run(target: Target, plan: list[Planned]) -> Run:
 
 def _figures(run: Run, slos: dict[str, float], edges: Edges, block_size: int) -> Figures:
     """Figures of the counted requests; cache hits are judged over all of them, since each feeds the next."""
-    found = figures(edges.inner(run.outcomes), edges.inner_duration(run.duration_s), slos)
+    found = figures(edges.inner(run.outcomes), edges.inner_duration(run.outcomes, run.duration_s), slos)
     order = sorted(range(len(run.prompts)), key=lambda number: run.outcomes[number].sent)
     ideal, total = infinite_cache_tokens((run.prompts[number] for number in order), block_size)
     found["failed"] = sum(bool(outcome.error) for outcome in run.outcomes)

@@ -32,7 +32,9 @@ def test_figures_leave_the_edges_out() -> None:
     inner = Edges(0.1).inner(outcomes)
     assert [o.scheduled for o in inner] == [float(i) for i in range(1, 10)]
     assert Edges().inner(outcomes) == outcomes
-    assert figures(inner, Edges(0.1).inner_duration(10.0), {})["median_send_lag_ms"] == pytest.approx(500.0)
+    steady_s = Edges(0.1).inner_duration(outcomes, 14.0)  # 10 s of schedule, 4 s until the last answer
+    assert (steady_s, Edges().inner_duration(outcomes, 14.0)) == (pytest.approx(8.0), 14.0)
+    assert figures(inner, steady_s, {})["median_send_lag_ms"] == pytest.approx(500.0)
 
 
 def test_prompts_are_seeded_ids_of_the_vocabulary() -> None:
