@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 I32 = NDArray[np.int32]
 
@@ -36,31 +35,7 @@ class RaggedBatch:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class AttentionGroup:
-    """Rows of similar shape that are computed as one padded batch of R rows, Q queries and S keys each.
-
-    `gather` lists the [C, R, H, S / P] storage rows (one row = P slots x D of one block, layer 0, key or value, head).
-    `tokens` places the queries in the packed batch; with padding, `padded` [R * Q] picks the (repeated) query of every
-    padded place and `kept` the places that are real, in the order of `tokens`.
-    """
-
-    num_rows: int
-    num_queries: int
-    num_keys: int
-    gather: Tensor
-    tokens: slice | Tensor
-    mask: Tensor | None  # additive, broadcastable to [R, heads, Q, S]; None = causal from position 0
-    padded: Tensor | None = None
-    kept: Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class AttentionPlan:
-    """A batch together with what a backend worked out about it in advance.
-
-    `groups` is filled while the step runs: the first layer with a given window plans it for the others.
-    """
+    """A batch; each backend's own plan adds what it worked out about it in advance. Only its maker may read that."""
 
     batch: RaggedBatch
-    write_rows: Tensor  # [T * C * H] storage rows of D numbers in layer 0 that receive the new keys and values
-    groups: dict[int, tuple[AttentionGroup, ...]]  # by window, 0 = all

@@ -13,6 +13,8 @@ padded row, G query heads of one kv head, H kv heads, D head dim, B blocks, L la
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from penstock.kernels.cpu.grouping import RowGroup, group_rows
 from penstock.kernels.cpu.windows import windowed
-from penstock.kernels.ragged import AttentionGroup, AttentionPlan, RaggedBatch
+from penstock.kernels.ragged import AttentionPlan, RaggedBatch
 
 I64 = NDArray[np.int64]
 
@@ -29,12 +31,46 @@ I64 = NDArray[np.int64]
 SCORE_ELEMENTS = 1 << 20
 
 
-def plan_attention(kv_BLCHPD: Tensor, batch: RaggedBatch) -> AttentionPlan:
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionGroup:
+    """Rows of similar shape that are computed as one padded batch of R rows, Q queries and S keys each.
+
+    `gather` lists the [C, R, H, S / P] storage rows (one row = P slots x D of one block, layer 0, key or value, head).
+    `tokens` places the queries in the packed batch; with padding, `padded` [R * Q] picks the (repeated) query of every
+    padded place and `kept` the places that are real, in the order of `tokens`.
+    """
+
+    num_rows: int
+    num_queries: int
+    num_keys: int
+    gather: Tensor
+    tokens: slice | Tensor
+    mask: Tensor | None  # additive, broadcastable to [R, heads, Q, S]; None = causal from position 0
+    padded: Tensor | None = None
+    kept: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GroupedPlan(AttentionPlan):
+    """`groups` is filled while the step runs: the first layer with a given window plans it for the others."""
+
+    write_rows: Tensor  # [T * C * H] storage rows of D numbers in layer 0 that receive the new keys and values
+    groups: dict[int, tuple[AttentionGroup, ...]]  # by window, 0 = all
+
+
+def plan_attention(kv_BLCHPD: Tensor, batch: RaggedBatch) -> GroupedPlan:
     """See `ops.plan_attention`. Groups are planned when the first layer asks, since only it knows its window."""
-    return AttentionPlan(batch, _write_rows(batch, kv_BLCHPD.shape), {})
+    return GroupedPlan(batch, _write_rows(batch, kv_BLCHPD.shape), {})
 
 
-def _groups(kv_BLCHPD: Tensor, plan: AttentionPlan, window: int) -> tuple[AttentionGroup, ...]:
+def own_plan(plan: AttentionPlan) -> GroupedPlan:
+    """The plan as this backend made it. Raises TypeError for one of another backend."""
+    if not isinstance(plan, GroupedPlan):
+        raise TypeError(f"plan: {type(plan).__name__} was made by another backend than cpu")
+    return plan
+
+
+def _groups(kv_BLCHPD: Tensor, plan: GroupedPlan, window: int) -> tuple[AttentionGroup, ...]:
     """The plan's groups for this window, made at the first call."""
     if window not in plan.groups:
         batch = windowed(plan.batch, window, kv_BLCHPD.shape[4]) if window else plan.batch
@@ -139,7 +175,7 @@ def paged_attention(
     _, _, parts, heads, slots, dim = kv_BLCHPD.shape
     storage = kv_BLCHPD.view(-1, slots * dim)[layer * parts * heads :]
     out = torch.empty(q_THD.shape, dtype=q_THD.dtype)
-    for group in _groups(kv_BLCHPD, plan, window):
+    for group in _groups(kv_BLCHPD, own_plan(plan), window):
         both = storage.index_select(0, group.gather).view(2, group.num_rows, heads, group.num_keys, dim)
         q = q_THD[group.tokens] if group.padded is None else q_THD.index_select(0, group.padded)
         if group.num_queries == 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from penstock.kernels.cpu.attention import own_plan
 from penstock.kernels.ragged import AttentionPlan
 
 
@@ -16,7 +17,7 @@ def write_kv(kv_BLCHPD: Tensor, layer: int, new_TCHD: Tensor, plan: AttentionPla
     """See `ops.write_kv`. The plan's rows are those of layer 0; a shifted view serves the other layers."""
     _, _, parts, heads, slots, dim = kv_BLCHPD.shape
     rows = kv_BLCHPD.view(-1, dim)[layer * parts * heads * slots :]
-    rows.index_copy_(0, plan.write_rows, torch.nan_to_num(new_TCHD).view(-1, dim))
+    rows.index_copy_(0, own_plan(plan).write_rows, torch.nan_to_num(new_TCHD).view(-1, dim))
 
 
 def copy_blocks(kv_BLCHPD: Tensor, pairs: Tensor) -> None:

@@ -14,7 +14,7 @@ from penstock.kernels.ragged import AttentionPlan, RaggedBatch
 
 def plan_attention(kv_BLCHPD: Tensor, batch: RaggedBatch) -> AttentionPlan:
     """See `ops.plan_attention`; the reference prepares nothing."""
-    return AttentionPlan(batch, write_rows=torch.empty(0, dtype=torch.int64), groups={})
+    return AttentionPlan(batch)
 
 
 def paged_attention(
