@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Make .venv at the repository's root hold Penstock and what it stands on. Sourced by quickstart.sh and tests/run.sh.
+# Make .venv at the repository's root hold Penstock and what it stands on. Sourced by quickstart.sh and tests/run.sh:
+#
+#   penstock_environment ROOT [dev]     dev: with what the tests need; it serves those who do without, too
 #
 # The environment is reused only while the hash of everything that decides its content (Python's version, the pinned
 # versions, the project's requirements and package map, its place) equals the one written when it was finished.
 
 penstock_environment() {
-    local root=$1 python=${PYTHON:-python3.11} stamp wanted
+    local root=$1 extra=${2:-} python=${PYTHON:-python3.11} stamp wanted
     command -v "$python" >/dev/null || python=python3
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
         { echo "Penstock needs Python 3.11 or newer (set PYTHON to one)" >&2; return 1; }
@@ -20,7 +22,7 @@ parts += [repr(project[key]) for key in ("build-system", "project")] + [repr(pro
 print(hashlib.sha256("\0".join(parts).encode()).hexdigest())
 PY
     )
-    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && "$root/.venv/bin/python" -c 'import torch, ray' 2>/dev/null; then
+    if [ -f "$stamp" ] && grep -qx -e "$wanted $extra" -e "$wanted dev" "$stamp" && "$root/.venv/bin/python" -c 'import torch, ray' 2>/dev/null; then
         return 0
     fi
     echo "installing into $root/.venv (a few minutes the first time)" >&2
@@ -28,6 +30,8 @@ PY
     "$python" -m venv "$root/.venv"
     # torch first and by exact version: an open range would bring the CUDA build
     "$root/.venv/bin/pip" install -q -c "$root/deploy/constraints.txt" "$(grep '^torch==' "$root/deploy/constraints.txt")"
-    "$root/.venv/bin/pip" install -q -c "$root/deploy/constraints.txt" -e "$root[dev]"
-    echo "$wanted" > "$stamp"
+    "$root/.venv/bin/pip" install -q -c "$root/deploy/constraints.txt" -e "$root${extra:+[$extra]}"
+    # The CPU's kernels in C++: compiled here, so that the first start need not; without a compiler torch serves.
+    "$root/.venv/bin/python" -m penstock.kernels.native.build >&2 || true
+    echo "$wanted $extra" > "$stamp"
 }

@@ -39,3 +39,28 @@ class AttentionPlan:
     """A batch; each backend's own plan adds what it worked out about it in advance. Only its maker may read that."""
 
     batch: RaggedBatch
+
+    @property
+    def num_tokens(self) -> int:
+        """The most tokens that may be given with this plan: the batch's, or with padding more."""
+        return self.batch.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionLimits:
+    """The most that any step may hold that is planned into one workspace."""
+
+    max_rows: int
+    max_tokens: int
+    max_length: int  # stored plus new tokens of one row
+    query_heads: int
+    padded: bool = False  # launches depend on these maxima alone, so that a captured graph can be replayed
+    fixed_split: int = 0  # tokens of a KV chunk; above 0 a row's result does not depend on the rest of the batch
+    shared_prefix: bool = True  # read blocks that several rows share once; fixed_split turns it off
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionWorkspace:
+    """Memory at fixed addresses that plans are made in; each backend adds its own. Only its maker may read that."""
+
+    limits: AttentionLimits

@@ -19,3 +19,9 @@ def gelu_and_mul(gate_up: Tensor) -> Tensor:
     """See `ops.gelu_and_mul`."""
     width = gate_up.shape[-1] // 2
     return F.gelu(gate_up[..., :width], approximate="tanh").mul_(gate_up[..., width:])
+
+
+def gelu_erf_and_mul(gate_up: Tensor) -> Tensor:
+    """See `ops.gelu_erf_and_mul`."""
+    width = gate_up.shape[-1] // 2
+    return F.gelu(gate_up[..., :width]).mul_(gate_up[..., width:])

@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from penstock.kernels.cpu.attention_states import paged_attention_with_lse
 from penstock.kernels.cpu.grouping import RowGroup, group_rows
 from penstock.kernels.cpu.windows import windowed
-from penstock.kernels.ragged import AttentionPlan, RaggedBatch
+from penstock.kernels.ragged import AttentionLimits, AttentionPlan, AttentionWorkspace, RaggedBatch
 
 I64 = NDArray[np.int64]
 
@@ -58,7 +59,12 @@ class GroupedPlan(AttentionPlan):
     groups: dict[int, tuple[AttentionGroup, ...]]  # by window, 0 = all
 
 
-def plan_attention(kv_BLCHPD: Tensor, batch: RaggedBatch) -> GroupedPlan:
+def attention_workspace(kv_BLCHPD: Tensor, limits: AttentionLimits) -> AttentionWorkspace:
+    """See `ops.attention_workspace`; nothing here needs memory at fixed addresses."""
+    return AttentionWorkspace(limits)
+
+
+def plan_attention(kv_BLCHPD: Tensor, batch: RaggedBatch, workspace: AttentionWorkspace | None = None) -> GroupedPlan:
     """See `ops.plan_attention`. Groups are planned when the first layer asks, since only it knows its window."""
     return GroupedPlan(batch, _write_rows(batch, kv_BLCHPD.shape), {})
 
@@ -170,8 +176,13 @@ def paged_attention(
     *,
     window: int = 0,
     soft_cap: float = 0.0,
+    kv_scales: Tensor | None = None,
 ) -> Tensor:
     """See `ops.paged_attention`."""
+    if kv_scales is not None:
+        return paged_attention_with_lse(
+            q_THD, kv_BLCHPD, layer, plan, scale, window=window, soft_cap=soft_cap, kv_scales=kv_scales
+        )[0]
     _, _, parts, heads, slots, dim = kv_BLCHPD.shape
     storage = kv_BLCHPD.view(-1, slots * dim)[layer * parts * heads :]
     out = torch.empty(q_THD.shape, dtype=q_THD.dtype)

@@ -20,7 +20,7 @@ _ROUNDS = 10
 def philox(counter: Tensor, key: Tensor) -> Tensor:
     """See `ops.philox`."""
     words = [_philox_words(c, k) for c, k in zip(counter.tolist(), key.tolist(), strict=True)]
-    return torch.tensor(words, dtype=torch.int64).view(counter.shape)
+    return torch.tensor(words, dtype=torch.int64, device=counter.device).view(counter.shape)
 
 
 def _philox_words(counter: list[int], key: list[int]) -> list[int]:
@@ -39,4 +39,4 @@ def gumbel(seed: Tensor, choice: Tensor, position: Tensor, token: Tensor) -> Ten
     for s, *counter in zip(seed.tolist(), choice.tolist(), position.tolist(), token.tolist(), strict=True):
         word = _philox_words([*counter, 0], [s & _WORD, (s >> 32) & _WORD])[0]
         noise.append(-math.log(-math.log((word + 0.5) / 2**32)))
-    return torch.tensor(noise, dtype=torch.float64)
+    return torch.tensor(noise, dtype=torch.float64, device=seed.device)

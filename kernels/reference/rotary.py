@@ -1,4 +1,4 @@
-"""Rotary position embedding in the half-split form, written for plainness.
+"""Rotary position embedding in every form of pairing, written for plainness.
 
 Called through `kernels/ops.py`; knows only tensors. Legend: T tokens, H heads, D head dim.
 """
@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 
-def rotary(x_THD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotary(x_THD: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
     """See `ops.rotary`; computed in the wider of the dtypes."""
-    dtype = torch.promote_types(x_THD.dtype, cos.dtype)
-    first, second = x_THD.to(dtype).chunk(2, dim=-1)
+    dtype, half = torch.promote_types(x_THD.dtype, cos.dtype), cos.shape[1]
+    out = x_THD.to(dtype, copy=True)
+    a = slice(0, 2 * half, 2) if interleaved else slice(0, half)
+    b = slice(1, 2 * half, 2) if interleaved else slice(half, 2 * half)
+    first, second = x_THD[..., a].to(dtype), x_THD[..., b].to(dtype)
     c, s = cos.to(dtype).unsqueeze(1), sin.to(dtype).unsqueeze(1)
-    return torch.cat((first * c - second * s, second * c + first * s), dim=-1).to(x_THD.dtype)
+    out[..., a], out[..., b] = first * c - second * s, second * c + first * s
+    return out.to(x_THD.dtype)

@@ -33,3 +33,18 @@ def test_gelu_and_mul(implementation, dtype, tolerance):
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("implementation", [cpu, reference, ops])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 3e-2)])
+def test_gelu_erf_and_mul(implementation, dtype, tolerance):
+    torch.manual_seed(0)
+    x = (3 * torch.randn(5, 14)).to(dtype)
+    before = x.clone()
+    gate, up = x.double().chunk(2, -1)
+    out = implementation.gelu_erf_and_mul(x)
+    assert out.dtype == dtype
+    torch.testing.assert_close(
+        out.double(), gate / 2 * (1 + torch.erf(gate / 2**0.5)) * up, atol=tolerance, rtol=tolerance
+    )
+    assert torch.equal(x, before)

@@ -18,11 +18,13 @@ def _fresh(monkeypatch):
 
 def test_usual_dtypes_are_fast_and_float64_is_the_reference(caplog):
     with caplog.at_level(logging.INFO):
-        assert dispatch.backend_for(torch.zeros(1)) is dispatch.CPU
+        assert dispatch.backend_for(torch.zeros(1)) is dispatch.NATIVE
+        assert dispatch.backend_for(torch.zeros(1, dtype=torch.float16)) is dispatch.CPU
         assert dispatch.backend_for(torch.zeros(1, dtype=torch.float64)) is dispatch.REFERENCE
         dispatch.backend_for(torch.zeros(1))
-    assert [record.getMessage() for record in caplog.records] == [
-        "kernels for cpu torch.float32: cpu",
+    assert [r.getMessage() for r in caplog.records if r.name == dispatch.__name__] == [
+        "kernels for cpu torch.float32: native",
+        "kernels for cpu torch.float16: cpu",
         "kernels for cpu torch.float64: reference",
     ]
 
@@ -34,5 +36,7 @@ def test_the_environment_overrides(monkeypatch):
 
 def test_an_unknown_name_is_refused(monkeypatch):
     monkeypatch.setenv("PENSTOCK_KERNELS", "fastest")
-    with pytest.raises(ValueError, match="PENSTOCK_KERNELS='fastest': expected auto, reference, cpu"):
+    with pytest.raises(
+        ValueError, match="PENSTOCK_KERNELS='fastest': expected one of auto, reference, cpu, native, gpu"
+    ):
         dispatch.backend_for(torch.zeros(1))
