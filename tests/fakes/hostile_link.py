@@ -6,7 +6,7 @@ which is what a socket with a full buffer does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from penstock.workers.errors import WireError
@@ -15,18 +15,25 @@ from penstock.workers.transfer.receiver import Receiver
 from penstock.workers.transfer.sender import Sender
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Frame:
     """One frame on its way; `views` are live until it is flushed."""
 
     message: Message
     views: list[memoryview] | None
     payload: bytes = b""
+    release: Callable[[], None] | None = None
 
     def flush(self) -> None:
         if self.views is not None:
             self.payload = b"".join(bytes(view) for view in self.views)
-            self.views = None
+            self.drop()
+
+    def drop(self) -> None:
+        """Read no view any more."""
+        self.views = None
+        if self.release is not None:
+            self.release()
 
 
 class HostileChannel:
@@ -40,14 +47,22 @@ class HostileChannel:
     def backlog(self) -> int:
         return sum(sum(map(len, frame.views)) for frame in self.outbox if frame.views is not None)
 
-    def send(self, message: Message, payload: Sequence[memoryview] = ()) -> None:
+    def send(
+        self, message: Message, payload: Sequence[memoryview] = (), release: Callable[[], None] | None = None
+    ) -> None:
         if self.failure is None:
             code, (session_id, epoch) = CODES[type(message)], session_of(message)
             message = decode_body(code, session_id, epoch, encode_body(message))  # through the wire's own eyes
-            self.outbox.append(Frame(message, list(payload) or None))  # without payload it leaves at once
+            self.outbox.append(Frame(message, list(payload) or None, release=release))  # without payload it has left
 
     def scrub(self, session_id: bytes) -> None:
-        self.outbox = [f for f in self.outbox if f.views is None or session_of(f.message)[0] != session_id]
+        scrubbed = [f for f in self.outbox if f.views is not None and session_of(f.message)[0] == session_id]
+        self.outbox = [f for f in self.outbox if f not in scrubbed]
+        for frame in scrubbed:
+            frame.drop()
+
+    def resume(self) -> None:
+        raise AssertionError("this link's receivers always have room")
 
     def fail(self, reason: str) -> None:
         self.failure = self.failure or reason

@@ -36,7 +36,7 @@ class Pair:
     """Sender and receiver joined by a link that the test works by hand, under a clock that it sets."""
 
     transport: str = "tcp"
-    digest_sample: float = 1.0
+    digest: str = "full"
     sender_faults: TransferFaults | None = None
     receiver_faults: TransferFaults | None = None
     now: float = 0.0
@@ -48,7 +48,7 @@ class Pair:
         self.target = KVStorage.create(NUM_BLOCKS, BLOCK_BYTES)
         fill(self.source, 1)
         self.link = HostileLink()
-        settings = TransferSettings(transport=self.transport, digest_sample=self.digest_sample)
+        settings = TransferSettings(transport=self.transport, digest=self.digest)
         ends = [
             Endpoint(settings, storage, name, "here", "same", events.append, lambda: self.now, faults)
             for storage, name, events, faults in (

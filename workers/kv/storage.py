@@ -7,7 +7,10 @@ bytes only, neither layouts nor who owns a block.
 The file is anonymous (memfd): it lives as long as some process holds it, so a killed worker leaves nothing behind.
 Invariant: its size is sealed, so an attached reader can never be hit by a truncation (SIGBUS).
 
-    header (64 bytes) | generations uint64 [num_blocks] | padding to 64 | data uint8 [num_blocks, block_bytes]
+    header (64 bytes) | generations uint64 [num_blocks] | padding | data uint8 [num_blocks, block_bytes]
+
+The data starts on a page of its own, chosen so that the owner's map of it can be of huge pages: they make a copy, and
+every other long read, faster by a tenth to a third.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import fcntl
 import mmap
 import os
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +33,11 @@ from penstock.workers.errors import ConfigError, WireError
 _MAGIC = b"PSTKKV01"
 _HEADER = struct.Struct("<8sQQQ")  # magic, num_blocks, block_bytes, offset of data
 _ALIGN = 64
-_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, which the mmap module of Python 3.11 does not name
+_PAGE = mmap.ALLOCATIONGRANULARITY
+_HUGE_PAGE = 2 << 20
+# Advice that the mmap module of Python 3.11 does not name.
+_POPULATE_WRITE = 23
+_COLLAPSE = 25
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
@@ -39,32 +47,46 @@ class KVStorage:
     `path` names the file for other processes of this host while this one lives. Build it with `create` or `attach`.
     """
 
-    def __init__(self, descriptor: int, num_blocks: int, block_bytes: int, *, writable: bool) -> None:
-        offset, size = _extents(num_blocks, block_bytes)
+    def __init__(self, descriptor: int, num_blocks: int, block_bytes: int, offset: int, *, writable: bool) -> None:
         access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
         self._descriptor = descriptor
-        self._map = mmap.mmap(descriptor, size, access=access)
+        self._head = mmap.mmap(descriptor, _head_bytes(num_blocks), access=access)
+        self._map = mmap.mmap(descriptor, num_blocks * block_bytes, access=access, offset=offset)
         if writable:
-            # Touch every page now: a shortage shows at start, and no transfer pays for page faults later. Kernels
-            # before 5.14 do not know the advice and fault on first use as ever.
-            try:
-                self._map.madvise(_POPULATE_WRITE)
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
+            _touch(self._head)
+            _touch(self._map)
         self.num_blocks = num_blocks
         self.block_bytes = block_bytes
         self.path = f"/proc/{os.getpid()}/fd/{descriptor}"
-        self.generations: NDArray[np.uint64] = np.frombuffer(self._map, np.uint64, num_blocks, _ALIGN)
-        flat = np.frombuffer(self._map, np.uint8, num_blocks * block_bytes, offset)
+        self.generations: NDArray[np.uint64] = np.frombuffer(self._head, np.uint64, num_blocks, _ALIGN)
+        flat = np.frombuffer(self._map, np.uint8, num_blocks * block_bytes)
         self.data: NDArray[np.uint8] = flat.reshape(num_blocks, block_bytes)
+        self._bytes = memoryview(flat.data)
+
+    @property
+    def segment(self) -> str:
+        """The file that peers on this host copy blocks from."""
+        return self.path
+
+    @property
+    def frame_bytes(self) -> int | None:
+        """`read` and `land` take any number of blocks."""
+        return None
+
+    def read(self, blocks: Sequence[int]) -> PoolBlocks:
+        """The bytes of these blocks where they lie."""
+        return PoolBlocks(self._bytes, self.block_bytes, blocks)
+
+    def land(self, blocks: Sequence[int]) -> PoolBlocks:
+        """The memory of these blocks, to be written in place."""
+        return PoolBlocks(self._bytes, self.block_bytes, blocks)
 
     @staticmethod
     def create(num_blocks: int, block_bytes: int) -> KVStorage:
         """A zeroed storage that this process owns. Raises ConfigError where the host's memory cannot hold it."""
         if num_blocks < 1 or block_bytes < 1:
             raise ConfigError(f"a KV pool of {num_blocks} blocks of {block_bytes} bytes is empty", key="kv.num_blocks")
-        offset, size = _extents(num_blocks, block_bytes)
+        size = _head_bytes(num_blocks) + num_blocks * block_bytes
         available = available_bytes()
         if size > available:
             raise ConfigError(
@@ -74,10 +96,11 @@ class KVStorage:
             )
         descriptor = os.memfd_create("penstock-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            os.ftruncate(descriptor, size)
+            offset = _data_offset(descriptor, num_blocks, block_bytes)
+            os.ftruncate(descriptor, offset + num_blocks * block_bytes)
             os.pwrite(descriptor, _HEADER.pack(_MAGIC, num_blocks, block_bytes, offset), 0)
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
-            return KVStorage(descriptor, num_blocks, block_bytes, writable=True)
+            return KVStorage(descriptor, num_blocks, block_bytes, offset, writable=True)
         except OSError as error:
             os.close(descriptor)
             raise ConfigError(f"the KV pool of {size >> 20} MiB cannot be mapped: {error}", key="kv") from error
@@ -87,8 +110,8 @@ class KVStorage:
         """Another process's storage, read-only. OSError: it cannot be opened; WireError: it is no KV storage."""
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            num_blocks, block_bytes = _read_header(descriptor, path)
-            return KVStorage(descriptor, num_blocks, block_bytes, writable=False)
+            num_blocks, block_bytes, offset = _read_header(descriptor, path)
+            return KVStorage(descriptor, num_blocks, block_bytes, offset, writable=False)
         except (OSError, WireError):
             os.close(descriptor)
             raise
@@ -97,29 +120,101 @@ class KVStorage:
         """Give the descriptor back. The memory goes once the last view of it is gone. Safe to call twice."""
         if self._descriptor < 0:
             return
+        self._bytes = memoryview(b"")
         self.data = np.zeros((0, self.block_bytes), np.uint8)
         self.generations = np.zeros(0, np.uint64)
         # A runner may still hold a view: then the map closes with it, not here.
-        with contextlib.suppress(BufferError):
-            self._map.close()
+        for mapped in (self._head, self._map):
+            with contextlib.suppress(BufferError):
+                mapped.close()
         os.close(self._descriptor)
         self._descriptor = -1
 
 
-def _extents(num_blocks: int, block_bytes: int) -> tuple[int, int]:
-    """(offset of the data, size of the file) in bytes."""
-    offset = -(-(_ALIGN + 8 * num_blocks) // _ALIGN) * _ALIGN
-    return offset, offset + num_blocks * block_bytes
+class PoolBlocks:
+    """Some blocks of a pool in host memory: `HostBlocks` of the transfer without any copy."""
+
+    __slots__ = ("_block_bytes", "_bytes", "_numbers")
+
+    def __init__(self, pool: memoryview, block_bytes: int, numbers: Sequence[int]) -> None:
+        self._bytes = pool
+        self._block_bytes = block_bytes
+        self._numbers = numbers
+
+    @property
+    def blocks(self) -> list[memoryview]:
+        """One view per block."""
+        pool, size = self._bytes, self._block_bytes
+        return [pool[number * size : (number + 1) * size] for number in self._numbers]
+
+    @property
+    def runs(self) -> list[memoryview]:
+        """One view per run of consecutive blocks."""
+        pool, size, numbers = self._bytes, self._block_bytes, self._numbers
+        runs: list[memoryview] = []
+        first = 0
+        for place in range(1, len(numbers) + 1):
+            if place == len(numbers) or numbers[place] != numbers[place - 1] + 1:
+                runs.append(pool[numbers[first] * size : (numbers[place - 1] + 1) * size])
+                first = place
+        return runs
+
+    def commit(self, places: Sequence[int]) -> None:
+        """The bytes were written where they belong; only places that were asked for can be meant. Raises IndexError."""
+        if any(not 0 <= place < len(self._numbers) for place in places):
+            raise IndexError(f"places {places} of {len(self._numbers)} blocks")
+
+    def release(self) -> None:
+        """Name no block any more; the memory is the pool's."""
+        self._numbers = ()
 
 
-def _read_header(descriptor: int, path: str) -> tuple[int, int]:
-    """(num_blocks, block_bytes) of a foreign file, after checking that mapping and reading it is safe."""
+def _head_bytes(num_blocks: int) -> int:
+    """Size of header and generations, in whole pages."""
+    return -(-(_ALIGN + 8 * num_blocks) // _PAGE) * _PAGE
+
+
+def _data_offset(descriptor: int, num_blocks: int, block_bytes: int) -> int:
+    """Where in the file the data should start. Leaves the file at some size that is large enough.
+
+    Huge pages need an address and a position in the file that agree modulo their size. The address of a map is the
+    system's choice, but it will most probably make the same choice again: so look at it, and choose the position. If
+    it does not, the pages are small, and everything works as well.
+    """
+    first, size = _head_bytes(num_blocks), num_blocks * block_bytes
+    os.ftruncate(descriptor, first + size)
+    if size < _HUGE_PAGE:
+        return first
+    with mmap.mmap(descriptor, size, offset=first) as probe:
+        address = int(np.frombuffer(probe, np.uint8, 1).__array_interface__["data"][0])
+    return first + (address - first) % _HUGE_PAGE
+
+
+def _touch(mapped: mmap.mmap) -> None:
+    """Have every page now, huge ones where possible: a shortage shows at start, and no transfer pays for faults later.
+
+    Kernels before 6.1 do not know how to collapse, and those before 5.14 fault on first use as ever.
+    """
+    if len(mapped) >= _HUGE_PAGE:
+        np.frombuffer(mapped, np.uint8)[::_HUGE_PAGE] = 0  # a range without any page is not collapsed
+        # Refused, or no huge page to be had: small ones will do.
+        with contextlib.suppress(OSError):
+            mapped.madvise(_COLLAPSE)
+    try:
+        mapped.madvise(_POPULATE_WRITE)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+
+
+def _read_header(descriptor: int, path: str) -> tuple[int, int, int]:
+    """(num_blocks, block_bytes, offset of the data) of a foreign file; that it can be mapped and read is checked."""
     size = os.fstat(descriptor).st_size
     raw = os.pread(descriptor, _HEADER.size, 0)
     if len(raw) != _HEADER.size:
         raise WireError(f"{path} is no KV storage: too short")
     magic, num_blocks, block_bytes, offset = _HEADER.unpack(raw)
-    if magic != _MAGIC or num_blocks < 1 or block_bytes < 1 or (offset, size) != _extents(num_blocks, block_bytes):
+    if magic != _MAGIC or num_blocks < 1 or block_bytes < 1 or not _fits(num_blocks, block_bytes, offset, size):
         raise WireError(f"{path} is no KV storage: its header does not match its size")
     try:
         seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
@@ -127,7 +222,13 @@ def _read_header(descriptor: int, path: str) -> tuple[int, int]:
         raise WireError(f"{path} is no KV storage: not a memory file") from error
     if seals & _SEALS != _SEALS:
         raise WireError(f"{path} is no KV storage: its size is not sealed")
-    return num_blocks, block_bytes
+    return num_blocks, block_bytes, offset
+
+
+def _fits(num_blocks: int, block_bytes: int, offset: int, size: int) -> bool:
+    """A file of this size has room for all that its header speaks of, and nothing else."""
+    aligned = offset % _PAGE == 0 and 0 <= offset - _head_bytes(num_blocks) < _HUGE_PAGE
+    return aligned and size == offset + num_blocks * block_bytes
 
 
 def available_bytes() -> int:

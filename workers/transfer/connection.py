@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from penstock.workers.errors import WireError
-from penstock.workers.transfer.frame_writer import MAX_VIEWS, FrameWriter, pass_views
+from penstock.workers.transfer.frame_writer import FrameWriter, first_views, pass_views
 from penstock.workers.transfer.frames import (
     HEADER_BYTES,
     NONCE_BYTES,
@@ -44,7 +44,7 @@ class Landing(Protocol):
         ...
 
     def views(self) -> list[memoryview]:
-        """One view of `block_bytes` per entry of the offer."""
+        """Where the offer's blocks go, in order, `block_bytes` for each entry. Asked only while `open`."""
         ...
 
 
@@ -58,7 +58,9 @@ class Handler(Protocol):
 
     def on_message(self, channel: Connection, message: Message) -> None: ...
 
-    def on_payload(self, channel: Connection, offer: Offer) -> Landing: ...
+    def on_payload(self, channel: Connection, offer: Offer) -> Landing | None:
+        """None: no room for the bytes; they are not read before `channel.resume` leads to another call."""
+        ...
 
     def on_landed(self, channel: Connection, landing: Landing) -> None: ...
 
@@ -95,6 +97,7 @@ class Connection:
         self._landing: Landing | None = None  # its payload is being read
         self._landing_views: list[memoryview] = []
         self._payload_left = 0
+        self._roomless: Offer | None = None  # its payload is next, and the handler had no room for it
         self._discard = memoryview(bytearray(DISCARD_BYTES))
 
     @property
@@ -107,10 +110,20 @@ class Connection:
         """The selector should tell when the socket takes more."""
         return self._connecting or self._writer.busy
 
-    def send(self, message: Message, payload: Sequence[memoryview] = ()) -> None:
-        """Queue a frame and send what the socket takes at once."""
-        if self.failure is None:
-            self._writer.queue(message, payload)
+    @property
+    def wants_read(self) -> bool:
+        """The selector should tell when something has come."""
+        return self._roomless is None
+
+    def send(
+        self, message: Message, payload: Sequence[memoryview] = (), release: Callable[[], None] | None = None
+    ) -> None:
+        """Queue a frame and send what the socket takes at once. `release`: its payload is read no more."""
+        if self.failure is not None:
+            if release is not None:
+                release()
+        else:
+            self._writer.queue(message, payload, release)
             if not self.wants_write:
                 self.flush()
             elif self._writer.frames > MAX_QUEUED_FRAMES:
@@ -119,6 +132,15 @@ class Connection:
     def scrub(self, session_id: bytes) -> None:
         """Read no payload queued for this session any more."""
         self._writer.scrub(session_id)
+
+    def resume(self) -> None:
+        """Ask the handler again where the payload goes that waits in the network."""
+        if self._roomless is not None and self.failure is None:
+            try:
+                self._land(self._roomless)
+            except WireError as error:
+                self.fail(str(error))
+            self._terms.attention(self)
 
     def flush(self) -> None:
         """Send as much as the socket takes; the first call after the TCP handshake learns how that went."""
@@ -153,12 +175,10 @@ class Connection:
         """The selector's turn for reading."""
         budget = READ_BUDGET_BYTES
         try:
-            while budget > 0 and self.failure is None:
-                received, wanted = self._receive()
+            while budget > 0 and self.failure is None and self.wants_read:
+                received = self._receive()
                 if received == 0:
                     self.fail("the peer closed the connection")
-                if received < wanted:
-                    break  # the socket is empty: the next read would only fail
                 budget -= received
         except BlockingIOError:
             pass
@@ -167,8 +187,8 @@ class Connection:
         except WireError as error:
             self.fail(str(error))
 
-    def _receive(self) -> tuple[int, int]:
-        """Read once. Returns (bytes read, bytes there was room for)."""
+    def _receive(self) -> int:
+        """Read once. Returns the number of bytes, 0 at the end."""
         if self._landing is not None:
             return self._receive_payload(self._landing)
         wanted = len(self._buffer) - self._filled
@@ -176,7 +196,7 @@ class Connection:
         self._filled += received
         if received == wanted:
             self._take(bytes(self._buffer))
-        return received, wanted
+        return received
 
     def _take(self, data: bytes) -> None:
         """A preface, header or body is complete."""
@@ -214,26 +234,30 @@ class Connection:
         if isinstance(message, Offer) and message.inline:
             if header.payload_bytes != len(message.entries) * self._terms.block_bytes:
                 raise WireError(f"transfer: payload of {header.payload_bytes} bytes for {len(message.entries)} blocks")
-            self._landing = self.handler.on_payload(self, message)
-            self._landing_views = self._landing.views()
             self._payload_left = header.payload_bytes
+            self._land(message)
         elif header.payload_bytes:
             raise WireError("transfer: payload on a message that has none")
         else:
             self.handler.on_message(self, message)
 
-    def _receive_payload(self, landing: Landing) -> tuple[int, int]:
+    def _land(self, offer: Offer) -> None:
+        landing = self._landing = self.handler.on_payload(self, offer)
+        self._roomless = offer if landing is None else None
+        if landing is None:
+            self._terms.attention(self)
+        elif landing.open:
+            self._landing_views = landing.views()
+
+    def _receive_payload(self, landing: Landing) -> int:
         """Read into the blocks while the session lives, and away once it has ended."""
         if landing.open:
-            views = self._landing_views[:MAX_VIEWS]
-            wanted = sum(map(len, views))
-            received = self.socket.recvmsg_into(views)[0]
+            received = self.socket.recvmsg_into(first_views(self._landing_views))[0]
             pass_views(self._landing_views, received)
         else:
-            wanted = min(self._payload_left, DISCARD_BYTES)
-            received = self.socket.recv_into(self._discard[:wanted])
+            received = self.socket.recv_into(self._discard[: min(self._payload_left, DISCARD_BYTES)])
         self._payload_left -= received
         if self._payload_left == 0:
             self._landing, self._landing_views = None, []
             self.handler.on_landed(self, landing)
-        return received, wanted
+        return received

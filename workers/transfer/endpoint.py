@@ -9,11 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from penstock.workers.kv.storage import KVStorage
 from penstock.workers.settings import TransferSettings
 from penstock.workers.transfer.faults import TransferFaults
 from penstock.workers.transfer.messages import Message
-from penstock.workers.transfer.port import TransferEvent
+from penstock.workers.transfer.port import BlockStorage, TransferEvent
 
 
 class Channel(Protocol):
@@ -24,12 +23,18 @@ class Channel(Protocol):
         """Bytes queued and not yet taken by the network."""
         ...
 
-    def send(self, message: Message, payload: Sequence[memoryview] = ()) -> None:
-        """Queue a frame. Payload views are read until they have left or `scrub` was called."""
+    def send(
+        self, message: Message, payload: Sequence[memoryview] = (), release: Callable[[], None] | None = None
+    ) -> None:
+        """Queue a frame. Payload views are read until they have left or `scrub` was called; then `release` is."""
         ...
 
     def scrub(self, session_id: bytes) -> None:
         """Drop the session's queued frames and read none of its payload views any more."""
+        ...
+
+    def resume(self) -> None:
+        """Ask the handler again where the payload goes for which it had no room."""
         ...
 
     def fail(self, reason: str) -> None:
@@ -70,7 +75,7 @@ class Endpoint:
     """This worker's side of every transfer. `emit` hands an event to the engine thread and wakes it."""
 
     settings: TransferSettings
-    storage: KVStorage
+    storage: BlockStorage
     worker_id: str
     host_id: str
     compatibility: str

@@ -19,19 +19,21 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from penstock.workers.errors import ConfigError
-from penstock.workers.kv.storage import KVStorage
 from penstock.workers.protocol import Grant
 from penstock.workers.settings import TransferSettings
 from penstock.workers.transfer.connection import ConnectionTerms
+from penstock.workers.transfer.digests import POLICIES
 from penstock.workers.transfer.endpoint import Channel, Endpoint, TransferCounters
 from penstock.workers.transfer.faults import TransferFaults
-from penstock.workers.transfer.port import Incoming, Tail, TransferEvent
+from penstock.workers.transfer.port import BlockStorage, Incoming, Tail, TransferEvent
 from penstock.workers.transfer.receiver import HANDSHAKE_TIMEOUT_S, Receiver
-from penstock.workers.transfer.sender import FRAME_TARGET_BYTES, Sender
+from penstock.workers.transfer.sender import Sender
 from penstock.workers.transfer.socket_loop import SocketLoop
 
 TRANSPORTS = ("auto", "shared_memory", "tcp")
 SWEEPS_PER_LEASE = 8
+MIN_FRAME_BYTES = 1 << 20
+MIN_SOCKET_BUFFER_BYTES = 1 << 16
 _STOPPED = "the transfer engine has stopped"
 _log = logging.getLogger(__name__)
 
@@ -45,7 +47,7 @@ class TransferEngine:
     def __init__(
         self,
         settings: TransferSettings,
-        storage: KVStorage,
+        storage: BlockStorage,
         *,
         worker_id: str,
         epoch: int,
@@ -56,7 +58,8 @@ class TransferEngine:
         clock: Callable[[], float],
         faults: TransferFaults | None = None,
     ) -> None:
-        block_bytes = int(storage.data.shape[1])
+        block_bytes = storage.block_bytes
+        frame_bytes = min(settings.max_frame_bytes, storage.frame_bytes or settings.max_frame_bytes)
         _check(settings, block_bytes)
         key = _key(cluster_key)
         self._wake, self._clock = wake, clock
@@ -73,9 +76,10 @@ class TransferEngine:
         self._sender = Sender(endpoint, self._connect)
         self._sockets = SocketLoop(
             settings.host,
+            settings.socket_buffer_bytes,
             self._receiver,
             lambda loop: ConnectionTerms(
-                key, block_bytes, settings.max_frame_bytes, loop.attend, self._sender.on_drained, self._catch_up
+                key, block_bytes, frame_bytes, loop.attend, self._sender.on_drained, self._catch_up
             ),
         )
         self._thread = threading.Thread(target=self._run, name=f"transfer-{worker_id}-{epoch}", daemon=True)
@@ -220,11 +224,17 @@ class TransferEngine:
 def _check(settings: TransferSettings, block_bytes: int) -> None:
     if settings.transport not in TRANSPORTS:
         raise ConfigError(f"transport is one of {', '.join(TRANSPORTS)}", key="transfer.transport")
-    least = max(block_bytes, FRAME_TARGET_BYTES)
+    least = max(block_bytes, MIN_FRAME_BYTES)
     if settings.max_frame_bytes < least:
         raise ConfigError(f"a frame must hold {least} bytes of blocks", key="transfer.max_frame_bytes")
-    if not 0.0 <= settings.digest_sample <= 1.0:
-        raise ConfigError("digest_sample is a share between 0 and 1", key="transfer.digest_sample")
+    if settings.digest not in POLICIES:
+        raise ConfigError(f"digest is one of {', '.join(POLICIES)}", key="transfer.digest")
+    if not 0.0 < settings.digest_sample <= 1.0:
+        raise ConfigError("digest_sample is a share above 0 and up to 1", key="transfer.digest_sample")
+    if settings.socket_buffer_bytes and settings.socket_buffer_bytes < MIN_SOCKET_BUFFER_BYTES:
+        raise ConfigError(
+            f"socket buffers have at least {MIN_SOCKET_BUFFER_BYTES} bytes, or 0", key="transfer.socket_buffer_bytes"
+        )
     if not settings.lease_s > 0.0:
         raise ConfigError("a lease is longer than 0 s", key="transfer.lease_s")
 

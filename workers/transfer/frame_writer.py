@@ -3,19 +3,33 @@
 Used by `connection.py`. Frames are sealed late so that `scrub` can take a session's frames out of the queue without
 leaving a gap in the sequence numbers.
 
-Invariant: after `scrub(s)` no payload view queued for session s is read.
+Invariants: after `scrub(s)` no payload view queued for session s is read; a frame's `release` is called once, when its
+payload views are read no more.
 """
 
 from __future__ import annotations
 
 import socket
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from penstock.workers.transfer.frames import FrameSeal
 from penstock.workers.transfer.messages import Message, session_of
 
 MAX_VIEWS = 1000  # per system call; Linux takes 1024
+CALL_BYTES = 1 << 20  # views that hold more than this are not handed to one call: a socket would not take it
+
+
+@dataclass(frozen=True, slots=True)
+class _Queued:
+    message: Message
+    payload: Sequence[memoryview]
+    release: Callable[[], None] | None
+
+    def done(self) -> None:
+        if self.release is not None:
+            self.release()
 
 
 class FrameWriter:
@@ -24,12 +38,12 @@ class FrameWriter:
     def __init__(self, sock: socket.socket, opening: bytes) -> None:
         self.seal: FrameSeal | None = None  # frames wait until it is set
         self._socket = sock
-        self._queue: deque[tuple[Message, Sequence[memoryview]]] = deque()
+        self._queue: deque[_Queued] = deque()
         self._queued_bytes = 0
         self._views = [memoryview(opening)]  # what is being sent: one head, then payload
         self._views_bytes = len(opening)
         self._in_head = True  # `_views[0]` is (the rest of) the head
-        self._session: bytes | None = None  # whose payload is in `_views`
+        self._sending: _Queued | None = None  # whose payload is in `_views`
 
     @property
     def busy(self) -> bool:
@@ -46,34 +60,40 @@ class FrameWriter:
         """Payload bytes queued, and all bytes of the frame being sent."""
         return self._queued_bytes + self._views_bytes
 
-    def queue(self, message: Message, payload: Sequence[memoryview]) -> None:
+    def queue(self, message: Message, payload: Sequence[memoryview], release: Callable[[], None] | None = None) -> None:
         """Append a frame."""
-        self._queue.append((message, payload))
+        self._queue.append(_Queued(message, payload, release))
         self._queued_bytes += _size(payload)
 
     def flush(self) -> None:
         """Send what the socket takes. Raises BlockingIOError when it takes no more, OSError when it is broken."""
         while self._views or self._load():
-            self._advance(self._socket.sendmsg(self._views[:MAX_VIEWS]))
+            self._advance(self._socket.sendmsg(first_views(self._views)))
 
     def clear(self) -> None:
         """Forget everything; the connection has ended."""
-        self._queue.clear()
+        dropped, self._queue = self._queue, deque()
         self._views = []
         self._queued_bytes = self._views_bytes = 0
+        self._payload_done()
+        for frame in dropped:
+            frame.done()
 
     def scrub(self, session_id: bytes) -> None:
         """Drop the session's queued frames; one half sent goes on with zeros, which its reader will not keep.
 
         It will not, because Finish is sent last: it is either dropped here, or all payload has left before.
         """
-        if self._queue:
-            self._queue = deque(frame for frame in self._queue if session_of(frame[0])[0] != session_id)
-            self._queued_bytes = sum(_size(payload) for _, payload in self._queue)
-        if self._session == session_id:
+        dropped = [frame for frame in self._queue if session_of(frame.message)[0] == session_id]
+        if dropped:
+            self._queue = deque(frame for frame in self._queue if session_of(frame.message)[0] != session_id)
+            self._queued_bytes = sum(_size(frame.payload) for frame in self._queue)
+        if self._sending is not None and session_of(self._sending.message)[0] == session_id:
             head = bytes(self._views[0]) if self._in_head else b""
             self._views = [memoryview(head + bytes(self._views_bytes - len(head)))]
-            self._session = None
+            self._payload_done()
+        for frame in dropped:
+            frame.done()
 
     def _load(self) -> bool:
         """Seal the next frames, up to and with the first that has a payload. False: nothing to send."""
@@ -82,13 +102,15 @@ class FrameWriter:
         heads: list[bytes] = []
         payload: Sequence[memoryview] = ()
         while self._queue and not payload and len(heads) < MAX_VIEWS:
-            message, payload = self._queue.popleft()
-            heads.append(self.seal.seal(message, _size(payload)))
-            self._session = session_of(message)[0] if payload else None
-        self._queued_bytes -= _size(payload)
-        head = b"".join(heads)
+            frame = self._queue.popleft()
+            payload = frame.payload
+            heads.append(self.seal.seal(frame.message, _size(payload)))
+            if payload:
+                self._sending = frame
+        head, size = b"".join(heads), _size(payload)
+        self._queued_bytes -= size
         self._views = [memoryview(head), *payload]
-        self._views_bytes = len(head) + _size(payload)
+        self._views_bytes = len(head) + size
         self._in_head = True
         return True
 
@@ -97,7 +119,22 @@ class FrameWriter:
         whole = pass_views(self._views, sent)
         self._in_head = self._in_head and not whole
         if not self._views:
-            self._session = None
+            self._payload_done()
+
+    def _payload_done(self) -> None:
+        frame, self._sending = self._sending, None
+        if frame is not None:
+            frame.done()
+
+
+def first_views(views: list[memoryview]) -> list[memoryview]:
+    """As many of the views, from the first, as one system call should be given."""
+    total = 0
+    for place, view in enumerate(views):
+        total += len(view)
+        if total >= CALL_BYTES or place == MAX_VIEWS - 1:
+            return views[: place + 1]
+    return views
 
 
 def pass_views(views: list[memoryview], count: int) -> int:

@@ -31,7 +31,18 @@ class SessionError(PenstockError):
 class IncomingSession:
     """Book-keeping of one expected session."""
 
-    __slots__ = ("_have", "_lacking", "_rounds", "channel", "expires", "granted", "open", "tokens")
+    __slots__ = (
+        "_blocks",
+        "_generations",
+        "_have",
+        "_lacking",
+        "_rounds",
+        "channel",
+        "expires",
+        "granted",
+        "open",
+        "tokens",
+    )
 
     def __init__(self, granted: Incoming, now: float) -> None:
         self.granted = granted
@@ -42,6 +53,8 @@ class IncomingSession:
         self._have = bytearray(len(granted.blocks))
         self._lacking = len(granted.blocks)
         self._rounds = 0
+        self._blocks = np.asarray(granted.blocks, np.int64)
+        self._generations = np.asarray(granted.generations, np.uint64)
 
     @property
     def whole(self) -> bool:
@@ -66,15 +79,17 @@ class IncomingSession:
         `generations` is the pool's current one for every block. Raises SessionError for a fragment outside the grant
         or a block that no longer is the one granted.
         """
-        granted, seen = self.granted, bytearray(self._have)
+        fragments, stated = offer.entries["fragment"], offer.entries["target_generation"]
+        outside = fragments >= len(self._blocks)
+        if outside.any():
+            raise SessionError(f"fragment {fragments[outside][0]} of a session of {len(self._blocks)}")
+        blocks = self._blocks[fragments]
+        reused = (stated != self._generations[fragments]) | (stated != generations[blocks])
+        if reused.any():
+            raise SessionError(f"fragment {fragments[reused][0]}: the granted block has been reused")
         targets: list[int | None] = []
-        fragments, numbers = offer.entries["fragment"].tolist(), offer.entries["target_generation"].tolist()
-        for fragment, generation in zip(fragments, numbers, strict=True):
-            if fragment >= len(granted.blocks):
-                raise SessionError(f"fragment {fragment} of a session of {len(granted.blocks)}")
-            block = granted.blocks[fragment]
-            if not generation == granted.generations[fragment] == int(generations[block]):
-                raise SessionError(f"fragment {fragment}: the granted block has been reused")
+        seen = bytearray(self._have)
+        for fragment, block in zip(fragments.tolist(), blocks.tolist(), strict=True):
             targets.append(None if seen[fragment] else block)
             seen[fragment] = 1
         return targets

@@ -7,33 +7,46 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from penstock.workers.errors import WireError
-from penstock.workers.kv.storage import KVStorage
 from penstock.workers.transfer.endpoint import Endpoint
 from penstock.workers.transfer.incoming import IncomingSession
 from penstock.workers.transfer.messages import Hello, Offer
+from penstock.workers.transfer.port import DirectPeerPool, HostBlocks, HostPeerPool
 
 Entry = tuple[int, int, int, int, int, int]  # one row of OFFER_DTYPE
-Verify = Callable[[Entry, int], bool]  # (entry, block): the block holds what the entry says
+Verify = Callable[[Entry, memoryview], bool]  # the block's bytes are those that the entry says
+_NOTHING = memoryview(b"")
 _SEGMENT_PATH = re.compile(r"/proc/[1-9][0-9]*/fd/[0-9]+")
 _log = logging.getLogger(__name__)
 
 
 class BlockLanding:
-    """Where the blocks of one offer go; None where the bytes are not wanted."""
+    """Where the blocks of one offer go. `host`: memory for the wanted ones, None where no bytes are wanted at all.
 
-    __slots__ = ("_scratch", "_storage", "intact", "offer", "session", "targets")
+    `targets`: the block for each entry, None for one that is here already.
+    """
 
-    def __init__(self, endpoint: Endpoint, scratch: memoryview, offer: Offer, session: IncomingSession | None) -> None:
+    __slots__ = ("_scratch", "host", "intact", "offer", "rows", "session", "targets", "wanted")
+
+    def __init__(
+        self,
+        offer: Offer,
+        session: IncomingSession | None,
+        targets: Sequence[int | None] = (),
+        host: HostBlocks | None = None,
+        scratch: memoryview = _NOTHING,
+    ) -> None:
         self.offer = offer
         self.session = session
-        self.targets: list[int | None] = [None] * len(offer.entries)
+        self.targets = targets
+        self.wanted = [place for place, target in enumerate(targets) if target is not None]  # places of the offer
+        self.rows: list[Entry] = offer.entries[self.wanted].tolist()  # of the wanted entries
+        self.host = host
         self.intact: list[bool] = []  # per wanted entry, once its bytes are there: they are the offered ones
-        self._storage = endpoint.storage
         self._scratch = scratch
 
     @property
@@ -41,18 +54,34 @@ class BlockLanding:
         """The session lives: its blocks may be written."""
         return self.session is not None and self.session.open
 
-    def wanted(self) -> list[tuple[Entry, int]]:
-        """(entry, target block) of the entries whose bytes are wanted."""
-        pairs = zip(self.offer.entries.tolist(), self.targets, strict=True)
-        return [(entry, target) for entry, target in pairs if target is not None]
-
     def views(self) -> list[memoryview]:
-        """One writable view of a block per entry."""
-        data = self._storage.data
-        return [self._scratch if target is None else memoryview(data[target]) for target in self.targets]
+        """Writable views for the offer's blocks in order; of a block that is here already, a scratch block."""
+        if self.host is None:
+            return [self._scratch] * len(self.targets)
+        if len(self.wanted) == len(self.targets):
+            return self.host.runs
+        blocks = iter(self.host.blocks)
+        return [self._scratch if target is None else next(blocks) for target in self.targets]
+
+    def verify_all(self, verify: Verify) -> None:
+        """Fill `intact`, all bytes being there."""
+        if self.host is not None:
+            self.intact = [verify(entry, block) for entry, block in zip(self.rows, self.host.blocks, strict=True)]
+
+    def copy_directly(self, peer: DirectPeerPool, sources: Sequence[int]) -> None:
+        """Let the device copy the wanted blocks into the pool. No digest covers what the host never sees."""
+        peer.copy(sources, [target for target in self.targets if target is not None])
+        self.release()
+        self.host = None
+        self.intact = [True] * len(self.rows)
+
+    def release(self) -> None:
+        """Nothing is written any more."""
+        if self.host is not None:
+            self.host.release()
 
 
-def attach_segment(endpoint: Endpoint, hello: Hello) -> KVStorage | None:
+def attach_segment(endpoint: Endpoint, hello: Hello) -> HostPeerPool | DirectPeerPool | None:
     """The peer's storage, read-only; None where it offers none or this process cannot see it.
 
     Raises WireError when what is there is not what the peer says.
@@ -62,29 +91,58 @@ def attach_segment(endpoint: Endpoint, hello: Hello) -> KVStorage | None:
     if not _SEGMENT_PATH.fullmatch(hello.segment):
         return None
     try:
-        segment = KVStorage.attach(hello.segment)
+        segment = endpoint.storage.attach(hello.segment)
     except (OSError, WireError) as error:
         _log.warning("cannot attach the KV storage of %s: %s", hello.worker_id, error)
         return None
-    if segment.data.shape != (hello.num_blocks, hello.block_bytes):
+    if (segment.num_blocks, segment.block_bytes) != (hello.num_blocks, hello.block_bytes):
         segment.close()
         raise WireError("transfer: the peer's KV storage is not what it says")
     return segment
 
 
-def copy_blocks(landing: BlockLanding, segment: KVStorage, storage: KVStorage, verify: Verify) -> bool:
+def copy_blocks(landing: BlockLanding, segment: HostPeerPool | DirectPeerPool, verify: Verify) -> bool:
     """Copy and verify the wanted blocks. False: the sender has meanwhile reused one, so the copies are worth nothing.
 
     The owner raises a block's generation before it writes new content, so equal numbers before and after the copy
     mean that the content was the offered one all the while (the loads and stores stay in order on x86; elsewhere the
-    digest has the last word). Each block is verified right after its copy, while it is still in the cache.
+    digest has the last word). Each block is verified right after its copy, while it is still in the cache; without
+    digests whole runs of blocks are copied at once.
     """
-    wanted = [place for place, target in enumerate(landing.targets) if target is not None]
-    sources = landing.offer.entries["source_block"][wanted]
-    offered = landing.offer.entries["source_generation"][wanted]
-    if not np.array_equal(segment.generations[sources], offered):
+    if landing.host is None:
+        return True
+    entries = landing.offer.entries[landing.wanted]
+    numbers, offered = entries["source_block"], entries["source_generation"]
+    if not np.array_equal(segment.generations[numbers], offered):
         return False
-    for (entry, target), source in zip(landing.wanted(), sources.tolist(), strict=True):
-        np.copyto(storage.data[target], segment.data[source])
-        landing.intact.append(verify(entry, target))
-    return bool(np.array_equal(segment.generations[sources], offered))
+    if isinstance(segment, DirectPeerPool):
+        landing.copy_directly(segment, numbers.tolist())
+        return bool(np.array_equal(segment.generations[numbers], offered))
+    source, target = segment.read(numbers.tolist()), landing.host
+    if entries["checked"].any():
+        for entry, ours, theirs in zip(landing.rows, target.blocks, source.blocks, strict=True):
+            _copy(ours, theirs)
+            landing.intact.append(verify(entry, ours))
+    else:
+        copy_runs(target.runs, source.runs)
+        landing.verify_all(verify)
+    return bool(np.array_equal(segment.generations[numbers], offered))
+
+
+def copy_runs(targets: Sequence[memoryview], sources: Sequence[memoryview]) -> None:
+    """Copy the sources' bytes, one after the other, to the targets, which have as many in pieces of other sizes."""
+    places = iter(targets)
+    target = next(places, _NOTHING)
+    for run in sources:
+        source = run
+        while source:
+            if not target:
+                target = next(places)
+            size = min(len(source), len(target))
+            _copy(target[:size], source[:size])
+            source, target = source[size:], target[size:]
+
+
+def _copy(target: memoryview, source: memoryview) -> None:
+    # Not a slice assignment, which would hold the interpreter's lock all the while.
+    np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))

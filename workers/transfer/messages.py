@@ -55,9 +55,13 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """D takes P's sessions; with `shared_memory` D copies blocks from P's segment, else P sends their bytes."""
+    """D takes P's sessions; with `shared_memory` D copies blocks from P's segment, else P sends their bytes.
+
+    D can take `frame_bytes` of blocks at once; 0 = any number.
+    """
 
     shared_memory: bool
+    frame_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +172,8 @@ def encode_body(message: Message) -> bytes:
     match message:
         case Hello(worker_id, compatibility, host_id, segment, num_blocks, block_bytes):
             fields: list[object] = [worker_id, compatibility, host_id, segment, num_blocks, block_bytes]
-        case Welcome(shared_memory):
-            fields = [shared_memory]
+        case Welcome(shared_memory, frame_bytes):
+            fields = [shared_memory, frame_bytes]
         case Goodbye(reason) | Abandon(reason=reason) | Reject(reason=reason):
             fields = [reason[: MAX_TEXT // 4]]
         case Offer(inline=inline, entries=entries):
@@ -201,7 +205,7 @@ def _build(code: int, session_id: bytes, epoch: int, read: _Fields) -> Message:
         case 1:
             return Hello(read.text(), read.text(), read.text(), read.text(), read.integer(), read.integer())
         case 2:
-            return Welcome(read.flag())
+            return Welcome(read.flag(), read.integer())
         case 3:
             return Goodbye(read.text())
         case 4:

@@ -12,35 +12,55 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from penstock.workers.protocol import Grant
 from penstock.workers.transfer.incoming import MAX_RESEND_ROUNDS, SessionError
-from penstock.workers.transfer.port import Tail
+from penstock.workers.transfer.port import HostBlocks, Tail
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """The blocks of one frame to come: (fragment, block) pairs and their bytes, None where nobody needs them."""
+
+    batch: list[tuple[int, int]]
+    host: HostBlocks | None
+
+    def release(self) -> None:
+        """The bytes are needed no more."""
+        if self.host is not None:
+            self.host.release()
 
 
 class OutgoingSession:
     """Book-keeping of one started session."""
 
-    __slots__ = ("_blocks", "_rounds", "_unsent", "finished_at", "grant", "opened", "tail")
+    __slots__ = ("_blocks", "_rounds", "_unsent", "finished_at", "grant", "opened", "reading", "tail")
 
     def __init__(self, grant: Grant) -> None:
         self.grant = grant
         self.opened = False  # Open was sent
         self.tail: Tail | None = None
         self.finished_at: float | None = None  # Finish was sent
+        self.reading: Reading | None = None  # taken, not sent yet
         self._blocks: dict[int, int] = {}
         self._unsent: deque[int] = deque()
         self._rounds = 0
 
     @property
+    def unsent(self) -> bool:
+        """There are blocks to take."""
+        return bool(self._unsent)
+
+    @property
     def ready(self) -> bool:
         """There is something to send."""
-        return not self.opened or bool(self._unsent) or self.finish_due
+        return not self.opened or self.unsent or self.reading is not None or self.finish_due
 
     @property
     def finish_due(self) -> bool:
         """Everything has been sent and Finish has not."""
-        return self.tail is not None and not self._unsent and self.finished_at is None
+        return self.tail is not None and not self._unsent and self.reading is None and self.finished_at is None
 
     def offer(self, fragments: Sequence[tuple[int, int]]) -> None:
         """Queue (fragment, local block) pairs. Raises SessionError for one outside the grant; repeats are ignored."""
@@ -61,6 +81,10 @@ class OutgoingSession:
     def take(self, limit: int) -> list[tuple[int, int]]:
         """The next at most `limit` (fragment, local block) pairs to send."""
         return [(fragment, self._blocks[fragment]) for fragment in self._take_unsent(limit)]
+
+    def put_back(self, batch: Sequence[tuple[int, int]]) -> None:
+        """These were taken and could not be sent: they come first again."""
+        self._unsent.extendleft(fragment for fragment, _ in reversed(batch))
 
     def _take_unsent(self, limit: int) -> list[int]:
         return [self._unsent.popleft() for _ in range(min(limit, len(self._unsent)))]

@@ -1,4 +1,7 @@
-"""The face of KV transfer towards the engine: what it may ask, and the events it gets back.
+"""The faces of KV transfer: what the engine may ask and the events it gets back, and what a pool of blocks must offer.
+
+`BlockSource` and `BlockSink` are all that the transfer thread asks of a pool: bytes of blocks in host memory, to read
+or to fill. `kv/storage.py` hands out its own memory; a pool on a device does it through `staging.py`.
 
 The engine thread calls these methods; none blocks, and a transfer thread does the work. Implemented by
 `engine.py` of this folder over shared memory and TCP, and by a fake in tests that reorders, repeats, delays and drops.
@@ -14,7 +17,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
 
 from penstock.workers.protocol import Grant, Tokens
 from penstock.workers.totals import TransferCause
@@ -116,3 +122,114 @@ class TransferPort(Protocol):
     def poll(self) -> list[TransferEvent]:
         """Events since the last call, oldest first."""
         ...
+
+
+class HostBlocks(Protocol):
+    """The bytes of some blocks in host memory, in the order they were asked for, until `release`."""
+
+    @property
+    def blocks(self) -> list[memoryview]:
+        """One view per block, contiguous; waits for a copy from a device that is under way."""
+        ...
+
+    @property
+    def runs(self) -> list[memoryview]:
+        """The same bytes in the same order, blocks that are neighbours in memory in one view."""
+        ...
+
+    def commit(self, places: Sequence[int]) -> None:
+        """Of `land`: the blocks at these places hold their bytes; returns once the pool itself has them."""
+        ...
+
+    def release(self) -> None:
+        """The views are used no more. May be called twice."""
+        ...
+
+
+class BlockSource(Protocol):
+    """A pool that blocks are sent from. Called on the transfer thread only."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the pool."""
+        ...
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block."""
+        ...
+
+    @property
+    def generations(self) -> NDArray[np.uint64]:
+        """One number per block; the owner raises it before it writes new content."""
+        ...
+
+    @property
+    def segment(self) -> str:
+        """Path of a file from which processes of this host can copy blocks (`KVStorage.attach`); empty = none."""
+        ...
+
+    @property
+    def frame_bytes(self) -> int | None:
+        """Most bytes that one `read` or `land` may ask for; None = any number."""
+        ...
+
+    def read(self, blocks: Sequence[int]) -> HostBlocks | None:
+        """The content of these blocks, which stay untouched until `release`. None: no room now, ask after a release."""
+        ...
+
+
+class PeerPool(Protocol):
+    """A peer's pool as this process sees it; read-only."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the pool."""
+        ...
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block."""
+        ...
+
+    @property
+    def generations(self) -> NDArray[np.uint64]:
+        """The owner's, as they are now."""
+        ...
+
+    def close(self) -> None:
+        """Let go of it. Safe to call twice."""
+        ...
+
+
+@runtime_checkable
+class DirectPeerPool(PeerPool, Protocol):
+    """One whose blocks a device copies into our pool by itself: their bytes never pass the host."""
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy the peer's blocks into ours; they are there when this returns. The caller checks generations."""
+        ...
+
+
+class HostPeerPool(PeerPool, Protocol):
+    """One in host memory."""
+
+    def read(self, blocks: Sequence[int]) -> HostBlocks:
+        """The content of these blocks, as it is now."""
+        ...
+
+
+class BlockSink(Protocol):
+    """A pool that blocks arrive in. Called on the transfer thread only."""
+
+    def attach(self, path: str) -> HostPeerPool | DirectPeerPool:
+        """The pool of a peer on this host that names it so. Raises OSError, or WireError for what is no pool."""
+        ...
+
+    def land(self, blocks: Sequence[int]) -> HostBlocks | None:
+        """Writable memory for what is to come into these blocks. None: no room now, ask after a release."""
+        ...
+
+
+class BlockStorage(BlockSource, BlockSink, Protocol):
+    """A worker's pool: both."""

@@ -13,15 +13,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from xxhash import xxh3_64_intdigest
-
 from penstock.workers.errors import WireError
-from penstock.workers.kv.storage import KVStorage
 from penstock.workers.totals import TransferCause
 from penstock.workers.transfer.connection import Landing
+from penstock.workers.transfer.digests import block_digest
 from penstock.workers.transfer.endpoint import Channel, Endpoint
 from penstock.workers.transfer.incoming import IncomingSession, SessionError
-from penstock.workers.transfer.landing import BlockLanding, Entry, attach_segment, copy_blocks
+from penstock.workers.transfer.landing import BlockLanding, Entry, Verify, attach_segment, copy_blocks
 from penstock.workers.transfer.messages import (
     Abandon,
     Ack,
@@ -37,7 +35,15 @@ from penstock.workers.transfer.messages import (
     Reject,
     Welcome,
 )
-from penstock.workers.transfer.port import Arrived, Incoming, IncomingClosed, IncomingFailed, Tail
+from penstock.workers.transfer.port import (
+    Arrived,
+    DirectPeerPool,
+    HostPeerPool,
+    Incoming,
+    IncomingClosed,
+    IncomingFailed,
+    Tail,
+)
 
 HANDSHAKE_TIMEOUT_S = 5.0
 
@@ -48,7 +54,7 @@ class _Peer:
 
     since: float
     hello: Hello | None = None
-    segment: KVStorage | None = None
+    segment: HostPeerPool | DirectPeerPool | None = None
 
 
 class Receiver:
@@ -59,7 +65,9 @@ class Receiver:
         self._counters = endpoint.counters
         self._sessions: dict[bytes, IncomingSession] = {}
         self._peers: dict[Channel, _Peer] = {}
-        self._scratch = memoryview(bytearray(endpoint.storage.data.shape[1]))
+        self._landings: dict[Channel, BlockLanding] = {}  # payload that is being read
+        self._waiting: dict[Channel, None] = {}  # whose payload there was no room for
+        self._scratch = memoryview(bytearray(endpoint.storage.block_bytes))
 
     # --- the engine's side ----------------------------------------------------------------------------------------
 
@@ -105,9 +113,11 @@ class Receiver:
     def on_closed(self, channel: Channel, reason: str) -> None:
         """The peer is gone and its unfinished sessions with it."""
         peer = self._peers.pop(channel, None)
+        self._waiting.pop(channel, None)
         for session in list(self._sessions.values()):
             if session.channel is channel:
                 self._fail(session, f"sender lost: {reason}", TransferCause.PEER_LOST)
+        self._landings.pop(channel, None)  # released with its session
         if peer is not None and peer.segment is not None:
             peer.segment.close()
 
@@ -135,22 +145,30 @@ class Receiver:
             case _:
                 raise WireError(f"transfer: {type(message).__name__} from a sender")
 
-    def on_payload(self, channel: Channel, offer: Offer) -> BlockLanding:
-        """Say where the bytes that follow an inline offer go."""
+    def on_payload(self, channel: Channel, offer: Offer) -> BlockLanding | None:
+        """Say where the bytes that follow an inline offer go. None: no room now; the channel will be resumed."""
         if self._peers[channel].hello is None:
             raise WireError("transfer: the peer did not say hello first")
-        return self._plan(channel, offer)
+        landing = self._plan(channel, offer)
+        if landing is None:
+            self._waiting[channel] = None
+        else:
+            self._landings[channel] = landing
+        return landing
 
     def on_landed(self, channel: Channel, landing: Landing) -> None:
         """The bytes are there."""
-        if isinstance(landing, BlockLanding) and landing.session is not None and landing.open:
-            self._settle(landing, landing.session)
+        self._landings.pop(channel, None)
+        if isinstance(landing, BlockLanding):
+            if landing.session is not None and landing.open:
+                self._settle(landing, landing.session)
+            self._release(landing)
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
     def _welcome(self, channel: Channel, peer: _Peer, hello: Hello) -> None:
         storage, ours = self._endpoint.storage, self._endpoint.compatibility
-        if hello.compatibility != ours or hello.block_bytes != storage.data.shape[1]:
+        if hello.compatibility != ours or hello.block_bytes != storage.block_bytes:
             self._counters.connections_refused += 1
             channel.send(Goodbye("incompatible: KV layout, model revision or codec differ"))
             channel.fail("incompatible peer")
@@ -162,7 +180,7 @@ class Receiver:
             channel.send(Goodbye("this worker takes blocks over shared memory only, and cannot see the sender's"))
             channel.fail("no shared memory with the peer")
             return
-        channel.send(Welcome(peer.segment is not None))
+        channel.send(Welcome(peer.segment is not None, storage.frame_bytes or 0))
 
     def _find(self, channel: Channel, session_id: bytes, epoch: int) -> IncomingSession | None:
         """The live session this connection may change, renewed; otherwise the peer is told that it is none."""
@@ -181,57 +199,82 @@ class Receiver:
                 session.renew(now)
         channel.send(Pong())
 
-    def _plan(self, channel: Channel, offer: Offer) -> BlockLanding:
+    def _plan(self, channel: Channel, offer: Offer) -> BlockLanding | None:
         session = self._find(channel, offer.session_id, offer.epoch)
-        landing = BlockLanding(self._endpoint, self._scratch, offer, session)
-        if session is not None:
-            try:
-                landing.targets = session.targets(offer, self._endpoint.storage.generations)
-            except SessionError as error:
-                self._counters.generation_failures += 1
-                self._fail(session, str(error), TransferCause.DAMAGED)
-        return landing
+        if session is None:
+            return BlockLanding(offer, None)
+        storage = self._endpoint.storage
+        try:
+            targets = session.targets(offer, storage.generations)
+        except SessionError as error:
+            self._counters.generation_failures += 1
+            self._fail(session, str(error), TransferCause.DAMAGED)
+            return BlockLanding(offer, session)
+        blocks = [target for target in targets if target is not None]
+        host = storage.land(blocks) if blocks else None
+        if blocks and host is None:
+            return None
+        return BlockLanding(offer, session, targets, host, self._scratch)
 
     def _fetch(self, channel: Channel, peer: _Peer, offer: Offer) -> None:
         """Copy offered blocks out of the peer's segment."""
-        segment = peer.segment
+        segment, limit = peer.segment, self._endpoint.storage.frame_bytes
         if segment is None:
             raise WireError("transfer: blocks offered in shared memory on a TCP connection")
         sources = offer.entries["source_block"]
         if int(sources.max()) >= len(segment.generations):
             raise WireError("transfer: offered block outside the sender's pool")
+        if limit is not None and len(sources) * segment.block_bytes > limit:
+            raise WireError(f"transfer: {len(sources)} blocks at once are over the limit")
         if self._endpoint.faults is not None:
             self._endpoint.faults.stall(self._endpoint.faults.delay_landing_s)
         landing = self._plan(channel, offer)
-        if landing.session is None or not landing.open:
+        # No room for them (all of it lent to other peers): they stay missing, and are asked for again at Finish.
+        if landing is None or landing.session is None or not landing.open:
             return
-        if copy_blocks(landing, segment, self._endpoint.storage, self._verify):
+        if copy_blocks(landing, segment, self._verify(offer.session_id)):
             self._settle(landing, landing.session)
         else:
             self._counters.generation_failures += 1
             self._fail(landing.session, "the sender has reused an offered block", TransferCause.DAMAGED)
+        self._release(landing)
 
-    def _verify(self, entry: Entry, block: int) -> bool:
-        """Whether the block holds the bytes that the entry's digest is of."""
-        fragment, checked, _, _, _, digest = entry
-        data, faults = self._endpoint.storage.data[block], self._endpoint.faults
-        if faults is not None and faults.hits("corrupt", fragment):
-            data[-1] ^= 0xFF
-        return not checked or xxh3_64_intdigest(data) == digest
+    def _verify(self, session_id: bytes) -> Verify:
+        """Whether a block's bytes are those that its entry's digest is of, for blocks of this session."""
+        faults = self._endpoint.faults
+
+        def verify(entry: Entry, block: memoryview) -> bool:
+            fragment, stride, _, _, _, digest = entry
+            if faults is not None and faults.hits("corrupt", fragment):
+                block[-1] ^= 0xFF
+            return stride == 0 or block_digest(block, stride, session_id, fragment) == digest
+
+        return verify
 
     def _settle(self, landing: BlockLanding, session: IncomingSession) -> None:
         """Count what has arrived intact; a damaged block stays missing and is asked for again at Finish."""
-        counters, wanted = self._counters, landing.wanted()
-        intact = landing.intact or [self._verify(entry, target) for entry, target in wanted]
-        for (entry, _), good in zip(wanted, intact, strict=True):
+        counters = self._counters
+        if not landing.intact:
+            landing.verify_all(self._verify(landing.offer.session_id))
+        intact = landing.intact
+        if landing.host is not None:
+            landing.host.commit([place for place, good in enumerate(intact) if good])
+        for (fragment, *_), good in zip(landing.rows, intact, strict=True):
             if good:
-                session.mark(entry[0])
+                session.mark(fragment)
         landed = sum(intact)
         counters.fragments_landed += landed
-        counters.bytes_landed += landed * self._endpoint.storage.data.shape[1]
+        counters.bytes_landed += landed * self._endpoint.storage.block_bytes
         counters.digest_failures += len(intact) - landed
-        counters.duplicates += len(landing.targets) - len(wanted)
+        counters.duplicates += len(landing.targets) - len(intact)
         self._complete(session)
+
+    def _release(self, landing: BlockLanding) -> None:
+        """Give the landing's memory back, and to who waits for it."""
+        landing.release()
+        waiting, self._waiting = self._waiting, {}
+        for channel in waiting:
+            channel.resume()
 
     def _finish(self, channel: Channel, session: IncomingSession | None, tokens: tuple[int, ...]) -> None:
         if session is None:
@@ -263,6 +306,9 @@ class Receiver:
     def _end(self, session: IncomingSession) -> None:
         session.open = False
         del self._sessions[session.granted.session_id]
+        for landing in list(self._landings.values()):
+            if landing.session is session:
+                self._release(landing)
 
     def _tell(self, session: IncomingSession, reason: str) -> None:
         """Let the sender free its blocks at once."""

@@ -3,19 +3,14 @@
 Runs on the transfer thread, called by `engine.py` (commands, sweep) and `connection.py` (messages). Opens connections
 through the function it is given and reads blocks of its own storage; otherwise it does no I/O.
 
-Frames carry about a megabyte of blocks, so that the receiver checks one while the next is on its way. A session ends
-with its removal from its peer; before its end event goes out, `scrub` makes sure that nobody reads its blocks for TCP,
-and generations tell readers in shared memory.
+A session ends with its removal from its peer; before its end event goes out, `scrub` makes sure that nobody reads its
+blocks for TCP, and generations tell readers in shared memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-
-import numpy as np
-from numpy.typing import NDArray
-from xxhash import xxh3_64_intdigest
 
 from penstock.workers.errors import WireError
 from penstock.workers.protocol import Grant
@@ -24,8 +19,6 @@ from penstock.workers.transfer.connection import Landing
 from penstock.workers.transfer.endpoint import Channel, Endpoint
 from penstock.workers.transfer.incoming import SessionError
 from penstock.workers.transfer.messages import (
-    MAX_OFFER_ENTRIES,
-    OFFER_DTYPE,
     Abandon,
     Ack,
     Finish,
@@ -40,10 +33,10 @@ from penstock.workers.transfer.messages import (
     Reject,
     Welcome,
 )
-from penstock.workers.transfer.outgoing import OutgoingSession
+from penstock.workers.transfer.offering import OfferMaker
+from penstock.workers.transfer.outgoing import OutgoingSession, Reading
 from penstock.workers.transfer.port import OutgoingDone, OutgoingFailed, Tail
 
-FRAME_TARGET_BYTES = 1 << 20
 MAX_BACKLOG_BYTES = 4 << 20  # per connection; more waits in its session
 PINGS_PER_LEASE = 4
 
@@ -56,6 +49,7 @@ class _Peer:
     heard: float
     pinged: float
     shared_memory: bool | None = None
+    most_blocks: int | None = None  # that it can take at once
     sessions: dict[bytes, OutgoingSession] = field(default_factory=dict)
     ready: dict[bytes, None] = field(default_factory=dict)
 
@@ -69,9 +63,8 @@ class Sender:
         self._counters = endpoint.counters
         self._peers: dict[str, _Peer] = {}  # by address
         self._homes: dict[bytes, str] = {}  # session id -> its peer's address
-        self._block_bytes = int(endpoint.storage.data.shape[1])
-        room = min(FRAME_TARGET_BYTES, endpoint.settings.max_frame_bytes) // self._block_bytes
-        self._blocks_per_frame = max(1, min(room, MAX_OFFER_ENTRIES))
+        self._offers = OfferMaker(endpoint)
+        self._starved: dict[str, None] = {}  # addresses of peers that wait for room to stage blocks in
 
     # --- the engine's side ----------------------------------------------------------------------------------------
 
@@ -108,6 +101,7 @@ class Sender:
         """Give a session up and tell the peer."""
         if session_id in self._homes:
             self._fail(self._peers[self._homes[session_id]], session_id, reason, cause, tell=True)
+            self._feed()
 
     def fail_all(self, reason: str) -> None:
         """End every session: this side goes away."""
@@ -133,6 +127,7 @@ class Sender:
             if peer.shared_memory is not None and now - peer.pinged >= shortest / PINGS_PER_LEASE:
                 peer.pinged = now
                 peer.channel.send(Ping())
+        self._feed()
         return min(leases, default=None)
 
     # --- the connections' side ------------------------------------------------------------------------------------
@@ -140,11 +135,10 @@ class Sender:
     def on_opened(self, channel: Channel) -> None:
         """Introduce this worker."""
         endpoint = self._endpoint
-        segment = "" if endpoint.settings.transport == "tcp" else endpoint.storage.path
-        num_blocks = int(endpoint.storage.data.shape[0])
-        channel.send(
-            Hello(endpoint.worker_id, endpoint.compatibility, endpoint.host_id, segment, num_blocks, self._block_bytes)
-        )
+        storage = endpoint.storage
+        segment = "" if endpoint.settings.transport == "tcp" else storage.segment
+        who = (endpoint.worker_id, endpoint.compatibility, endpoint.host_id)
+        channel.send(Hello(*who, segment, storage.num_blocks, storage.block_bytes))
 
     def on_message(self, channel: Channel, message: Message) -> None:
         """Act on one answer of the peer. Raises WireError for a message that has no place here."""
@@ -153,8 +147,9 @@ class Sender:
             return
         peer.heard = self._endpoint.clock()
         match message:
-            case Welcome(shared_memory):
+            case Welcome(shared_memory, frame_bytes):
                 peer.shared_memory = shared_memory
+                peer.most_blocks = max(1, frame_bytes // self._endpoint.storage.block_bytes) if frame_bytes else None
                 self._pump(peer)
             case Goodbye(reason):
                 channel.fail(f"refused: {reason}")
@@ -186,6 +181,7 @@ class Sender:
         peer = self._peer_of(channel)
         if peer is not None:
             self._pump(peer)
+        self._feed()
 
     def on_closed(self, channel: Channel, reason: str) -> None:
         """The granter is gone; so are the sessions towards it. The next `start` opens a new connection."""
@@ -195,6 +191,7 @@ class Sender:
         for session_id in list(peer.sessions):
             self._fail(peer, session_id, f"receiver lost: {reason}", TransferCause.PEER_LOST, tell=False)
         self._peers = {address: other for address, other in self._peers.items() if other is not peer}
+        self._feed()
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
@@ -224,60 +221,56 @@ class Sender:
     def _push(self, peer: _Peer, session_id: bytes) -> None:
         peer.ready[session_id] = None
         self._pump(peer)
+        self._feed()
 
     def _pump(self, peer: _Peer) -> None:
-        """Send in turns what the sessions have, as long as the connection takes it."""
+        """Send in turns what the sessions have, as long as the connection takes it and blocks can be read."""
         while peer.shared_memory is not None and peer.ready and peer.channel.backlog < MAX_BACKLOG_BYTES:
             session_id = next(iter(peer.ready))
-            del peer.ready[session_id]
             session = peer.sessions[session_id]
-            self._send_next(peer, session_id, session)
+            if not self._send_next(peer, session):
+                self._starved[session.grant.address] = None
+                return
+            del peer.ready[session_id]
             if session.ready:
                 peer.ready[session_id] = None
 
-    def _send_next(self, peer: _Peer, session_id: bytes, session: OutgoingSession) -> None:
-        channel, epoch = peer.channel, session.grant.epoch
+    def _feed(self) -> None:
+        """Blocks may have left, and room to stage others with them: give it to who waits for it."""
+        waiting, self._starved = self._starved, {}
+        for address in waiting:
+            if address in self._peers:
+                self._pump(self._peers[address])
+
+    def _send_next(self, peer: _Peer, session: OutgoingSession) -> bool:
+        """Send one frame of blocks, and Finish after the last. False: no block can be read before others have left."""
+        channel, grant = peer.channel, session.grant
         if not session.opened:
             session.opened = True
-            channel.send(Open(session_id, epoch))
-        faults = self._endpoint.faults
-        room = self._blocks_per_frame if faults is None else faults.room(self._blocks_per_frame)
-        batch = session.take(room)
+            channel.send(Open(grant.session_id, grant.epoch))
+        faults, inline = self._endpoint.faults, not peer.shared_memory
+        reading = self._offers.next_reading(session, inline=inline, most_blocks=peer.most_blocks)
+        if reading is None:
+            return False
         if faults is not None:
-            batch = faults.choose(batch)
             faults.stall(faults.delay_send_s)
-        if batch:
-            self._send_blocks(peer, session, batch)
+        if reading.batch:
+            self._send_blocks(channel, session, reading, inline=inline)
         if faults is not None:
-            faults.left(len(batch))
+            faults.left(len(reading.batch))
         if session.finish_due and session.tail is not None:
             session.finished_at = self._endpoint.clock()
-            channel.send(Finish(session_id, epoch, session.tail.tokens))
+            channel.send(Finish(grant.session_id, grant.epoch, session.tail.tokens))
+        return True
 
-    def _send_blocks(self, peer: _Peer, session: OutgoingSession, batch: list[tuple[int, int]]) -> None:
-        data, grant = self._endpoint.storage.data, session.grant
-        entries: NDArray[np.void] = np.zeros(len(batch), OFFER_DTYPE)
-        fragments = [fragment for fragment, _ in batch]
-        blocks = [block for _, block in batch]
-        entries["fragment"] = fragments
-        entries["source_block"] = blocks
-        entries["source_generation"] = self._endpoint.storage.generations[blocks]
-        entries["target_generation"] = [grant.generations[fragment] for fragment in fragments]
-        for place, (fragment, block) in enumerate(batch):
-            if self._sampled(grant.session_id, fragment):
-                entries["checked"][place] = 1
-                entries["digest"][place] = xxh3_64_intdigest(data[block])
-        inline = not peer.shared_memory
-        payload = [memoryview(data[block]) for block in blocks] if inline else ()
-        peer.channel.send(Offer(grant.session_id, grant.epoch, inline, entries), payload)
-        self._counters.fragments_sent += len(batch)
-
-    def _sampled(self, session_id: bytes, fragment: int) -> bool:
-        """Whether this fragment's digest is sent; the choice differs from session to session."""
-        share = self._endpoint.settings.digest_sample
-        if share >= 1.0:
-            return True
-        return xxh3_64_intdigest(session_id, seed=fragment) < share * 2**64
+    def _send_blocks(self, channel: Channel, session: OutgoingSession, reading: Reading, *, inline: bool) -> None:
+        offer = self._offers.offer(session, reading, inline=inline)
+        if inline and reading.host is not None:
+            channel.send(offer, reading.host.runs, reading.release)
+        else:
+            reading.release()
+            channel.send(offer)
+        self._counters.fragments_sent += len(reading.batch)
 
     def _acknowledge(self, peer: _Peer, session_id: bytes, epoch: int) -> None:
         if self._owns(peer, session_id, epoch) and peer.sessions[session_id].tail is not None:
@@ -295,7 +288,9 @@ class Sender:
     def _remove(self, peer: _Peer, session_id: bytes) -> None:
         peer.channel.scrub(session_id)
         peer.ready.pop(session_id, None)
-        del peer.sessions[session_id]
+        reading = peer.sessions.pop(session_id).reading
+        if reading is not None:
+            reading.release()
         del self._homes[session_id]
 
     def _lose(self, session_id: bytes, reason: str, cause: TransferCause) -> None:

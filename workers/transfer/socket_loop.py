@@ -3,7 +3,8 @@
 Used by `engine.py` only. Knows when a socket can be read or written and when one is finished; what is said on it is
 `connection.py`'s and its handler's. All methods but `wake` belong to the transfer thread.
 
-Invariant: a connection is registered from `_add` until its handler's `on_closed`, which is called once.
+Invariant: a connection is in `_connections` from `_add` until its handler's `on_closed`, which is called once. The
+system watches it for what it wants; one that has no room for what comes is not read.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import errno
 import ipaddress
 import logging
 import os
-import selectors
+import select
 import socket
 import time
 from collections.abc import Callable
@@ -21,24 +22,35 @@ from penstock.workers.errors import ConfigError
 from penstock.workers.transfer.connection import Connection, ConnectionTerms, Handler
 
 MAX_CONNECTIONS = 1024
+# Between two workers of one host the bytes stay in the cores' caches when few are on their way: a quarter more per
+# second than with the megabytes that the system allows (`tests/benchmarks/transfer.py`), which a real network needs.
+SAME_HOST_BUFFER_BYTES = 1 << 20
 ACCEPT_PAUSE_S = 0.01
-Ready = list[tuple[selectors.SelectorKey, int]]
+Ready = list[tuple[int, int]]  # (descriptor, event mask)
 _log = logging.getLogger(__name__)
 
 
 class SocketLoop:
-    """`acceptor` handles connections that peers open. Raises ConfigError when nothing can listen on `host`."""
+    """`acceptor` handles connections that peers open; `buffer_bytes` as in `TransferSettings.socket_buffer_bytes`.
 
-    def __init__(self, host: str, acceptor: Handler, terms: Callable[[SocketLoop], ConnectionTerms]) -> None:
+    Raises ConfigError when nothing can listen on `host`.
+    """
+
+    def __init__(
+        self, host: str, buffer_bytes: int, acceptor: Handler, terms: Callable[[SocketLoop], ConnectionTerms]
+    ) -> None:
         self._terms = terms(self)
         self._acceptor = acceptor
+        self._buffer_bytes = buffer_bytes
+        self._connections: dict[int, Connection] = {}  # by descriptor
+        self._events: dict[int, int] = {}  # of the connections that the system watches
         self._attention: dict[Connection, None] = {}
         self._listener = _listen(host)
         self.address = _format(self._listener.getsockname())
         self._eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._eventfd, selectors.EVENT_READ, None)
-        self._selector.register(self._listener, selectors.EVENT_READ, None)
+        self._epoll = select.epoll()
+        self._epoll.register(self._eventfd, select.EPOLLIN)
+        self._epoll.register(self._listener, select.EPOLLIN)
 
     def wake(self) -> None:
         """Make `wait` return. Any thread, until `close`."""
@@ -46,19 +58,21 @@ class SocketLoop:
 
     def wait(self, timeout_s: float | None) -> Ready:
         """Sleep until there is something to do; takes the wake-ups so far."""
-        ready = self._selector.select(timeout_s)
-        if any(key.fd == self._eventfd for key, _ in ready):
-            os.eventfd_read(self._eventfd)
+        ready = self._epoll.poll(timeout_s)
+        for descriptor, _ in ready:
+            if descriptor == self._eventfd:
+                os.eventfd_read(self._eventfd)
         return ready
 
     def serve(self, ready: Ready) -> bool:
         """Read and write what can be. True: a new connection owes its hello."""
         accepted = False
-        for key, mask in ready:
-            if key.fileobj is self._listener:
+        for descriptor, mask in ready:
+            connection = self._connections.get(descriptor)
+            if connection is not None:
+                _serve(connection, mask)
+            elif descriptor != self._eventfd:
                 accepted = self._accept() or accepted
-            elif isinstance(key.data, Connection):
-                _serve(key.data, mask)
         self.settle()
         return accepted
 
@@ -68,12 +82,21 @@ class SocketLoop:
             connection = next(iter(self._attention))
             del self._attention[connection]
             if connection.failure is None:
-                write = selectors.EVENT_WRITE if connection.wants_write else 0
-                self._selector.modify(connection.socket, selectors.EVENT_READ | write, connection)
-            elif connection.socket.fileno() >= 0:
-                self._selector.unregister(connection.socket)
-                connection.socket.close()
+                self._listen_to(connection)
+            elif self._connections.pop(connection.socket.fileno(), None) is not None:
+                self._events.pop(connection.socket.fileno(), None)
+                connection.socket.close()  # which ends the watch as well
                 connection.handler.on_closed(connection, connection.failure)
+
+    def _listen_to(self, connection: Connection) -> None:
+        """Have the selector tell what this connection wants to know."""
+        descriptor = connection.socket.fileno()
+        events = select.EPOLLIN if connection.wants_read else 0
+        if connection.wants_write:
+            events |= select.EPOLLOUT
+        if self._events.get(descriptor) != events:
+            self._epoll.modify(descriptor, events)
+            self._events[descriptor] = events
 
     def attend(self, connection: Connection) -> None:
         """`ConnectionTerms.attention`: `settle` will look at this connection."""
@@ -95,11 +118,10 @@ class SocketLoop:
 
     def close(self, reason: str) -> None:
         """End every connection and release all descriptors."""
-        for key in list(self._selector.get_map().values()):
-            if isinstance(key.data, Connection):
-                key.data.fail(reason)
+        for connection in list(self._connections.values()):
+            connection.fail(reason)
         self.settle()
-        self._selector.close()
+        self._epoll.close()
         self._listener.close()
         os.close(self._eventfd)
 
@@ -112,7 +134,7 @@ class SocketLoop:
                 _log.error("no descriptor left for a transfer connection: raise the open files limit")
                 time.sleep(ACCEPT_PAUSE_S)
             return False
-        if len(self._selector.get_map()) > MAX_CONNECTIONS:
+        if len(self._connections) >= MAX_CONNECTIONS:
             sock.close()
             return False
         self._add(sock, self._acceptor, connector=False)
@@ -122,16 +144,35 @@ class SocketLoop:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self._size_buffers(sock)
         connection = Connection(sock, handler, self._terms, connector=connector)
-        self._selector.register(sock, selectors.EVENT_READ | selectors.EVENT_WRITE, connection)
+        self._connections[sock.fileno()] = connection
+        self._events[sock.fileno()] = select.EPOLLIN | select.EPOLLOUT
+        self._epoll.register(sock, select.EPOLLIN | select.EPOLLOUT)
         return connection
+
+    def _size_buffers(self, sock: socket.socket) -> None:
+        """Set both buffers as the settings say; by default only towards a peer on this host."""
+        size = self._buffer_bytes
+        if not size:
+            try:
+                if sock.getsockname()[0] != sock.getpeername()[0]:
+                    return
+            except OSError:  # still connecting, so the peer is elsewhere: connections within a host are there at once
+                return
+            size = SAME_HOST_BUFFER_BYTES
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
 
 
 def _serve(connection: Connection, mask: int) -> None:
     try:
-        if mask & selectors.EVENT_WRITE and connection.failure is None:
+        if mask & (select.EPOLLERR | select.EPOLLHUP) and not connection.wants_read:
+            connection.fail("connection lost")  # nobody reads from it, so nothing else would notice
+        # An error or the peer's end makes both calls fail, and either tells what it was.
+        if mask & ~select.EPOLLIN and connection.failure is None:
             connection.on_writable()
-        if mask & selectors.EVENT_READ and connection.failure is None:
+        if mask & ~select.EPOLLOUT and connection.failure is None:
             connection.on_readable()
     except Exception:  # noqa: BLE001 - one peer's edge: a defect met on its connection must not end the other sessions
         _log.exception("a transfer connection failed")

@@ -1,6 +1,7 @@
 """Digest chains, matching, publishing, eviction and the events that routers live on."""
 
 import hashlib
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -9,9 +10,14 @@ from hypothesis import strategies as st
 
 from penstock.workers.errors import IntegrityError
 from penstock.workers.kv.block_pool import BlockPool
-from penstock.workers.kv.prefix_cache import PrefixCache, chain_digests, split_digests
+from penstock.workers.kv.prefix_cache import PrefixCache, Run, chain_digests
 
 ROOT = b"r" * 32
+
+
+def split_digests(digests: bytes) -> list[bytes]:
+    """The digests of a chain, one by one."""
+    return [digests[at : at + 32] for at in range(0, len(digests), 32)]
 
 
 def test_chain_is_sha256_over_parent_and_tokens():
@@ -40,100 +46,195 @@ def test_chain_splits_anywhere_and_depends_on_every_token(tokens, size, at):
     assert not set(split_digests(chain_digests(b"s" * 32, tokens, size))) & set(whole)
 
 
-def filled(num_blocks: int, tokens: list[int]) -> tuple[BlockPool, PrefixCache, list[int], list[bytes]]:
+def digests_of(tokens: list[int], root: bytes = ROOT) -> bytes:
+    return chain_digests(root, tokens, 4)
+
+
+class Holder:
+    """What a sequence does with the cache: holds what is known of a chain, computes and publishes the rest."""
+
+    def __init__(self, cache: PrefixCache, pool: BlockPool, digests: bytes, at_most: int | None = None) -> None:
+        match = cache.match(digests)
+        self.hits = match.num_blocks if at_most is None else min(at_most, match.num_blocks)
+        self.cache, self.pool = cache, pool
+        self.blocks = match.blocks[: self.hits]
+        self.run: Run = cache.hold(match, self.hits)
+        self.private = pool.allocate(len(digests) // 32 - self.hits)
+        self.blocks = np.concatenate((self.blocks, self.private))
+        self.digests = digests
+
+    def publish(self) -> None:
+        self.run, self.private = self.cache.publish(self.run, self.digests[self.hits * 32 :], self.private)
+
+    def leave(self) -> None:
+        self.cache.leave(self.run)
+        self.pool.free(self.private)
+
+
+def filled(num_blocks: int, tokens: list[int]) -> tuple[BlockPool, PrefixCache, Holder]:
     pool = BlockPool(num_blocks)
     cache = PrefixCache(pool)
-    chain = split_digests(chain_digests(ROOT, tokens, 4))
-    blocks = pool.allocate(len(chain))
-    cache.publish(chain, blocks)
-    return pool, cache, blocks, chain
+    holder = Holder(cache, pool, digests_of(tokens))
+    holder.publish()
+    return pool, cache, holder
+
+
+def check(pool: BlockPool, cache: PrefixCache, *holders: Holder) -> None:
+    pool.check_integrity()
+    cache.check_integrity(Counter(holder.run for holder in holders if holder.run.parent is not None))
 
 
 def test_match_walks_to_the_first_miss():
-    _, cache, blocks, chain = filled(8, list(range(16)))
-    other = split_digests(chain_digests(ROOT, [0, 1, 2, 3, 9, 9, 9, 9], 4))
-    assert cache.match(chain) == blocks
-    assert cache.match(other) == blocks[:1]
-    assert cache.match(chain[1:2]) == blocks[1:2]
-    assert cache.match(split_digests(chain_digests(b"salt" * 8, list(range(16)), 4))) == []
-    cache.check_integrity()
+    pool, cache, holder = filled(8, list(range(16)))
+    assert cache.match(digests_of(list(range(16)))).blocks.tolist() == holder.blocks.tolist()
+    assert cache.match(digests_of([0, 1, 2, 3, 9, 9, 9, 9])).blocks.tolist() == holder.blocks[:1].tolist()
+    assert cache.match(digests_of(list(range(40)))).num_blocks == 4
+    assert cache.match(digests_of(list(range(16)), b"salt" * 8)).num_blocks == 0
+    assert cache.match(b"").num_blocks == 0
+    check(pool, cache, holder)
+
+
+def test_matches_part_runs_and_count_what_is_idle():
+    pool, cache, holder = filled(8, list(range(16)))
+    holder.leave()
+    assert cache.match(digests_of(list(range(16)))).num_idle == pool.num_idle == 4
+    head = Holder(cache, pool, digests_of(list(range(8))))
+    assert (head.hits, pool.num_idle, pool.num_owned) == (2, 2, 2)
+    assert cache.match(digests_of(list(range(16)))).num_idle == 2
+    whole = Holder(cache, pool, digests_of(list(range(16))))
+    assert whole.blocks.tolist() == holder.blocks.tolist()
+    assert pool.num_idle == 0
+    check(pool, cache, head, whole)
+    head.leave()
+    check(pool, cache, whole)
+    assert pool.num_idle == 0
+    whole.leave()
+    assert pool.num_idle == 4
+    check(pool, cache)
 
 
 def test_first_of_equal_blocks_stays():
-    pool, cache, blocks, chain = filled(8, list(range(8)))
-    twin = pool.allocate(2)
-    cache.publish(chain, twin)
-    assert cache.match(chain) == blocks
-    pool.release(twin)
-    assert pool.num_cached_free == 0
-    cache.check_integrity()
+    pool, cache, first = filled(8, list(range(8)))
+    twin = Holder(cache, pool, digests_of(list(range(12))), at_most=0)
+    computed = twin.blocks.tolist()
+    twin.publish()
+    assert twin.private.tolist() == computed[:2]
+    assert cache.match(digests_of(list(range(12)))).blocks.tolist() == [*first.blocks.tolist(), computed[2]]
+    first.leave()
+    assert pool.num_idle == 0, "the twin's third block keeps those before it"
+    check(pool, cache, twin)
+    twin.leave()
+    assert (pool.num_idle, pool.num_free) == (3, 8)
+    check(pool, cache)
 
 
-def test_a_block_with_another_digest_cannot_be_published():
-    _, cache, blocks, _ = filled(8, list(range(8)))
-    with pytest.raises(IntegrityError, match="another digest"):
-        cache.publish([b"x" * 32], [blocks[0]])
+def test_evicts_what_was_left_first_from_its_end_and_never_a_head_before_its_tail():
+    pool, cache, first = filled(6, list(range(12)))
+    second = Holder(cache, pool, digests_of([*range(4), *[9] * 8]))
+    second.publish()
+    first.leave()
+    assert pool.num_idle == 2
+    second.leave()
+    order = [block for _ in range(6) for block in pool.allocate(1).tolist()]
+    shared, mine, other = first.blocks[0], first.blocks[1:].tolist(), second.blocks[1:].tolist()
+    assert order[1:] == [mine[1], mine[0], other[1], other[0], shared]
+    assert len(cache) == 0
+    check(pool, cache)
+
+
+def test_a_prefix_that_is_used_again_moves_back_in_line():
+    pool, cache, first = filled(4, list(range(8)))
+    second = Holder(cache, pool, digests_of([9] * 8))
+    second.publish()
+    first.leave()
+    second.leave()
+    Holder(cache, pool, first.digests).leave()
+    assert pool.allocate(2).tolist() == second.blocks[::-1].tolist()
+    check(pool, cache)
 
 
 def test_events_are_net_and_bounded():
-    pool, cache, blocks, chain = filled(2, list(range(8)))
-    assert cache.take_events() == (b"".join(d[:8] for d in chain), b"")
+    pool, cache, holder = filled(2, list(range(8)))
+    whole = digests_of(list(range(8)))
+    assert cache.take_events() == (b"".join(d[:8] for d in split_digests(whole)), b"")
     assert cache.take_events() == (b"", b"")
-    assert cache.snapshot() == b"".join(d[:8] for d in chain)
-    pool.release(blocks)
-    again = pool.allocate(2)
+    assert cache.snapshot() == b"".join(d[:8] for d in split_digests(whole))
+    holder.leave()
+    pool.free(pool.allocate(2))
     assert len(cache) == 0
-    cache.publish(chain[:1], again[:1])
-    cache.check_integrity()
-    assert cache.take_events() == (b"", chain[1][:8])
-    pool.release(again)
-    for _ in range(100):
-        churn = pool.allocate(2)
-        cache.publish(chain, churn)
-        pool.release(churn)
-    cache.check_integrity()
+    again = Holder(cache, pool, whole[:32])
+    again.publish()
+    check(pool, cache, again)
+    assert cache.take_events() == (b"", whole[32:40])
+    again.leave()
+    for _ in range(5000):
+        churn = Holder(cache, pool, whole, at_most=0)
+        churn.publish()
+        churn.leave()
+        pool.free(pool.allocate(2))
+    check(pool, cache)
     stored, evicted = cache.take_events()
     assert len(stored) + len(evicted) <= 2 * 8 * 2
 
 
-@settings(deadline=None, max_examples=40)
-@given(st.lists(st.tuples(st.booleans(), st.integers(0, 5), st.integers(1, 4)), max_size=60))
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["listen", "come", "go"]), st.lists(st.integers(0, 1), max_size=4), st.integers(0, 4)
+        ),
+        max_size=60,
+    )
+)
 def test_a_listener_always_knows_what_the_cache_holds(operations):
-    pool = BlockPool(8)
+    pool = BlockPool(12)
     cache = PrefixCache(pool)
     heard: set[bytes] = set()
-    for listen, family, length in operations:
-        chain = split_digests(chain_digests(bytes([family]) * 32, list(range(4 * length)), 4))
-        hits = cache.match(chain)
-        pool.share(hits)
-        fresh = pool.allocate(length - len(hits))
-        blocks = hits + fresh
-        cache.publish(chain, blocks)
-        pool.release(blocks)
-        pool.check_integrity()
-        cache.check_integrity()
-        if listen:
-            stored, evicted = ({events[i : i + 8] for i in range(0, len(events), 8)} for events in cache.take_events())
+    holders: list[Holder] = []
+    known: dict[bytes, int] = {}
+    for what, path, number in operations:
+        digests = digests_of([token for step in path for token in [step] * 4])
+        if what == "come" and len(path) <= pool.num_free - cache.match(digests).num_idle:
+            expected = 0
+            while expected < len(path) and split_digests(digests)[expected] in known:
+                expected += 1
+            assert cache.match(digests).num_blocks == expected
+            holders.append(Holder(cache, pool, digests, at_most=number))
+            hits = holders[-1].hits
+            assert [known[digest] for digest in split_digests(digests)[:hits]] == holders[-1].blocks[:hits].tolist()
+            holders[-1].publish()
+        elif what == "go" and holders:
+            holders.pop(number % len(holders)).leave()
+        elif what == "listen":
+            stored, evicted = ({part[i : i + 8] for i in range(0, len(part), 8)} for part in cache.take_events())
             assert not stored & heard
             assert evicted <= heard
             heard = (heard | stored) - evicted
             snapshot = cache.snapshot()
             assert heard == {snapshot[i : i + 8] for i in range(0, len(snapshot), 8)}
+        check(pool, cache, *holders)
+        known = {}
+        for run in cache.runs():
+            known |= dict(zip(split_digests(run.digests), run.blocks.tolist(), strict=True))
+        assert len(known) == len(cache)
 
 
 @pytest.mark.parametrize(
     "corrupt",
     [
-        lambda cache: cache._digests.__setitem__(0, None),
-        lambda cache: cache._blocks.popitem(),
-        lambda cache: cache._pool._cached.__setitem__(7, True),
-        lambda cache: cache._evicted.__setitem__(next(iter(cache._blocks)), None),
-        lambda cache: cache._stored.__setitem__(b"x" * 32, None),
+        lambda cache, run: setattr(run, "blocks", run.blocks[:-1]),
+        lambda cache, run: cache.root.children.clear(),
+        lambda cache, run: setattr(run, "holders", 2),
+        lambda cache, run: setattr(run, "digests", bytes(64)),
+        lambda cache, run: setattr(run, "queued", True),
+        lambda cache, run: setattr(cache, "_size", 1),
+        lambda cache, run: cache._pool._state.__setitem__(5, 2),
+        lambda cache, run: setattr(cache._pool, "num_idle", 1),
     ],
 )
 def test_check_integrity_finds_corruption(corrupt):
-    _, cache, _, _ = filled(8, list(range(8)))
-    cache.check_integrity()
-    corrupt(cache)
+    pool, cache, holder = filled(8, list(range(8)))
+    check(pool, cache, holder)
+    corrupt(cache, holder.run)
     with pytest.raises(IntegrityError):
-        cache.check_integrity()
+        cache.check_integrity({holder.run: 1})

@@ -327,7 +327,7 @@ def test_without_a_view_of_the_peer_memory(make_worker, monkeypatch, transport):
     def no_access(path):
         raise PermissionError(13, "denied")
 
-    monkeypatch.setattr(KVStorage, "attach", no_access)
+    monkeypatch.setattr(KVStorage, "attach", staticmethod(no_access))
     p, d = (make_worker(name, transport=transport) for name in "pd")
     grant = begin(p, d, (1,), lease_s=0.5)
     send(p, grant, (0,))

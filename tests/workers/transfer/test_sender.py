@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 from fakes.hostile_link import HostileChannel
-from fakes.transfer_pair import EPOCH, NUM_BLOCKS, make_session
+from fakes.transfer_pair import EPOCH, make_session
 from xxhash import xxh3_64_intdigest
 
 from penstock.workers.errors import WireError
@@ -94,19 +94,18 @@ def test_an_offer_names_blocks_generations_and_digests(pair, shared_memory):
     assert frame.payload == (b"" if shared_memory else pair.source.data[[5, 8]].tobytes())
 
 
-@pytest.mark.parametrize(("share", "low", "high"), [(0.0, 0, 0), (0.5, 20, 108), (1.0, 128, 128)])
-def test_digest_sample(make_pair, share, low, high):
-    pair = make_pair(digest_sample=share)
-    checked = 0
-    welcomed = False
-    for _ in range(4):
-        grant = begin(pair, tuple(range(NUM_BLOCKS)))
-        if not welcomed:
-            welcome(pair)
-            welcomed = True
-        pair.sender.offer(grant.session_id, [(i, i) for i in range(NUM_BLOCKS)])
-        checked += sum(int(m.entries["checked"].sum()) for m in said(pair) if isinstance(m, Offer))
-    assert low <= checked <= high
+@pytest.mark.parametrize(
+    ("digest", "shared_memory", "checked"),
+    [("off", True, 0), ("full", True, 1), ("sampled", True, 32), ("auto", True, 32), ("auto", False, 1)],
+)
+def test_each_entry_says_how_it_is_digested(make_pair, digest, shared_memory, checked):
+    pair = make_pair(digest=digest)
+    grant = begin(pair, (1, 2, 3))
+    welcome(pair, shared_memory=shared_memory)
+    pair.sender.offer(grant.session_id, [(0, 0), (1, 1)])
+    (offer,) = (message for message in said(pair) if isinstance(message, Offer))
+    assert offer.entries["checked"].tolist() == [checked] * 2
+    assert all(offer.entries["digest"] > 0) == (checked > 0)
 
 
 def test_finish_waits_for_room_and_comes_after_all_blocks(pair, monkeypatch):
@@ -114,7 +113,7 @@ def test_finish_waits_for_room_and_comes_after_all_blocks(pair, monkeypatch):
     grant = begin(pair)
     welcome(pair, shared_memory=False)
     said(pair)
-    pair.sender._blocks_per_frame = 1
+    pair.sender._offers.blocks_per_frame[True] = 1
     pair.sender.offer(grant.session_id, [(0, 5), (1, 6), (2, 7)])
     pair.sender.finish(grant.session_id, Tail((4,)))
     assert len(pair.link.sender_end.outbox) == 2  # the third waits in the session, not in the connection

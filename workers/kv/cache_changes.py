@@ -1,0 +1,90 @@
+"""What a prefix cache stored and evicted since somebody asked last, as routers hear of it.
+
+Owned by `prefix_cache.py`, which notes whole runs of digests. Only when somebody asks, or when much has gathered, is
+it looked at what happened to a digest twice, and only where a small hash says that it may have.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.workers.protocol import DIGEST_BYTES
+
+EVENT_DIGEST_BYTES = 8  # what routers see of a digest
+
+_MANY = 1 << 10  # changes worth telling at once
+_MOST = 1 << 16  # changes kept before they are summed up
+_BUCKETS = 1 << 16
+
+Digests = NDArray[np.uint8]  # [n, 32]
+_NO_DIGESTS: Digests = np.zeros((0, DIGEST_BYTES), np.uint8)
+
+
+def shorten(digests: bytes) -> bytes:
+    """The first 8 bytes of every digest."""
+    return _rows(digests)[:, :EVENT_DIGEST_BYTES].tobytes()
+
+
+class CacheChanges:
+    """Net changes, by digest. Nothing at first."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[bool, bytes]] = []  # (stored, or evicted; digests), in order
+        self._gathered = 0  # digests in them
+        self._marks = np.zeros(_BUCKETS, np.uint8)  # all zero between calls
+
+    @property
+    def many(self) -> bool:
+        """So much has gathered that it should be taken soon."""
+        return self._gathered > _MANY
+
+    def note(self, digests: bytes, *, stored: bool) -> None:
+        """These digests were stored, or evicted."""
+        self._parts.append((stored, digests))
+        self._gathered += len(digests) // DIGEST_BYTES
+        if self._gathered > _MOST:
+            net = self._net()
+            self._parts = list(zip((True, False), [part.tobytes() for part in net], strict=True))
+            self._gathered = sum(map(len, net))
+
+    def take(self) -> tuple[bytes, bytes]:
+        """(stored, evicted) since the last call, shortened. A digest is in one at most, and only if it changed."""
+        stored, evicted = self._net()
+        self._parts.clear()
+        self._gathered = 0
+        return stored[:, :EVENT_DIGEST_BYTES].tobytes(), evicted[:, :EVENT_DIGEST_BYTES].tobytes()
+
+    def _net(self) -> tuple[Digests, Digests]:
+        """Stored and evicted, without what was stored and evicted again or the other way round."""
+        if not self._parts:
+            return _NO_DIGESTS, _NO_DIGESTS
+        kinds, parts = zip(*self._parts, strict=True)
+        digests = _rows(b"".join(parts))
+        stored = np.repeat(kinds, [len(part) // DIGEST_BYTES for part in parts])
+        doubtful = self._doubtful(digests, stored)
+        if not doubtful.any():
+            return digests[stored], digests[~stored]
+        net: dict[bytes, bool] = {}
+        for index in doubtful.nonzero()[0].tolist():
+            digest, kind = digests[index].tobytes(), bool(stored[index])
+            if net.pop(digest, kind) == kind:
+                net[digest] = kind
+        apart = [_rows(b"".join([digest for digest, kind in net.items() if kind is way])) for way in (True, False)]
+        return (
+            np.concatenate((digests[stored & ~doubtful], apart[0])),
+            np.concatenate((digests[~stored & ~doubtful], apart[1])),
+        )
+
+    def _doubtful(self, digests: Digests, stored: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Which digests may have been both stored and evicted: their bucket saw both."""
+        marks, bucket = self._marks, digests.view(np.uint16)[:, 0].astype(np.intp)
+        marks[bucket[stored]] = 1
+        marks[bucket[(marks[bucket] == 1) & ~stored]] = 2
+        doubtful: NDArray[np.bool_] = marks[bucket] == 2
+        marks[bucket] = 0
+        return doubtful
+
+
+def _rows(digests: bytes) -> Digests:
+    return np.frombuffer(digests, np.uint8).reshape(-1, DIGEST_BYTES)
