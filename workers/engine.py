@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from penstock.workers.errors import DeviceError
@@ -30,7 +30,6 @@ from penstock.workers.protocol import (
     Failed,
     FailureCode,
     Generate,
-    GenerateRequest,
     Granted,
     KeepAlive,
     Load,
@@ -55,22 +54,15 @@ from penstock.workers.scheduler.events import (
 )
 from penstock.workers.scheduler.plan import Runner, StepPlan
 from penstock.workers.scheduler.scheduler import Scheduler
-from penstock.workers.step_time import StepTimeModel
+from penstock.workers.step_time import Progress, StepTimeModel
 
 log = logging.getLogger(__name__)
 
 _MAX_FAILED_STEPS = 3
 _IDLE_S = 0.25  # longest sleep of an idle loop: leases are looked at so often
 _STATS_EVERY_S = 0.05
-
-
-@dataclass(frozen=True, slots=True)
-class _Progress:
-    """Where the loop stands; `since` is when the step began, None while nothing is computed."""
-
-    step: int = 0
-    since: float | None = None
-    predicted_s: float = 0.0
+_REQUESTS = (Reserve, Prefill, Generate)  # a union would be built anew for every message
+_WORK: Mapping[type, Work] = {Reserve: Work.RESERVE, Prefill: Work.PREFILL, Generate: Work.GENERATE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +75,7 @@ class EngineParts:
     feed: KVEventFeed
     reporter: Reporter
     observation: Observation = field(default_factory=Observation)
+    prepare: Callable[[], bool] | None = None  # one piece of work for idle moments; False: there is none
 
 
 class Engine:
@@ -96,6 +89,7 @@ class Engine:
         self._feed = parts.feed
         self._reporter = parts.reporter
         self._observation = parts.observation
+        self._prepare = parts.prepare
         self._clock = clock
         self._leases = RouterLeases()
         self._step_time = StepTimeModel()
@@ -103,7 +97,7 @@ class Engine:
         self._awake = awake
         self._stopping = False
         self._failed_steps = 0
-        self._progress = _Progress()
+        self._progress = Progress()
         self._stats = parts.scheduler.stats()
         self._stats_due = 0.0
 
@@ -151,8 +145,9 @@ class Engine:
         """Step until stopped; sleep while there is nothing to do."""
         while not self._stopping:
             self._awake.clear()
-            if not self.step():
-                self._awake.wait(self._sleep_s())
+            if self.step() or (self._prepare is not None and self._prepare()):
+                continue
+            self._awake.wait(self._sleep_s())
 
     def step(self) -> bool:
         """One turn of the loop; False when there was nothing to compute."""
@@ -179,7 +174,7 @@ class Engine:
     def _compute(self, plan: StepPlan) -> StepOutcome | None:
         """Run and commit; None when the runner failed and the step was undone."""
         began = self._clock()
-        self._progress = _Progress(plan.step, began, self._step_time.predict(plan.num_tokens))
+        self._progress = Progress(plan.step, began, self._step_time.predict(plan.num_tokens))
         try:
             result = self._runner.run(plan)
         except DeviceError:
@@ -191,13 +186,13 @@ class Engine:
         ended = self._clock()
         self._failed_steps = 0
         self._step_time.observe(plan.num_tokens, ended - began)
-        self._progress = _Progress(plan.step, None, self._step_time.predict(plan.num_tokens))
+        self._progress = Progress(plan.step, None, self._step_time.predict(plan.num_tokens))
         outcome = self._scheduler.commit(plan, result, ended)
         self._observation.stepped(plan.num_tokens, outcome, began, ended)
         return outcome
 
     def _abort(self, plan: StepPlan, error: Exception) -> None:
-        self._progress = _Progress(plan.step, None, 0.0)
+        self._progress = Progress(plan.step, None, 0.0)
         self._failed_steps += 1
         for key in self._scheduler.abort_step(plan, self._clock()):
             self._handover.drop(key, "the step failed")
@@ -217,18 +212,19 @@ class Engine:
             self._end_router(router_id, now)
 
     def _receive(self, router_id: str, message: Post, now: float) -> None:
+        if isinstance(message, _REQUESTS):
+            if router_id in self._leases:
+                self._leases.renew(router_id, now)
+                self._submit(SequenceKey(router_id, message.slot, message.attempt), message, now)
+            return
         if isinstance(message, Attached):
-            self._leases.begin(router_id, message.lease_s, now)
-            return
+            return self._leases.begin(router_id, message.lease_s, now)
         if isinstance(message, Drain):
-            self._scheduler.drain()
-            return
+            return self._scheduler.drain()
         if router_id not in self._leases:
             return  # its stream ended before this was read
         self._leases.renew(router_id, now)
         match message:
-            case Reserve(slot, attempt, request) | Prefill(slot, attempt, request) | Generate(slot, attempt, request):
-                self._submit(SequenceKey(router_id, slot, attempt), message, request, now)
             case Cancel(slot, attempt):
                 key = SequenceKey(router_id, slot, attempt)
                 self._scheduler.cancel(key, now)
@@ -243,26 +239,22 @@ class Engine:
             case _:
                 log.warning("router %s sent %s in the middle of its stream", router_id, type(message).__name__)
 
-    def _submit(
-        self, key: SequenceKey, message: Reserve | Prefill | Generate, request: GenerateRequest, now: float
-    ) -> None:
+    def _submit(self, key: SequenceKey, message: Reserve | Prefill | Generate, now: float) -> None:
+        request, work = message.request, _WORK[type(message)]
         unknown = problem_with_tokens(request, self._runner.vocab_size)
         if unknown is not None:
             self._fail(key, FailureCode.BAD_REQUEST, unknown)
             return
-        problem = self._handover.problem_with(key, message.grant) if isinstance(message, Prefill) else None
+        grant = message.grant if isinstance(message, Prefill) else None
+        problem = self._handover.problem_with(key, grant)
         if problem is not None:
             self._fail(key, *problem)
             return
-        work = Work.RESERVE if isinstance(message, Reserve) else Work.PREFILL
-        work = Work.GENERATE if isinstance(message, Generate) else work
         self._observation.received(key, work, request, now)
-        if isinstance(message, Prefill) and message.grant is not None:
-            if self._handover.open(key, message.grant):
-                first_block = message.grant.first_block
-                self._scheduler.submit(key, Work.PREFILL, request, now, sends_kv=True, first_block=first_block)
-            return
-        self._scheduler.submit(key, work, request, now)
+        if grant is None:
+            self._scheduler.submit(key, work, request, now)
+        elif self._handover.open(key, grant):
+            self._scheduler.submit(key, work, request, now, sends_kv=True, first_block=grant.first_block)
 
     def _end_router(self, router_id: str, now: float) -> None:
         self._leases.end(router_id)

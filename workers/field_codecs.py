@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.workers.protocol import FailureCode, Role
+from penstock.workers.protocol import FailureCode, PackedTokens, Role
 
 MAX_TEXT_BYTES = 64 << 10
 MAX_TOKENS = 4 << 20
@@ -91,6 +91,27 @@ def octets(multiple: int, exact: int | None = None) -> Codec:
     return Codec(unchanged, unpack)
 
 
+def tokens() -> Codec:
+    """A tuple of token ids as little-endian int32; what is read keeps its array beside the tuple."""
+    plain = integers("i", "tokens")
+
+    def unpack(value: Any) -> PackedTokens:
+        data: bytes = exactly(bytes, value)
+        if len(data) % 4:
+            raise ValueError(f"{len(data)} bytes are no multiple of 4")
+        if len(data) > MAX_TOKENS * 4:
+            raise ValueError(f"{len(data) // 4} tokens are more than {MAX_TOKENS}")
+        packed = np.frombuffer(data, "<i4")
+        if packed.min(initial=0) < 0:
+            raise ValueError("negative tokens")
+        read = PackedTokens(packed.tolist())
+        read.packed = packed.astype(np.int32, copy=False)
+        read.largest = int(packed.max(initial=0))
+        return read
+
+    return Codec(plain.pack, unpack)
+
+
 def integers(typecode: str, what: str) -> Codec:
     """A tuple of non-negative integers as packed little-endian bytes."""
     width = array(typecode).itemsize
@@ -124,7 +145,7 @@ def column(dtype: str) -> Codec:
     kind = np.dtype(dtype).newbyteorder("<")
 
     def pack(values: NDArray[Any]) -> bytes:
-        if values.dtype != kind:
+        if values.dtype is not kind and values.dtype != kind:
             raise ValueError(f"dtype {values.dtype} instead of {kind}")
         return values.tobytes()
 

@@ -20,6 +20,7 @@ and on one worker (a `mixed` one, or D itself where little is left to prefill):
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 
@@ -32,6 +33,24 @@ WIRE_VERSION = 2
 
 Tokens = tuple[int, ...]
 DIGEST_BYTES = 32
+
+
+class PackedTokens(tuple[int, ...]):
+    """Token ids that came off the wire and still have their array: a long prompt need not be converted again."""
+
+    packed: NDArray[np.int32]
+    largest: int  # of the ids, 0 where there are none
+
+
+def token_array(tokens: Tokens) -> NDArray[np.int32]:
+    """The ids as int32, read-only. Raises OverflowError for ids outside 32 bits."""
+    if isinstance(tokens, PackedTokens):
+        return tokens.packed
+    try:
+        # Three times as fast as numpy's own conversion of a tuple.
+        return np.frombuffer(struct.pack(f"{len(tokens)}i", *tokens), np.int32)
+    except struct.error as error:
+        raise OverflowError("a token id lies outside 32 bits") from error
 
 
 class Role(StrEnum):

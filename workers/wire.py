@@ -11,6 +11,7 @@ message and field.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -30,6 +31,7 @@ from penstock.workers.field_codecs import (
     optional,
     real,
     sequences,
+    tokens,
     unchanged,
     unpack_text,
 )
@@ -75,6 +77,7 @@ _BY_FIELD: dict[tuple[str, str], Codec] = {
     ("SamplingParams", "repetition_penalty"): real(1e-6, 1e6),
     ("SamplingParams", "min_tokens"): integer(0, 2**31 - 1),
     ("SamplingParams", "prompt_logprobs"): optional(integer(0, 20)),
+    ("GenerateRequest", "prompt"): tokens(),
     ("GenerateRequest", "prefix_root"): octets(1, exact=protocol.DIGEST_BYTES),
     ("GenerateRequest", "prefix_digests"): octets(protocol.DIGEST_BYTES),
     ("GenerateRequest", "priority"): integer(-(2**31), 2**31 - 1),
@@ -127,6 +130,13 @@ _CHECKS: dict[type, Callable[[Any], None]] = {
 }
 
 
+def _fields_getter(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]]:
+    """All fields of a message at once; `attrgetter` of fewer than two names returns no tuple."""
+    if len(names) > 1:
+        return operator.attrgetter(*names)
+    return lambda value: tuple(getattr(value, name) for name in names)
+
+
 class _Schema:
     """The fields of one dataclass in order, each with its codec."""
 
@@ -135,7 +145,9 @@ class _Schema:
         self.check = _CHECKS.get(kind)
         self.names = tuple(field.name for field in dataclasses.fields(kind))
         self.codecs = tuple(self._codec(field, nested) for field in dataclasses.fields(kind))
-        self.plan = tuple(zip(self.names, (codec.pack for codec in self.codecs), strict=True))
+        self.fields: Callable[[Any], tuple[Any, ...]] = _fields_getter(self.names)
+        packs = [(index, codec.pack) for index, codec in enumerate(self.codecs)]
+        self.packs = tuple((index, pack) for index, pack in packs if pack is not unchanged)
 
     def _codec(self, field: dataclasses.Field[Any], nested: dict[str, _Schema]) -> Codec:
         annotation = str(field.type)  # annotations are strings: every module defers their evaluation
@@ -151,7 +163,10 @@ class _Schema:
         return optional(codec) if annotation.endswith("| None") else codec
 
     def pack(self, value: Any) -> list[Any]:
-        return [pack(getattr(value, name)) for name, pack in self.plan]
+        fields = list(self.fields(value))
+        for index, pack in self.packs:
+            fields[index] = pack(fields[index])
+        return fields
 
     def unpack(self, values: Any) -> Any:
         if type(values) is not list or len(values) != len(self.codecs):

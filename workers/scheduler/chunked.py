@@ -6,14 +6,15 @@ first, then prefills under way, then new ones. The scheduler calls it; it reads 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 
 from penstock.workers.scheduler.plan import I32, StepPlan
+from penstock.workers.scheduler.row_layout import RowLayout
 from penstock.workers.scheduler.scoring import NO_ROWS, NO_SPANS, Spans, plan_embeddings, plan_scores
-from penstock.workers.scheduler.table import PREFILL, SequenceTable, Slots
+from penstock.workers.scheduler.table import COMPUTED, LAST_TOKEN, PREFILL, SequenceTable, Slots
 
 _NO_COPIES = np.zeros((0, 2), np.int32)
 
@@ -39,14 +40,14 @@ class StepBudget:
             self.left -= count
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class OpenStep:
+class OpenStep(NamedTuple):
     """A plan, with what its commit needs again in the form the table likes best."""
 
     plan: StepPlan
     slots: Slots  # [N]
     computed: I32  # [N] tokens with KV after the step
     sampled: Slots  # [S] slots of the rows that sample
+    fields: I32  # [fields, S] of the table, of these rows
     removals: int  # the table's count when planned: unchanged means that every row is still there
     spans: Spans  # prompt tokens scored, in the plan's order
 
@@ -62,23 +63,28 @@ def continue_prefills(table: SequenceTable, budget: StepBudget) -> None:
         budget.add_chunk(slot, int(table.length[slot] - table.computed[slot]))
 
 
-def assemble(table: SequenceTable, step: int, decode: Slots, budget: StepBudget) -> OpenStep:
+def assemble(table: SequenceTable, layout: RowLayout, step: int, decode: Slots, budget: StepBudget) -> OpenStep:
     """The plan for these decode rows and the budget's chunks. Decode rows all sample and compute one token."""
-    num_decode, num_rows = len(decode), len(decode) + len(budget.slots)
+    slots = layout.order(decode)
+    num_decode, num_rows = len(slots), len(slots) + len(budget.slots)
     offsets = np.arange(num_rows + 1, dtype=np.int32)
-    sample_rows, slots = offsets[:num_rows].copy(), decode
+    sample_rows = offsets[:num_rows]
     borders: list[int] = []
     if budget.slots:
-        slots = np.concatenate((decode, np.array(budget.slots)))
+        slots = np.concatenate((slots, budget.slots))
         borders = list(accumulate(budget.counts, initial=num_decode))
+        sample_rows = sample_rows.copy()
         offsets[num_decode:] = borders
-    sampled = slots
+    fields = table.fields.take(slots, axis=1)
+    starts, token_ids = fields[COMPUTED], fields[LAST_TOKEN]
+    ends = starts + 1
+    if budget.slots:
+        ends[num_decode:] += np.array(budget.counts, np.int32) - 1
+        token_ids = np.concatenate((token_ids[:num_decode], *_chunks(table, budget, starts[num_decode:])))
+    sampled, of_sampled = slots, fields
     if not all(budget.finishing):
         sample_rows = sample_rows[np.array([True] * num_decode + budget.finishing)]
-        sampled = slots[sample_rows]
-    starts: I32 = table.computed[slots]
-    ends = starts + (offsets[1:] - offsets[:-1])
-    widest = -(-int(ends.max()) // table.block_size)
+        sampled, of_sampled = slots[sample_rows], fields[:, sample_rows]
     scored, spans, embed_rows = None, NO_SPANS, NO_ROWS
     if table.asking and budget.slots:
         scored, spans = plan_scores(table, budget.slots, starts[num_decode:].tolist(), borders)
@@ -88,22 +94,19 @@ def assemble(table: SequenceTable, step: int, decode: Slots, budget: StepBudget)
         slots=slots.astype(np.int32),
         starts=starts,
         offsets=offsets,
-        token_ids=_tokens(table, decode, budget, starts),
-        block_tables=table.block_tables[:, :widest].take(slots, axis=0),
+        token_ids=token_ids,
+        block_tables=layout.lay_out(slots, -(-int(np.maximum.reduce(ends)) // table.block_size)),
         sample_rows=sample_rows,
-        sampling=table.sampling(sampled),
+        sampling=table.sampling(sampled, of_sampled),
         num_decode=num_decode,
-        copies=np.array(budget.copies, np.int32).reshape(-1, 2) if budget.copies else _NO_COPIES,
+        copies=np.array(budget.copies, np.int32) if budget.copies else _NO_COPIES,
         scored=scored,
         embed_rows=embed_rows,
     )
-    return OpenStep(plan, slots, ends, sampled, table.removals, spans)
+    return OpenStep(plan, slots, ends, sampled, of_sampled, table.removals, spans)
 
 
-def _tokens(table: SequenceTable, decode: Slots, budget: StepBudget, starts: I32) -> I32:
-    """Tokens fed to the model, row after row."""
-    decodes: I32 = table.last_token[decode]
-    if not budget.slots:
-        return decodes
-    rows = zip(budget.slots, starts[len(decode) :].tolist(), budget.counts, strict=True)
-    return np.concatenate((decodes, *[table.tokens[slot, start : start + count] for slot, start, count in rows]))
+def _chunks(table: SequenceTable, budget: StepBudget, starts: I32) -> list[I32]:
+    """Tokens that prefill rows feed to the model."""
+    rows = zip(budget.slots, starts.tolist(), budget.counts, strict=True)
+    return [table.tokens[slot, start : start + count] for slot, start, count in rows]

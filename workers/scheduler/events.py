@@ -18,8 +18,7 @@ from penstock.workers.scheduler.plan import SampledLogprobs
 I32 = NDArray[np.int32]
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceKey:
+class SequenceKey(NamedTuple):
     """One attempt of one request, as its router names it."""
 
     router_id: str

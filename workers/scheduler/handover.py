@@ -25,7 +25,7 @@ def grant(sequence: Sequence, placement: Placement, layout: KVLayout, pool: Bloc
     blocks = placement.blocks[first : layout.blocks_for(len(sequence.context))]
     generations = tuple(pool.generations[blocks].tolist())
     sequence.granted = first
-    return GrantedEvent(sequence.key, first, tuple(blocks), generations, placement.computed)
+    return GrantedEvent(sequence.key, first, tuple(blocks.tolist()), generations, placement.computed)
 
 
 def hand_over(

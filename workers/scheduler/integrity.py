@@ -9,7 +9,7 @@ import numpy as np
 
 from penstock.workers.errors import IntegrityError
 from penstock.workers.kv.block_pool import BlockPool
-from penstock.workers.kv.prefix_cache import PrefixCache
+from penstock.workers.kv.prefix_cache import NO_BLOCKS, PrefixCache
 from penstock.workers.scheduler.roster import Roster
 from penstock.workers.scheduler.sequence import Sequence
 from penstock.workers.scheduler.table import SequenceTable, State
@@ -19,7 +19,7 @@ def check_scheduler(roster: Roster, pool: BlockPool, cache: PrefixCache | None) 
     """Raise IntegrityError with the first thing that does not add up."""
     pool.check_integrity()
     if cache is not None:
-        cache.check_integrity()
+        cache.check_integrity(roster.memory.held_runs())
     _check_places(roster)
     for slot, sequence in enumerate(roster.table.sequences):
         _check_row(roster.table, slot, sequence)
@@ -65,19 +65,20 @@ def _check_row(table: SequenceTable, slot: int, sequence: Sequence | None) -> No
 
 
 def _check_holders(roster: Roster, pool: BlockPool) -> None:
-    """Reference counts equal the rows, lingering entries and copies that hold each block."""
-    held = np.zeros(pool.num_blocks, np.int32)
-    quarantined = 0
-    for slot in range(roster.table.max_seqs):
-        held[roster.table.blocks_of(slot)] += 1
-    for lingering in roster.memory.lingering.values():
-        if lingering.quarantined:
-            quarantined += len(lingering.blocks)
-        else:
-            held[lingering.blocks] += 1
-    for source in roster.memory.copy_sources:
-        held[source] += 1
-    if not np.array_equal(held, pool.holders()):
-        raise IntegrityError("reference counts differ from the blocks that sequences hold")
+    """Every private block has one holder, and published ones are those of the runs that their rows hold."""
+    table, memory = roster.table, roster.memory
+    private = [left.blocks for left in memory.lingering.values() if not left.quarantined]
+    for sequence in table.sequences:
+        if sequence is None or sequence.slot is None:
+            continue
+        slot = sequence.slot
+        private.append(memory.private_of(slot))
+        published = table.block_tables[slot, : table.published[slot]]
+        shared = NO_BLOCKS if sequence.run is None else sequence.run.path
+        if len(shared) != len(published) or not np.array_equal(published[published != shared], sequence.known):
+            raise IntegrityError(f"row {slot} holds other blocks of the prefix cache than it lists")
+    if not np.array_equal(np.sort(np.concatenate((NO_BLOCKS, *private))), pool.private_blocks()):
+        raise IntegrityError("the pool's private blocks are not those that sequences hold")
+    quarantined = sum(len(left.blocks) for left in memory.lingering.values() if left.quarantined)
     if quarantined != pool.num_quarantined:
         raise IntegrityError("the quarantine differs from the cancelled reservations")

@@ -2,18 +2,23 @@
 
 The scheduler's one way to the block pool and the prefix cache. Knows no queues, budgets or events.
 
-Invariants: a block is held once per row of the table that lists it, once per lingering entry, and once while it is
-the source of a copy in the step under way; a row's blocks cover its computed tokens; only blocks before `published`
-may be shared, and those are never written again.
+Invariants: the first `published` blocks of a row are cached ones, held through the sequence's `run`, or `known` ones,
+which it computed though another had them cached; all others are private to it. A lingering entry holds the same way,
+and the source of a copy is held while the step is under way. A row's blocks cover its computed tokens; only blocks
+before `published` may be shared, and those are never written again.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from penstock.workers.kv.block_pool import BlockPool
+import numpy as np
+
+from penstock.workers.kv.block_pool import BlockPool, Blocks
 from penstock.workers.kv.layout import KVLayout
-from penstock.workers.kv.prefix_cache import PrefixCache, chain, split_digests
+from penstock.workers.kv.prefix_cache import NO_BLOCKS, Match, PrefixCache, Run, chain_digests
 from penstock.workers.protocol import DIGEST_BYTES, GenerateRequest
 from penstock.workers.scheduler.events import SequenceKey, Work
 from penstock.workers.scheduler.plan import I32
@@ -21,11 +26,10 @@ from penstock.workers.scheduler.sequence import Sequence
 from penstock.workers.scheduler.table import SequenceTable, Slots
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Placement:
+class Placement(NamedTuple):
     """Blocks given to a sequence; `computed` leading tokens have their KV (after `copy`, where there is one)."""
 
-    blocks: list[int]
+    blocks: Blocks
     computed: int
     copy: tuple[int, int] | None = None  # (source, destination)
 
@@ -34,12 +38,13 @@ class Placement:
 class Lingering:
     """Blocks whose sequence is gone while a transfer may still read (held) or write (quarantined) them."""
 
-    blocks: list[int]
+    blocks: Blocks  # private or quarantined
     quarantined: bool
+    run: Run | None = None  # held in the prefix cache
 
 
 class SequenceMemory:
-    """Holds for the rows of one table, out of one pool."""
+    """Holds for the rows of one table, out of one pool. `cache` None: nothing is shared."""
 
     def __init__(self, table: SequenceTable, layout: KVLayout, pool: BlockPool, cache: PrefixCache | None) -> None:
         self.pool = pool
@@ -48,24 +53,19 @@ class SequenceMemory:
         self._layout = layout
         self._cache = cache
         self._block_size = layout.block_size
-        self._copy_sources: list[int] = []
+        self._copy_sources: list[Run] = []  # held because the step under way copies from their last blocks
 
-    @property
-    def copy_sources(self) -> tuple[int, ...]:
-        """Blocks that the step under way copies from."""
-        return tuple(self._copy_sources)
-
-    def first_digests(self, request: GenerateRequest, context: I32) -> list[bytes]:
+    def first_digests(self, request: GenerateRequest, context: I32) -> bytes:
         """Digests of the context's full blocks; those of the prompt are taken from the request if it has them all."""
         if self._cache is None or not request.cache_prefix:
-            return []
+            return b""
         size = self._block_size
         full = len(request.prompt) // size
-        if len(request.prefix_digests) != full * DIGEST_BYTES:
-            return chain(request.prefix_root, context, size)
-        digests = split_digests(request.prefix_digests)
+        digests = request.prefix_digests
+        if len(digests) != full * DIGEST_BYTES:
+            return chain_digests(request.prefix_root, context, size)
         if len(context) // size > full:
-            digests += chain(digests[-1] if digests else request.prefix_root, context[full * size :], size)
+            digests += chain_digests(digests[-DIGEST_BYTES:] or request.prefix_root, context[full * size :], size)
         return digests
 
     def place(self, sequence: Sequence, growth: int, spare: int) -> Placement | None:
@@ -75,16 +75,26 @@ class SequenceMemory:
         """
         length = len(sequence.context)
         total = self._layout.blocks_for(length + growth)
-        hits: list[int] = []
-        if self._cache is not None and not sequence.unscored:  # what is to be scored is computed, cached or not
-            hits = self._cache.match(sequence.chain)
-        if sequence.work is Work.RESERVE or len(hits) * self._block_size < length:
-            return self._take(hits, total, spare, source=None, length=length)
+        left = self.pool.num_free - spare
+        if self._cache is None or not sequence.chain or sequence.unscored:  # what is to be scored is always computed
+            return Placement(self.pool.allocate(total), 0) if left >= total else None
+        match = self._cache.match(sequence.chain)
+        if sequence.work is Work.RESERVE or match.num_blocks * self._block_size < length:
+            shared = match.num_blocks
+            if left - match.num_idle < total - shared:
+                return None
+            return Placement(self._share(sequence, match, shared, total), shared * self._block_size)
         # Everything is cached: the last block is copied, since its last token will be computed, and written, again.
-        source = hits[-1]
-        placement = self._take(hits[:-1], total, spare, source, length)
-        # Holding the source too can be one block too many; then the last block is computed again.
-        return placement or self._take(hits[:-1], total, spare, source=None, length=length)
+        shared = match.num_blocks - 1
+        source, idle_source = int(match.blocks[-1]), not match.runs[-1].holders
+        if left - match.num_idle >= total - shared:
+            self._copy_sources.append(self._cache.hold(match, match.num_blocks))
+            placed = self._share(sequence, self._cache.match(sequence.chain), shared, total)
+            return Placement(placed, length - 1, (source, int(placed[shared])))
+        if left - match.num_idle + idle_source >= total - shared:
+            # Holding the source too is one block too many: the last block is computed again.
+            return Placement(self._share(sequence, match, shared, total), shared * self._block_size)
+        return None
 
     def grow(self, slots: Slots) -> bool:
         """One more block for each of these rows, or False and nothing if the pool has too few."""
@@ -101,33 +111,38 @@ class SequenceMemory:
         first, full = int(self._table.published[slot]), int(self._table.computed[slot]) // self._block_size
         if full <= first:
             return
-        digests, size = sequence.chain, self._block_size
-        if len(digests) < full:
-            root = digests[-1] if digests else sequence.request.prefix_root
-            digests += chain(root, self._table.tokens[slot, len(digests) * size : full * size], size)
-        self._cache.publish(digests[first:full], self._table.block_tables[slot, first:full].tolist())
+        size, have = self._block_size, len(sequence.chain) // DIGEST_BYTES
+        if have < full:
+            root = sequence.chain[-DIGEST_BYTES:] or sequence.request.prefix_root
+            sequence.chain += chain_digests(root, self._table.tokens[slot, have * size : full * size], size)
+        digests = sequence.chain[first * DIGEST_BYTES : full * DIGEST_BYTES]
+        blocks = self._table.block_tables[slot, first:full].astype(np.intp)
+        sequence.run, known = self._cache.publish(sequence.run or self._cache.root, digests, blocks)
+        if len(known):
+            sequence.known = np.concatenate((sequence.known, known))
         self._table.published[slot] = full
 
     def release(self, slot: int) -> None:
         """The row ends; its blocks go back to the pool, where full ones stay shareable until they are needed."""
         self.publish_row(slot)
-        self.pool.release(self._table.blocks_of(slot))
-        self._table.remove(slot)
+        self._let_go(*self._empty_row(slot))
 
     def hold_for_reader(self, slot: int, key: SequenceKey) -> None:
         """The row ends while a peer still reads its blocks: keep them until `settle(key)`."""
-        self._linger(key, self._table.blocks_of(slot), quarantined=False)
-        self._table.remove(slot)
+        blocks, run = self._empty_row(slot)
+        self.lingering[key] = Lingering(blocks, False, run)
 
     def quarantine_reserved(self, slot: int, key: SequenceKey, first: int, end: int) -> None:
-        """The row ends while a peer may still write its blocks [first, end): keep those apart until `settle(key)`."""
-        blocks = self._table.blocks_of(slot)
-        written = blocks[first:end]
-        self.pool.release(blocks[:first] + blocks[end:])
+        """The row ends while a peer may still write its blocks [first, end): keep those apart until `settle(key)`.
+
+        None of them is published: `first` is the number of blocks that were shared.
+        """
+        blocks, run = self._empty_row(slot)
+        written = blocks[: end - first]
+        self._let_go(blocks[end - first :], run)
         self.pool.quarantine(written)
         if len(written):
-            self._linger(key, written, quarantined=True)
-        self._table.remove(slot)
+            self.lingering[key] = Lingering(written, True)
 
     def settle(self, key: SequenceKey) -> bool:
         """The transfer of a sequence that is gone is over. False if nothing lingers under this key."""
@@ -137,27 +152,43 @@ class SequenceMemory:
         if left.quarantined:
             self.pool.unquarantine(left.blocks)
         else:
-            self.pool.release(left.blocks)
+            self._let_go(left.blocks, left.run)
         return True
 
     def end_copies(self) -> None:
         """The step's copies are made (or will never be): let their sources go."""
-        for source in self._copy_sources:
-            self.pool.release((source,))
+        for run in self._copy_sources:
+            self._let_go(NO_BLOCKS, run)
         self._copy_sources.clear()
 
-    def _take(self, hits: list[int], total: int, spare: int, source: int | None, length: int) -> Placement | None:
-        held = hits if source is None else [*hits, source]
-        fresh = total - len(hits)
-        if self.pool.num_free - self.pool.count_free(held) < fresh + spare:
-            return None
-        # Before allocating, which could otherwise evict them.
-        self.pool.share(held)
-        new = self.pool.allocate(fresh)
-        if source is None:
-            return Placement(hits + new, len(hits) * self._block_size)
-        self._copy_sources.append(source)
-        return Placement(hits + new, length - 1, (source, new[0]))
+    def private_of(self, slot: int) -> Blocks:
+        """Blocks of this row that nobody else can share."""
+        row = self._table.block_tables[slot, self._table.published[slot] : self._table.num_blocks[slot]]
+        known = self._table.sequence_in(slot).known
+        return np.concatenate((row, known)) if len(known) else row.astype(np.intp)
 
-    def _linger(self, key: SequenceKey, blocks: list[int], *, quarantined: bool) -> None:
-        self.lingering[key] = Lingering(blocks, quarantined)
+    def held_runs(self) -> Counter[Run]:
+        """How often each run of the prefix cache is held."""
+        rows = [sequence.run for sequence in self._table.sequences if sequence is not None]
+        runs = [*rows, *(left.run for left in self.lingering.values()), *self._copy_sources]
+        return Counter(run for run in runs if run is not None and run.parent is not None)
+
+    def _share(self, sequence: Sequence, match: Match, shared: int, total: int) -> Blocks:
+        """Hold the first `shared` blocks of the match for the sequence; they and new ones, `total` in all."""
+        blocks = match.blocks[:shared]
+        # Before allocating, which could otherwise evict them.
+        sequence.run = None if self._cache is None else self._cache.hold(match, shared)
+        return np.concatenate((blocks, self.pool.allocate(total - shared)))
+
+    def _empty_row(self, slot: int) -> tuple[Blocks, Run | None]:
+        """Empty the row; what it held: private blocks, and a run."""
+        sequence = self._table.sequence_in(slot)
+        blocks, run = self.private_of(slot), sequence.run
+        sequence.run, sequence.known = None, NO_BLOCKS
+        self._table.remove(slot)
+        return blocks, run
+
+    def _let_go(self, blocks: Blocks, run: Run | None) -> None:
+        self.pool.free(blocks)
+        if self._cache is not None and run is not None:
+            self._cache.leave(run)

@@ -5,7 +5,7 @@ Called by `Scheduler.commit`, which then deals with the rows that ended. Knows n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,19 +14,27 @@ from penstock.workers.errors import IntegrityError
 from penstock.workers.protocol import EndReason
 from penstock.workers.scheduler.chunked import OpenStep
 from penstock.workers.scheduler.plan import I32, SampledLogprobs, StepResult
-from penstock.workers.scheduler.table import DECODE, EMPTY, SequenceTable, Slots
+from penstock.workers.scheduler.table import (
+    DECODE,
+    EMPTY,
+    LAST_POSITION,
+    LENGTH,
+    PROMPT_LENGTH,
+    SequenceTable,
+    Slots,
+)
 
-STOP, LENGTH = int(EndReason.STOP), int(EndReason.LENGTH)  # see table.py on plain ints
+STOP, LENGTH_END = np.uint8(EndReason.STOP), np.uint8(EndReason.LENGTH)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class CommittedRows:
+class CommittedRows(NamedTuple):
     """A step and its result without the rows whose sequence was cancelled while the step ran."""
 
     slots: Slots  # [N] computed rows
     computed: I32  # [N] tokens with KV in each
     num_decode: int
     sampled: Slots  # [S] slots of the rows with a new token
+    fields: I32  # [fields, S] of the table, of these rows, before the step
     tokens: I32  # [S]
     logprobs: SampledLogprobs | None
 
@@ -38,7 +46,7 @@ def committed_rows(table: SequenceTable, step: OpenStep, result: StepResult) -> 
         raise IntegrityError(f"{len(tokens)} tokens sampled for {len(step.sampled)} rows")
     num_decode = step.plan.num_decode
     if step.removals == table.removals:
-        return CommittedRows(step.slots, step.computed, num_decode, step.sampled, tokens, logprobs)
+        return CommittedRows(step.slots, step.computed, num_decode, step.sampled, step.fields, tokens, logprobs)
     alive = table.state[step.slots] != EMPTY
     kept = table.state[step.sampled] != EMPTY
     return CommittedRows(
@@ -46,25 +54,28 @@ def committed_rows(table: SequenceTable, step: OpenStep, result: StepResult) -> 
         computed=step.computed[alive],
         num_decode=int(np.count_nonzero(alive[:num_decode])),
         sampled=step.sampled[kept],
+        fields=step.fields[:, kept],
         tokens=tokens[kept],
         logprobs=None if logprobs is None else _select(logprobs, kept),
     )
 
 
-def take_tokens(table: SequenceTable, slots: Slots, tokens: I32) -> tuple[I32, NDArray[np.uint8]]:
-    """Append one sampled token to each row; the rows decode from now on.
+def take_tokens(table: SequenceTable, slots: Slots, fields: I32, tokens: I32) -> tuple[I32, NDArray[np.uint8]]:
+    """Append one sampled token to each row; `fields` are the table's of these rows. They decode from now on.
 
     A stop token ends its choice unless more were to come before one may (`min_tokens`). Returns (index of the token
     among the generated ones, int32 [S]; EndReason, uint8 [S]).
     """
-    position = table.append_tokens(slots, tokens)
+    positions = fields[LENGTH]
+    table.append_tokens(slots, positions, tokens)
     table.state[slots] = DECODE
-    ends = (position >= table.last_position[slots]).view(np.uint8) * np.uint8(LENGTH)
-    stopped = np.logical_or.reduce(table.stop_ids.take(slots, axis=1) == tokens, axis=0)
-    starts: I32 = position - table.prompt_length[slots]
+    starts: I32 = positions - fields[PROMPT_LENGTH]
+    ends = (positions >= fields[LAST_POSITION]).view(np.uint8) * LENGTH_END
+    stop_ids = table.stop_ids.take(slots, axis=1)
+    stopped = np.logical_or.reduce(stop_ids == tokens, axis=0) if len(stop_ids) > 1 else stop_ids[0] == tokens
     if table.edits.active:
         stopped &= starts >= table.edits.min_tokens[slots]
-    np.putmask(ends, stopped, STOP)
+    ends[stopped] = STOP
     return starts, ends
 
 

@@ -83,7 +83,7 @@ class StepPlan:
     starts: I32  # [N] tokens whose KV is already there
     offsets: I32  # [N + 1] into token_ids
     token_ids: I32  # [total]
-    block_tables: I32  # [N, widest]; unused entries are 0
+    block_tables: I32  # [N, widest]; unused entries are 0; a view of kept rows, valid until the next plan is made
     sample_rows: I32  # [S] indices of rows whose last token's logits are sampled
     sampling: SamplingBatch
     num_decode: int

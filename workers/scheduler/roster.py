@@ -125,7 +125,7 @@ class Roster:
         self.memory.publish_row(slot)
         row, first = np.array([slot]), len(sequence.request.emitted)
         for count, token in enumerate(tokens, start=1):
-            _, ends = take_tokens(self.table, row, np.array([token], np.int32))
+            _, ends = take_tokens(self.table, row, self.table.fields[:, row], np.array([token], np.int32))
             if ends[0]:
                 self.events.append(EndedEvent(key, first, tokens[:count], EndReason(int(ends[0]))))
                 self.forget(sequence)

@@ -45,9 +45,10 @@ from penstock.workers.scheduler.outcome import committed_rows, take_tokens
 from penstock.workers.scheduler.plan import StepPlan, StepResult
 from penstock.workers.scheduler.preemption import ready_decodes
 from penstock.workers.scheduler.roster import Roster
+from penstock.workers.scheduler.row_layout import RowLayout
 from penstock.workers.scheduler.scoring import take_embeddings, take_scores
 from penstock.workers.scheduler.sequence import Sequence, context_of
-from penstock.workers.scheduler.table import PREFILL, RESERVED, SequenceTable
+from penstock.workers.scheduler.table import ATTEMPT, PREFILL, RESERVED, ROUTER_INDEX, ROUTER_SLOT, SequenceTable
 from penstock.workers.scheduler.waiting import AdmissionPace
 from penstock.workers.settings import SchedulerSettings
 
@@ -67,6 +68,7 @@ class Scheduler:
         # No more sequences than tokens in a step: then every decode always fits, and a prefill beside them too.
         max_seqs = min(settings.max_num_seqs, settings.max_num_batched_tokens)
         self._table = SequenceTable(max_seqs, settings.max_model_len, layout.block_size)
+        self._rows = RowLayout(self._table)
         self._memory = SequenceMemory(self._table, layout, pool, cache)
         self._roster = Roster(self._table, self._memory, layout)
         self._pace = AdmissionPace()
@@ -185,7 +187,7 @@ class Scheduler:
         if not len(decode) and not budget.slots:
             return None
         self._step += 1
-        self._open_step = assemble(self._table, self._step, decode, budget)
+        self._open_step = assemble(self._table, self._rows, self._step, decode, budget)
         return self._open_step.plan
 
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> StepOutcome:
@@ -201,13 +203,14 @@ class Scheduler:
         for slot in rows.slots[rows.num_decode :].tolist():
             memory.publish_row(slot)
         memory.end_copies()
-        starts, ends = take_tokens(table, rows.sampled, rows.tokens)
+        fields = rows.fields
+        starts, ends = take_tokens(table, rows.sampled, fields, rows.tokens)
         offers, tails = hand_over(self._roster, self._layout, rows, ends)
         outcome = StepOutcome(
             router_ids=self._roster.routers.names,
-            router_index=table.router_index[rows.sampled],
-            slots=table.router_slot[rows.sampled],
-            attempts=table.attempt[rows.sampled],
+            router_index=fields[ROUTER_INDEX],
+            slots=fields[ROUTER_SLOT].view(np.uint32),
+            attempts=fields[ATTEMPT].astype(np.uint16),
             starts=starts.view(np.uint32),
             tokens=rows.tokens,
             ends=ends,

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from penstock.workers.protocol import GenerateRequest
+from penstock.workers.kv.block_pool import Blocks
+from penstock.workers.kv.prefix_cache import NO_BLOCKS, Run
+from penstock.workers.protocol import GenerateRequest, token_array
 from penstock.workers.scheduler.events import SequenceKey, Work
 from penstock.workers.scheduler.plan import I32
 
@@ -28,7 +30,9 @@ class Sequence:
     context: I32
     sends_kv: bool = False
     first_block: int = 0  # fragments sent to the peer count from this block of the context
-    chain: list[bytes] = field(default_factory=list)  # digests of its full blocks, as far as computed
+    chain: bytes = b""  # digests of its full blocks, as far as computed
+    run: Run | None = None  # what it holds of the prefix cache, while it has a row
+    known: Blocks = field(default_factory=lambda: NO_BLOCKS)  # blocks it computed though others had them cached
     slot: int | None = None
     started: bool = False  # was admitted once
     offered: int = 0  # leading blocks of the context that the peer was offered or already has
@@ -69,5 +73,6 @@ class Sequence:
 
 
 def context_of(request: GenerateRequest) -> I32:
-    """`prompt + emitted` as int32. Raises OverflowError for ids outside int32."""
-    return np.array(request.prompt + request.emitted, np.int32)
+    """`prompt + emitted` as int32, read-only. Raises OverflowError for ids outside int32."""
+    prompt = token_array(request.prompt)
+    return np.concatenate((prompt, token_array(request.emitted))) if request.emitted else prompt

@@ -1,8 +1,9 @@
 """The state of all admitted sequences as numpy columns: row s of every column belongs to the sequence in slot s.
 
 Shared by the scheduler's parts (admission, chunking, commit); nobody outside `scheduler/` sees it. Steps work on
-whole columns; the per-request object (`sequences[s]`) is touched only when a sequence starts, ends, is preempted, or
-fills a block. Knows neither queues nor the block pool.
+whole columns, and what they read of their rows is one matrix, so that one gather serves plan and commit. The
+per-request object (`sequences[s]`) is touched only when a sequence starts, ends, is preempted, or fills a block. Knows
+neither queues nor the block pool.
 
 Invariants: `computed <= length`; a row decodes if and only if one known token is left to compute; an empty row is
 all zeros in `state`, `num_blocks` and `block_tables`.
@@ -16,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.workers.errors import IntegrityError
-from penstock.workers.protocol import SamplingParams
+from penstock.workers.kv.block_pool import Blocks
+from penstock.workers.protocol import Tokens
 from penstock.workers.scheduler.edits import EditColumns
-from penstock.workers.scheduler.plan import F32, I32, U64, SamplingBatch
+from penstock.workers.scheduler.plan import I32, U64, SamplingBatch
 from penstock.workers.scheduler.sequence import Sequence
 
 NO_TOKEN = -1  # pads the stop-id matrix; no token has this id
@@ -41,6 +43,12 @@ EMPTY, PREFILL, DECODE, RESERVED = (int(state) for state in State)
 Slots = NDArray[np.intp]  # rows of the table; numpy gathers by native integers fastest
 
 
+# Rows of the matrix that holds what a step reads; `SequenceTable` says what each is.
+COMPUTED, LENGTH, LAST_TOKEN, PROMPT_LENGTH, LAST_POSITION, ROUTER_INDEX, ROUTER_SLOT, ATTEMPT = range(8)
+TEMPERATURE, TOP_P, MIN_P, TOP_K, CHOICE, LOGPROBS = range(8, 14)
+_NUM_FIELDS = 14
+
+
 class SequenceTable:
     """`max_seqs` rows, sequences of at most `max_length` tokens in blocks of `block_size`."""
 
@@ -50,28 +58,27 @@ class SequenceTable:
         self.sequences: list[Sequence | None] = [None] * max_seqs
         self.state = np.zeros(max_seqs, np.uint8)
         self.tokens: I32 = np.zeros((max_seqs, max_length), np.int32)
-        self.last_token: I32 = np.zeros(max_seqs, np.int32)
         self._flat_tokens = self.tokens.reshape(-1)
         self._row_starts = np.arange(max_seqs) * max_length
         self.block_tables: I32 = np.zeros((max_seqs, -(-max_length // block_size)), np.int32)
         self.num_blocks = np.zeros(max_seqs, np.int32)
         self.capacity = np.zeros(max_seqs, np.int32)  # tokens that its blocks hold
-        self.length = np.zeros(max_seqs, np.int32)  # known tokens
-        self.computed = np.zeros(max_seqs, np.int32)  # of these, with KV in the blocks
-        self.prompt_length = np.zeros(max_seqs, np.int32)
-        self.last_position = np.zeros(max_seqs, np.int32)  # of the token with which the choice ends by LENGTH
         self.published = np.zeros(max_seqs, np.int32)  # leading blocks already offered to the prefix cache
         self.arrival = np.zeros(max_seqs, np.int64)  # order of submission
-        self.router_index = np.zeros(max_seqs, np.int32)
-        self.router_slot = np.zeros(max_seqs, np.uint32)
-        self.attempt = np.zeros(max_seqs, np.uint16)
+        self.fields: I32 = np.zeros((_NUM_FIELDS, max_seqs), np.int32)
+        self.computed = self.fields[COMPUTED]  # known tokens with KV in the blocks
+        self.length = self.fields[LENGTH]  # known tokens
+        self.last_token = self.fields[LAST_TOKEN]
+        self.prompt_length = self.fields[PROMPT_LENGTH]
+        self.last_position = self.fields[LAST_POSITION]  # of the token with which the choice ends by LENGTH
+        self._router_slot = self.fields[ROUTER_SLOT].view(np.uint32)
+        self._sampling_floats = self.fields[TEMPERATURE : MIN_P + 1].view(np.float32)
         self.stop_ids: I32 = np.full((_FIRST_STOP_WIDTH, max_seqs), NO_TOKEN, np.int32)
-        # Rows of these are columns of SamplingBatch: one gather serves three of them.
-        self.sampling_floats: F32 = np.zeros((3, max_seqs), np.float32)  # temperature, top_p, min_p
-        self.sampling_ints: I32 = np.zeros((3, max_seqs), np.int32)  # top_k, choice, logprobs
         self.seed: U64 = np.zeros(max_seqs, np.uint64)
         self.edits = EditColumns(self.tokens, self.length, self.prompt_length)
         self.asking = 0  # rows whose prompt is to be scored or embedded
+        self.version = np.zeros(max_seqs, np.int64)  # of a row's block table; no two tables ever have the same
+        self._versions = 0
         self.removals = 0  # rows emptied so far
         self._empty = list(range(max_seqs - 1, -1, -1))
 
@@ -97,36 +104,44 @@ class SequenceTable:
             raise IntegrityError(f"slot {slot} is empty")
         return sequence
 
-    def blocks_of(self, slot: int) -> list[int]:
-        """Blocks of the sequence in `slot`, in order."""
-        blocks: list[int] = self.block_tables[slot, : self.num_blocks[slot]].tolist()
-        return blocks
+    def blocks_of(self, slot: int) -> Blocks:
+        """Blocks of the sequence in `slot`, in order; a copy."""
+        return self.block_tables[slot, : self.num_blocks[slot]].astype(np.intp)
 
-    def insert(self, sequence: Sequence, blocks: list[int], computed: int, state: int) -> int:
+    def insert(self, sequence: Sequence, blocks: Blocks, computed: int, state: int) -> int:
         """Give the sequence a row; `computed` leading tokens have their KV in `blocks`. Returns the slot."""
         slot = self._empty.pop()
         sequence.slot = slot
         self.sequences[slot] = sequence
-        context = sequence.context
+        self._versions += 1
+        self.version[slot] = self._versions
+        context, count = sequence.context, len(blocks)
         length = len(context)
         self.state[slot] = state
         self.tokens[slot, :length] = context
-        self.last_token[slot] = context[-1]
-        self.block_tables[slot, : len(blocks)] = blocks
-        self.num_blocks[slot] = len(blocks)
-        self.capacity[slot] = len(blocks) * self.block_size
-        self.length[slot] = length
-        self.computed[slot] = computed
-        self.prompt_length[slot] = sequence.prompt_length
-        self.last_position[slot] = sequence.max_length - 1
+        self.block_tables[slot, :count] = blocks
+        self.num_blocks[slot] = count
+        self.capacity[slot] = count * self.block_size
         self.published[slot] = computed // self.block_size
         self.arrival[slot] = sequence.arrival
-        self.router_index[slot] = sequence.router_index
-        self.router_slot[slot] = sequence.key.slot
-        self.attempt[slot] = sequence.key.attempt
-        self._set_sampling(slot, sequence.request.sampling)
+        key, sampling, prompt_length = sequence.key, sequence.request.sampling, sequence.prompt_length
+        self._router_slot[slot] = key.slot
+        self._sampling_floats[:, slot] = (sampling.temperature, sampling.top_p, sampling.min_p)
+        self.fields[:ROUTER_SLOT, slot] = (
+            computed,
+            length,
+            context[-1],
+            prompt_length,
+            sequence.max_length - 1,
+            sequence.router_index,
+        )
+        self.fields[ATTEMPT, slot] = key.attempt
+        logprobs = -1 if sampling.logprobs is None else sampling.logprobs
+        self.fields[TOP_K:, slot] = (sampling.top_k, sampling.choice, logprobs)
+        self.seed[slot] = sampling.seed & _SEED_MASK
+        self._set_stop_ids(slot, sampling.stop_token_ids)
         self.asking += sequence.asks_of_prompt
-        self.edits.fill(slot, sequence.request.sampling, context[: sequence.prompt_length])
+        self.edits.fill(slot, sampling, context[:prompt_length])
         return slot
 
     def remove(self, slot: int) -> None:
@@ -142,45 +157,39 @@ class SequenceTable:
         self.num_blocks[slot] = 0
         self._empty.append(slot)
 
-    def append_blocks(self, slots: Slots, blocks: list[int]) -> None:
+    def append_blocks(self, slots: Slots, blocks: Blocks) -> None:
         """One more block for each of these rows."""
         self.block_tables[slots, self.num_blocks[slots]] = blocks
         self.num_blocks[slots] += 1
         self.capacity[slots] += self.block_size
+        self.version[slots] = np.arange(self._versions + 1, self._versions + 1 + len(slots))
+        self._versions += len(slots)
 
-    def append_tokens(self, slots: Slots, tokens: I32) -> I32:
-        """One more known token for each of these rows; returns their lengths before, int32 [S]."""
-        position: I32 = self.length[slots]
-        self._flat_tokens[self._row_starts[slots] + position] = tokens
+    def append_tokens(self, slots: Slots, positions: I32, tokens: I32) -> None:
+        """One more known token for each of these rows, at `positions`, which were their lengths."""
+        self._flat_tokens[self._row_starts[slots] + positions] = tokens
         self.last_token[slots] = tokens
-        self.length[slots] = position + 1
-        return position
+        self.length[slots] = positions + 1
 
-    def sampling(self, slots: Slots) -> SamplingBatch:
-        """Columns for rows that sample their next token."""
-        floats = self.sampling_floats.take(slots, axis=1)
-        ints = self.sampling_ints.take(slots, axis=1)
+    def sampling(self, slots: Slots, fields: I32) -> SamplingBatch:
+        """Columns for rows that sample their next token; `fields` are theirs."""
+        floats = fields[TEMPERATURE : MIN_P + 1].view(np.float32)
         return SamplingBatch(
             temperature=floats[0],
-            top_k=ints[0],
+            top_k=fields[TOP_K],
             top_p=floats[1],
             min_p=floats[2],
             seed=self.seed[slots],
-            choice=ints[1],
-            position=self.length[slots],
-            logprobs=ints[2],
-            edits=self.edits.batch(slots),
+            choice=fields[CHOICE],
+            position=fields[LENGTH],
+            logprobs=fields[LOGPROBS],
+            edits=self.edits.batch(slots) if self.edits.active else None,
         )
 
-    def _set_sampling(self, slot: int, sampling: SamplingParams) -> None:
-        self.sampling_floats[:, slot] = (sampling.temperature, sampling.top_p, sampling.min_p)
-        logprobs = -1 if sampling.logprobs is None else sampling.logprobs
-        self.sampling_ints[:, slot] = (sampling.top_k, sampling.choice, logprobs)
-        self.seed[slot] = sampling.seed & _SEED_MASK
-        count = len(sampling.stop_token_ids)
-        width = len(self.stop_ids)
+    def _set_stop_ids(self, slot: int, stops: Tokens) -> None:
+        count, width = len(stops), len(self.stop_ids)
         if count > width:
             padding = np.full((count - width, self.max_seqs), NO_TOKEN, np.int32)
             self.stop_ids = np.concatenate((self.stop_ids, padding))
         self.stop_ids[:, slot] = NO_TOKEN
-        self.stop_ids[:count, slot] = sampling.stop_token_ids
+        self.stop_ids[:count, slot] = stops

@@ -31,14 +31,17 @@ class WaitingQueue:
 
     def push(self, sequence: Sequence) -> None:
         """Stand in line."""
-        bisect.insort(self._entries, sequence, key=_order)
+        if not self._entries or self._entries[-1].order < sequence.order:
+            self._entries.append(sequence)
+        else:
+            bisect.insort(self._entries, sequence, key=_order)
         self.prefill_tokens += _tokens(sequence)
         if not sequence.started:
             self._earliest = min(self._earliest, sequence.deadline)
 
     def remove(self, sequence: Sequence) -> None:
         """Leave the line, from anywhere in it."""
-        del self._entries[self.position(sequence)]
+        del self._entries[0 if self._entries[0] is sequence else self.position(sequence)]
         self.prefill_tokens -= _tokens(sequence)
 
     def position(self, sequence: Sequence) -> int:

@@ -72,9 +72,11 @@ def test_a_reservation_takes_all_its_hits_and_copies_nothing():
     assert generate is not None
     assert generate.copy == (reserve.blocks[2], generate.blocks[2])
     assert generate.computed == 11
-    assert setting.memory.copy_sources == (reserve.blocks[2],)
+    runs = setting.memory.held_runs()
+    assert sum(runs.values()) == 1, "the copy's source; the sequences have no rows yet"
     setting.memory.end_copies()
-    assert setting.pool.holders()[reserve.blocks].tolist() == [2, 2, 1]
+    assert not setting.memory.held_runs()
+    assert setting.pool.num_owned == 4
 
 
 def test_prompt_digests_are_trusted_for_the_prompt_and_extended_for_the_rest():
@@ -82,10 +84,10 @@ def test_prompt_digests_are_trusted_for_the_prompt_and_extended_for_the_rest():
     sent = chain_digests(b"other root".ljust(32), TOKENS[:8], 4)
     request = make_request(TOKENS[:10], 20, emitted=(10, 11), prefix_digests=sent)
     digests = setting.memory.first_digests(request, context_of(request))
-    assert b"".join(digests) == chain_digests(b"other root".ljust(32), TOKENS, 4)
+    assert digests == chain_digests(b"other root".ljust(32), TOKENS, 4)
     unsent = make_request(TOKENS, 20)
-    assert b"".join(setting.memory.first_digests(unsent, context_of(unsent))) == chain_digests(bytes(32), TOKENS, 4)
-    assert setting.memory.first_digests(make_request(TOKENS, 20, cache_prefix=False), np.array(TOKENS)) == []
+    assert setting.memory.first_digests(unsent, context_of(unsent)) == chain_digests(bytes(32), TOKENS, 4)
+    assert setting.memory.first_digests(make_request(TOKENS, 20, cache_prefix=False), np.array(TOKENS)) == b""
 
 
 def test_blocks_linger_until_their_transfer_settles():
@@ -118,8 +120,8 @@ def test_publishing_names_full_computed_blocks_once():
         setting.table.computed[slot] = computed
         setting.memory.publish_row(slot)
         assert len(setting.cache) == published
-    setting.table.append_tokens(np.array([slot]), np.array([11], np.int32))
+    setting.table.append_tokens(np.array([slot]), np.array([11]), np.array([11], np.int32))
     setting.table.computed[slot] = 12
     setting.memory.publish_row(slot)
-    assert b"".join(sequence.chain) == chain_digests(bytes(32), TOKENS, 4)
-    assert setting.cache.match(sequence.chain) == placement.blocks[:3]
+    assert sequence.chain == chain_digests(bytes(32), TOKENS, 4)
+    assert setting.cache.match(sequence.chain).blocks.tolist() == placement.blocks[:3].tolist()

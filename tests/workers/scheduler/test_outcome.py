@@ -10,6 +10,7 @@ from penstock.workers.scheduler.chunked import StepBudget, assemble, continue_pr
 from penstock.workers.scheduler.events import SequenceKey, Work
 from penstock.workers.scheduler.outcome import committed_rows, take_tokens
 from penstock.workers.scheduler.plan import SampledLogprobs, StepResult
+from penstock.workers.scheduler.row_layout import RowLayout
 from penstock.workers.scheduler.sequence import Sequence, context_of
 from penstock.workers.scheduler.table import DECODE, PREFILL, SequenceTable
 
@@ -26,10 +27,10 @@ def filled_table(stops: list[tuple[int, ...]], max_tokens: int = 2, state: int =
 def test_stop_wins_over_length_and_padding_matches_nothing():
     table = filled_table([(7,), (), (5, 6, 7), (8,)])
     slots = np.arange(4)
-    index, ends = take_tokens(table, slots, np.array([1, 7, 9, 8], np.int32))
+    index, ends = take_tokens(table, slots, table.fields[:, slots], np.array([1, 7, 9, 8], np.int32))
     assert index.tolist() == [0, 0, 0, 0]
     assert ends.tolist() == [EndReason.NONE, EndReason.NONE, EndReason.NONE, EndReason.STOP]
-    index, ends = take_tokens(table, slots[:3], np.array([7, 7, 7], np.int32))
+    index, ends = take_tokens(table, slots[:3], table.fields[:, slots[:3]], np.array([7, 7, 7], np.int32))
     assert index.tolist() == [1, 1, 1]
     assert ends.tolist() == [EndReason.STOP, EndReason.LENGTH, EndReason.STOP]
     assert ends.dtype == np.uint8
@@ -41,7 +42,7 @@ def test_rows_cancelled_during_the_step_are_left_out():
     table = filled_table([(), (), ()], state=PREFILL)
     budget = StepBudget(10, 0)
     continue_prefills(table, budget)
-    step = assemble(table, 1, np.zeros(0, np.intp), budget)
+    step = assemble(table, RowLayout(table), 1, np.zeros(0, np.intp), budget)
     tokens = np.array([10, 11, 12], np.int32)
     column = np.arange(3, dtype=np.float32)
     logprobs = SampledLogprobs(column, np.zeros(3, np.int32), np.zeros((3, 0), np.int32), np.zeros((3, 0), np.float32))

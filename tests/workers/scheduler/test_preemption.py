@@ -29,7 +29,8 @@ def add(roster: Roster, arrival: int, state: int = DECODE, priority: int = 0, se
     sequence = Sequence(key, Work.GENERATE, request, arrival, index, 9.0, context_of(request), sends_kv)
     roster.enter(sequence)
     roster.waiting.remove(sequence)
-    roster.table.insert(sequence, roster.memory.pool.allocate(1), 4, state)
+    slot = roster.table.insert(sequence, roster.memory.pool.allocate(1), 4, state)
+    roster.table.published[slot] = 0
     return sequence
 
 
@@ -72,8 +73,7 @@ def add_without_room(roster: Roster) -> Sequence:
     table, pool = roster.table, roster.memory.pool
     young = table.sequences[1]
     assert young is not None
-    last = table.blocks_of(1)[-1]
-    pool.release([last])
+    pool.free(table.blocks_of(1)[-1:])
     table.block_tables[1, 1] = 0
     table.num_blocks[1] -= 1
     table.capacity[1] -= 4

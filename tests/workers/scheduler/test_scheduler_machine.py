@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from fakes.content_runner import GARBAGE, ContentRunner, expected_tokens, next_token, slot_values
+from fakes.scheduler_stand import held_blocks
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -351,9 +352,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.pool.num_free + self.pool.num_owned + self.pool.num_quarantined == self.pool.num_blocks
         assert stats.quarantined_blocks == sum(len(grant.blocks) for grant in self.quarantined.values())
         assert stats.waiting + stats.running == len(self.live())
-        holders = self.pool.holders()
+        held = held_blocks(self.pool, self.cache)
+        assert len(held) == self.pool.num_owned
         for job in self.jobs.values():
-            assert not job.sending or (holders[list(job.offered.values())] > 0).all()
+            assert not job.sending or held.issuperset(job.offered.values())
 
     def teardown(self):
         """Left alone, everything ends: transfers fail, the rest runs dry, and every block is back."""

@@ -25,12 +25,12 @@ def test_insert_append_remove():
     assert table.rows_in(PREFILL).tolist() == [slot]
     assert (table.length[slot], table.computed[slot], table.prompt_length[slot]) == (4, 2, 3)
     assert (table.capacity[slot], table.last_position[slot], table.last_token[slot]) == (8, 11, 8)
-    position = table.append_tokens(np.array([slot]), np.array([11], np.int32))
-    assert position.tolist() == [4]
+    table.append_tokens(np.array([slot]), table.length[[slot]], np.array([11], np.int32))
+    assert table.length[slot] == 5
     assert table.tokens[slot, :5].tolist() == [4, 5, 6, 8, 11]
     assert table.last_token[slot] == 11
     table.append_blocks(np.array([slot]), [5])
-    assert table.blocks_of(slot) == [3, 1, 5]
+    assert table.blocks_of(slot).tolist() == [3, 1, 5]
     assert table.capacity[slot] == 12
     table.remove(slot)
     assert one.slot is None
