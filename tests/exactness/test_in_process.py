@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from fakes.exactness import CheckpointSpec, covering_specs, family_specs, mixed_prompts
+from fakes.exactness import CheckpointSpec, covering_specs, expert_specs, family_specs, mixed_prompts
 from fakes.threaded_cluster import Answer, HostedWorker, ThreadedCluster
 from fakes.variants import (
     Variant,
@@ -22,11 +22,12 @@ from fakes.variants import (
     uncovered_pairs,
 )
 
-from penstock.workers.runner import kv_view
+from penstock.workers.forward_pass import kv_view
 from penstock.workers.scheduler.plan import StepPlan
 
 SPECS = covering_specs()
-FAMILIES = family_specs()
+FAMILIES = family_specs() + expert_specs()
+ONE_OF_EACH = family_specs()[::3] + expert_specs()[:3:2]
 TOKENS = 48
 AGAIN = 24  # prompts that are sent a second time, when their blocks may be cached
 
@@ -38,7 +39,7 @@ def test_every_checkpoint_in_one_variant(
     require_exact(checkpoint(spec), variant)
 
 
-@pytest.mark.parametrize("spec", FAMILIES[::3], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", ONE_OF_EACH, ids=lambda spec: spec.name)
 def test_newer_families_split_in_small_chunks_with_preemption(
     checkpoint: Callable[[CheckpointSpec], Any], spec: CheckpointSpec
 ) -> None:

@@ -18,7 +18,7 @@ from fakes.foreign_checkpoints import MORE, NAMED, ForeignReference, ForeignSpec
 from fakes.threaded_cluster import Answer, HostedWorker, ThreadedCluster
 from fakes.variants import Variant, all_variants, greedy
 
-from penstock.workers.runner import kv_view
+from penstock.workers.forward_pass import kv_view
 from penstock.workers.scheduler.plan import StepPlan
 
 TOKENS = 24

@@ -21,9 +21,12 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 TIE_GAP = 1e-4
@@ -34,6 +37,9 @@ CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "qwen3": Qwen3Config,
     "gemma2": Gemma2Config,
     "gemma3": Gemma3TextConfig,
+    "qwen3-moe": Qwen3MoeConfig,
+    "mixtral": MixtralConfig,
+    "qwen2-moe": Qwen2MoeConfig,
 }
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -132,10 +138,35 @@ def family_specs() -> list[CheckpointSpec]:
     ]
 
 
+def expert_specs() -> list[CheckpointSpec]:
+    """Two of each family with experts: few and many of them, one or all chosen, dense layers between, with windows."""
+    some = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "norm_topk_prob": True}
+    many = {"num_experts": 33, "num_experts_per_tok": 5, "moe_intermediate_size": 40}
+    windows = {"use_sliding_window": True, "sliding_window": 24}
+    sparse = {"decoder_sparse_step": 2, "mlp_only_layers": [3]}
+    rows: list[tuple[str, tuple[int, int], int, bool, int, dict[str, Any]]] = [
+        ("qwen3-moe", (6, 2), 64, False, 2, {**some, "mlp_only_layers": [0]}),
+        ("qwen3-moe", (4, 1), 48, True, 4, {**many, **windows, **sparse}),
+        ("mixtral", (5, 5), 48, False, 2, {"num_local_experts": 6, "num_experts_per_tok": 2}),
+        ("mixtral", (6, 2), 80, True, 2, {"num_local_experts": 3, "num_experts_per_tok": 3, "sliding_window": 24}),
+        ("qwen2-moe", (4, 1), 64, False, 2, {**many, "shared_expert_intermediate_size": 72}),
+        ("qwen2-moe", (6, 2), 48, False, 2, {**some, "shared_expert_intermediate_size": 72, "qkv_bias": False}),
+    ]
+    return [
+        CheckpointSpec(family, *heads, dim, layers, tied=tied, seed=70 + n, changes=json.dumps(changes))
+        for n, (family, heads, dim, tied, layers, changes) in enumerate(rows)
+    ]
+
+
 def make_checkpoint(
-    directory: Path, spec: CheckpointSpec, *, dtype: torch.dtype = torch.float32, shards: int = 1
+    directory: Path,
+    spec: CheckpointSpec,
+    *,
+    dtype: torch.dtype = torch.float32,
+    shards: int = 1,
+    stacked_experts: bool = False,
 ) -> Path:
-    """Write the model directory (no tokenizer) and return it."""
+    """Write the model directory (no tokenizer) and return it; `stacked_experts`: a layer's are one tensor."""
     torch.manual_seed(spec.seed)
     model = AutoModelForCausalLM.from_config(_config(spec)).to(dtype)
     with torch.no_grad():
@@ -145,7 +176,8 @@ def make_checkpoint(
             elif "norm" in name:
                 parameter.normal_(_norm_mean(spec, name), spec.std)
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    model.save_pretrained(directory, max_shard_size=size + 1 if shards == 1 else size // shards)
+    largest = size + 1 if shards == 1 else size // shards
+    model.save_pretrained(directory, max_shard_size=largest, save_original_format=not stacked_experts)
     return directory
 
 
@@ -207,11 +239,13 @@ class Verdict:
 
 
 class Reference:
-    """transformers on the same checkpoint."""
+    """transformers on the same checkpoint; experts one by one, because torch's grouped product takes no float64."""
 
     def __init__(self, model_dir: Path, dtype: torch.dtype = torch.float64) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation="eager").eval()
         self.vocab = int(json.loads((model_dir / "config.json").read_text())["vocab_size"])
+        if hasattr(self.model, "set_experts_implementation"):
+            self.model.set_experts_implementation("eager")
 
     def logits(self, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """For each prompt, the logits [len(output), vocab] from which its output tokens were to be chosen."""

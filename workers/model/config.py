@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from penstock.workers.errors import ModelError
+from penstock.workers.model.expert_layers import ExpertLayers, read_experts
 from penstock.workers.model.families import FAMILIES, Family
 from penstock.workers.model.fields import FieldReader
 from penstock.workers.model.layer_windows import layer_windows
@@ -32,7 +33,7 @@ class DecoderConfig:
     dtype: str  # of the checkpoint; one of DTYPES
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
+    intermediate_size: int  # of dense layers
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -54,6 +55,7 @@ class DecoderConfig:
     activation: str  # of the gate; one of ACTIVATIONS' values
     embedding_scale: float
     tied_embeddings: bool
+    experts: ExpertLayers | None  # None: all layers are dense
 
 
 def read_config(model_dir: Path) -> DecoderConfig:
@@ -89,7 +91,7 @@ def parse_config(raw: dict[str, Any], path: str) -> DecoderConfig:
     num_layers = fields.integer("num_hidden_layers", 1, 1 << 10)
     max_positions = fields.integer("max_position_embeddings", 1, 1 << 26)
     rope, local_rope = read_ropes(fields, family, max_positions)
-    attention_bias = fields.boolean("attention_bias", default=False) if family.qkv_bias is None else False
+    qkv_bias, output_bias = _attention_biases(fields, family)
     return DecoderConfig(
         architecture=architecture,
         dtype=_dtype(fields),
@@ -107,16 +109,17 @@ def parse_config(raw: dict[str, Any], path: str) -> DecoderConfig:
         attention_scale=_attention_scale(fields, family, head_dim),
         attention_cap=_cap(fields, "attn_logit_softcapping", family.attention_cap) if family.gemma else 0.0,
         logit_cap=_cap(fields, "final_logit_softcapping", family.logit_cap) if family.gemma else 0.0,
-        rms_eps=fields.number("rms_norm_eps", 0.0, 1.0, default=1e-6),
+        rms_eps=fields.number("rms_norm_eps", 0.0, 1.0, default=family.rms_eps),
         norm_offset=1.0 if family.gemma else 0.0,
         qk_norm=family.qk_norm,
         post_norms=family.gemma,
-        qkv_bias=attention_bias or bool(family.qkv_bias),
-        output_bias=attention_bias,
+        qkv_bias=qkv_bias,
+        output_bias=output_bias,
         mlp_bias=fields.boolean("mlp_bias", default=False),
         activation=_activation(fields, family),
         embedding_scale=hidden**0.5 if family.gemma else 1.0,
         tied_embeddings=fields.boolean("tie_word_embeddings", default=family.tied_embeddings),
+        experts=read_experts(fields, family, num_layers),
     )
 
 
@@ -165,6 +168,16 @@ def _heads(fields: FieldReader, family: Family) -> tuple[int, int, int]:
     if head_dim % 2:
         raise fields.error("head_dim", f"{head_dim} is odd; rotary embedding needs an even size")
     return heads, kv_heads, head_dim
+
+
+def _attention_biases(fields: FieldReader, family: Family) -> tuple[bool, bool]:
+    """(of query, key and value, of the output projection)."""
+    if family.qkv_bias is None:
+        both = fields.boolean("attention_bias", default=False)
+        return both, both
+    if family.qkv_bias_key is not None:
+        return fields.boolean(family.qkv_bias_key, default=family.qkv_bias), False
+    return family.qkv_bias, False
 
 
 def _attention_scale(fields: FieldReader, family: Family, head_dim: int) -> float:

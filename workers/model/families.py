@@ -1,7 +1,8 @@
 """The families that our own decoder runs: what an `architectures` entry fixes, and what its keys are when left out.
 
-Read by `config.py`, `layer_windows.py` and `rope_fields.py`. Knows no files and no tensors. Defaults are those that
-transformers gives a key which config.json leaves out, since checkpoints are published with only what differs.
+Read by `config.py`, `layer_windows.py`, `rope_fields.py`, `expert_layers.py` and `loading.py`. Knows no files and no
+tensors. Defaults are those that transformers gives a key which config.json leaves out, since checkpoints are published
+with only what differs.
 """
 
 from __future__ import annotations
@@ -15,8 +16,31 @@ class Sliding(Enum):
 
     NEVER = "never"
     ALWAYS = "always"  # all, where `sliding_window` is given (Mistral)
+    SWITCHED = "switched"  # all, where `use_sliding_window` (Qwen's mixtures of experts)
     UPPER = "upper"  # from layer `max_window_layers` on, where `use_sliding_window` (Qwen)
     PATTERN = "pattern"  # all but every n-th (Gemma)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertNames:
+    """What published checkpoints call the tensors: `BLOCK gate.weight`, `BLOCK experts.N.PROJECTION.weight`."""
+
+    block: str = "mlp."
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertFamily:
+    """How a family says which of its layers have which experts."""
+
+    count_keys: tuple[str, ...] = ("num_experts", "num_local_experts")  # names of one number, the usual one first
+    width_key: str = "moe_intermediate_size"
+    renormalize: bool | None = None  # None: `norm_topk_prob` decides
+    some_dense: bool = True  # `decoder_sparse_step` and `mlp_only_layers` leave layers without experts
+    shared: bool = False  # one expert more that serves every token, behind a gate of its own
+    names: ExpertNames = ExpertNames()
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +49,10 @@ class Family:
 
     qk_norm: bool = False  # RMS norm over each query and key head before the rotation
     qkv_bias: bool | None = None  # None: `attention_bias` decides, for the output projection too
+    qkv_bias_key: str | None = None  # ... unless this key says another
     mlp_bias: bool = False  # whether `mlp_bias` is heeded
     sliding: Sliding = Sliding.NEVER
+    window: int | None = 4096  # default of `sliding_window`
     full_every: int = 0  # with PATTERN, every layer of this number is full
     full_every_key: str | None = None  # ... unless this key says another
     local_rope: bool = False  # sliding layers have a rotary embedding of their own
@@ -40,6 +66,9 @@ class Family:
     activation_key: str = "hidden_act"
     activation: str = "silu"
     tied_embeddings: bool = False
+    rms_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    experts: ExpertFamily | None = None
 
 
 FAMILIES = {
@@ -47,6 +76,24 @@ FAMILIES = {
     "MistralForCausalLM": Family(qkv_bias=False, sliding=Sliding.ALWAYS),
     "Qwen2ForCausalLM": Family(qkv_bias=True, sliding=Sliding.UPPER),
     "Qwen3ForCausalLM": Family(qk_norm=True, sliding=Sliding.UPPER, head_dim=128),
+    "MixtralForCausalLM": Family(
+        qkv_bias=False,
+        sliding=Sliding.ALWAYS,
+        window=None,
+        rms_eps=1e-5,
+        rope_theta=1000000.0,
+        experts=ExpertFamily(
+            count_keys=("num_local_experts", "num_experts"),
+            width_key="intermediate_size",
+            renormalize=True,
+            some_dense=False,
+            names=ExpertNames("block_sparse_moe.", "w1", "w3", "w2"),
+        ),
+    ),
+    "Qwen2MoeForCausalLM": Family(
+        qkv_bias=True, qkv_bias_key="qkv_bias", experts=ExpertFamily(count_keys=("num_experts",), shared=True)
+    ),
+    "Qwen3MoeForCausalLM": Family(qk_norm=True, sliding=Sliding.SWITCHED, experts=ExpertFamily()),
     "Gemma2ForCausalLM": Family(
         sliding=Sliding.PATTERN,
         full_every=2,

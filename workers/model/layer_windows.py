@@ -9,7 +9,6 @@ from penstock.workers.model.families import Family, Sliding
 from penstock.workers.model.fields import FieldReader
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-DEFAULT_WINDOW = 4096  # transformers', for every family that has one
 MOST_TOKENS = 1 << 26
 
 
@@ -20,13 +19,13 @@ def layer_windows(fields: FieldReader, family: Family, num_layers: int) -> tuple
     """
     if fields.raw.get("use_bidirectional_attention"):
         raise fields.error("use_bidirectional_attention", "only causal attention is supported")
-    if fields.raw.get("use_sliding_window") and family.sliding is not Sliding.UPPER:
-        raise fields.error("use_sliding_window", "this architecture has no such switch")
+    if fields.raw.get("use_sliding_window") and family.sliding not in (Sliding.SWITCHED, Sliding.UPPER):
+        raise fields.error("use_sliding_window", "not supported with this architecture")
     window, kinds = _window(fields, family), _kinds(fields, num_layers)
     ruled = _ruled(fields, family, window, num_layers)
     if kinds is None:
         kinds = ruled
-    elif family.sliding in (Sliding.NEVER, Sliding.ALWAYS) and kinds != ruled:
+    elif family.sliding in (Sliding.NEVER, Sliding.ALWAYS, Sliding.SWITCHED) and kinds != ruled:
         raise fields.error("layer_types", f"only {ruled[0]} layers are supported with this architecture and window")
     if SLIDING in kinds and window is None:
         raise fields.error("layer_types", f"has {SLIDING} layers, but no window is switched on")
@@ -37,9 +36,10 @@ def _window(fields: FieldReader, family: Family) -> int | None:
     """Tokens, or None where no layer has a window."""
     if family.sliding is Sliding.NEVER:
         return None
-    if family.sliding is Sliding.UPPER and not fields.boolean("use_sliding_window", default=False):
+    switched = family.sliding in (Sliding.SWITCHED, Sliding.UPPER)
+    if switched and not fields.boolean("use_sliding_window", default=False):
         return None
-    return fields.optional_integer("sliding_window", 1, MOST_TOKENS, default=DEFAULT_WINDOW)
+    return fields.optional_integer("sliding_window", 1, MOST_TOKENS, default=family.window)
 
 
 def _kinds(fields: FieldReader, num_layers: int) -> list[str] | None:

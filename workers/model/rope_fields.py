@@ -13,7 +13,7 @@ from penstock.workers.model.fields import FieldReader
 from penstock.workers.model.layer_windows import FULL, SLIDING
 
 KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
-DEFAULT_THETA = 10000.0
+DEFAULT_LOCAL_THETA = 10000.0
 DEFAULT_GLOBAL_THETA = 1000000.0  # of the full layers where sliding layers have their own
 MOST_POSITIONS = 1 << 26
 
@@ -49,7 +49,7 @@ def read_ropes(fields: FieldReader, family: Family, max_positions: int) -> tuple
         raise fields.error("partial_rotary_factor", "only 1.0 is supported")
     if family.local_rope:
         return _read_two(fields, max_positions)
-    theta = fields.number("rope_theta", 1.0, 1e12, default=DEFAULT_THETA)
+    theta = fields.number("rope_theta", 1.0, 1e12, default=family.rope_theta)
     key = "rope_scaling" if fields.raw.get("rope_scaling") else "rope_parameters"
     if not fields.raw.get(key):
         return Rope(theta), None
@@ -64,7 +64,7 @@ def read_ropes(fields: FieldReader, family: Family, max_positions: int) -> tuple
 def _read_two(fields: FieldReader, max_positions: int) -> tuple[Rope, Rope]:
     """Gemma 3: `rope_parameters` has one section per kind of layer; older files scale only the full layers."""
     theta = fields.number("rope_theta", 1.0, 1e12, default=DEFAULT_GLOBAL_THETA)
-    local_theta = fields.number("rope_local_base_freq", 1.0, 1e12, default=DEFAULT_THETA)
+    local_theta = fields.number("rope_local_base_freq", 1.0, 1e12, default=DEFAULT_LOCAL_THETA)
     found = {}
     if fields.raw.get("rope_parameters") is not None:
         both = fields.section("rope_parameters")

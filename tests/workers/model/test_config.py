@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from fakes.exactness import CheckpointSpec, family_specs, make_checkpoint
+from fakes.exactness import CheckpointSpec, expert_specs, family_specs, make_checkpoint
 
 from penstock.workers.errors import ModelError
 from penstock.workers.model.config import is_native, parse_config, read_config
@@ -136,6 +136,65 @@ GEMMA3 = {
     "torch_dtype": "bfloat16",
     "vocab_size": 262144,
 }
+QWEN3_30B = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "attention_bias": False,
+    "decoder_sparse_step": 1,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+MIXTRAL = {
+    "architectures": ["MixtralForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 32,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 32000,
+}
+QWEN15_MOE = {
+    **QWEN25,
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "decoder_sparse_step": 1,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "moe_intermediate_size": 1408,
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+    "num_key_value_heads": 16,
+    "shared_expert_intermediate_size": 5632,
+}
 
 
 def test_mistral_as_published():
@@ -176,7 +235,35 @@ def test_gemma3_as_published():
     assert (scaled.rope, scaled.local_rope) == (Rope(1000000.0, RopeScaling("linear", 8.0)), Rope(10000.0))
 
 
-@pytest.mark.parametrize("spec", family_specs(), ids=lambda spec: spec.name)
+def test_qwen3_moe_as_published():
+    config = parse_config(QWEN3_30B, "config.json")
+    experts = config.experts
+    assert (experts.count, experts.top_k, experts.width, experts.renormalize) == (128, 8, 768, True)
+    assert (experts.layers, config.windows) == ((True,) * 48, (0,) * 48)
+    assert (config.qk_norm, config.qkv_bias, config.output_bias, config.head_dim) == (True, False, False, 128)
+    # transformers, unlike for Qwen3, has no head size of its own for this family
+    assert parse_config({**QWEN3_30B, "head_dim": None}, "config.json").head_dim == 64
+    windowed = parse_config({**QWEN3_30B, "use_sliding_window": True, "sliding_window": 512}, "config.json")
+    assert windowed.windows == (512,) * 48
+
+
+def test_mixtral_as_published():
+    config = parse_config(MIXTRAL, "config.json")
+    assert (config.experts.count, config.experts.top_k, config.experts.width) == (8, 2, 14336)
+    assert (config.rms_eps, config.rope, config.windows) == (1e-5, Rope(1e6), (0,) * 32)
+    assert (config.qk_norm, config.qkv_bias, config.head_dim) == (False, False, 128)
+    left_out = ("rms_norm_eps", "rope_theta", "sliding_window", "tie_word_embeddings", "hidden_act")
+    assert parse_config({k: v for k, v in MIXTRAL.items() if k not in left_out}, "config.json") == config
+
+
+def test_qwen2_moe_as_published():
+    config = parse_config(QWEN15_MOE, "config.json")
+    assert (config.experts.count, config.experts.top_k, config.experts.shared_width) == (60, 4, 5632)
+    assert (config.qkv_bias, config.output_bias, config.qk_norm, config.windows) == (True, False, False, (0,) * 24)
+    assert not parse_config({**QWEN15_MOE, "qkv_bias": False}, "config.json").qkv_bias
+
+
+@pytest.mark.parametrize("spec", family_specs() + expert_specs(), ids=lambda spec: spec.name)
 def test_every_family_as_transformers_saves_it(tmp_path, spec):
     raw = json.loads((make_checkpoint(tmp_path, spec) / "config.json").read_text())
     config = parse_config(raw, "config.json")
@@ -252,7 +339,7 @@ def test_refusals_name_file_and_key(change, message):
         (MISTRAL, {"layer_types": ["full_attention"] * 32}, "layer_types: only sliding_attention"),
         (MISTRAL, {"attention_bias": True}, "attention_bias: this architecture has none"),
         (MISTRAL, {"mlp_bias": True}, "mlp_bias: this architecture has none"),
-        (MISTRAL, {"use_sliding_window": True}, "use_sliding_window: this architecture"),
+        (MISTRAL, {"use_sliding_window": True}, "use_sliding_window: not supported"),
         (QWEN25, {"use_sliding_window": 1}, "use_sliding_window: 1 is not true or false"),
         (QWEN25, {"use_sliding_window": True, "max_window_layers": -1}, "max_window_layers: -1 is not in"),
         (QWEN25, {"layer_types": ["sliding_attention"] * 24}, "layer_types: has sliding_attention layers, but no"),
@@ -268,6 +355,11 @@ def test_refusals_name_file_and_key(change, message):
         (GEMMA2, {"quantization_config": {"bits": 4}}, "quantization_config: quantised"),
         (GEMMA3, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: not supported"),
         (GEMMA3, {"sliding_window_pattern": 0}, "sliding_window_pattern: 0 is not in 1"),
+        (QWEN3_30B, {"num_experts_per_tok": 129}, "num_experts_per_tok: 129 is not in 1 .. 128"),
+        (QWEN3_30B, {"mlp_bias": True}, "mlp_bias: this architecture has none"),
+        (QWEN15_MOE, {"use_sliding_window": True}, "use_sliding_window: not supported"),
+        (QWEN15_MOE, {"qkv_bias": 1}, "qkv_bias: 1 is not true or false"),
+        (MIXTRAL, {"attention_bias": True}, "attention_bias: this architecture has none"),
     ],
 )
 def test_refusals_of_the_newer_families(published, change, message):

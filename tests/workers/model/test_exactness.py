@@ -3,19 +3,19 @@
 import itertools
 
 import pytest
-from fakes.exactness import CheckpointSpec, covering_specs, family_specs, mixed_prompts
+from fakes.exactness import CheckpointSpec, covering_specs, expert_specs, family_specs, mixed_prompts
 from fakes.in_process import InProcessWorker, load_runner
 
+from penstock.workers.forward_pass import kv_view
 from penstock.workers.protocol import EndReason, GenerateRequest, SamplingParams
-from penstock.workers.runner import kv_view
 from penstock.workers.settings import SchedulerSettings
 
 SPECS = covering_specs()
 CHUNKS = (16, 64, 8192)  # tokens per step; the last never cuts a prompt
 VARIANTS = list(itertools.product(CHUNKS, (True, False), (False, True)))
 LLAMA, QWEN = SPECS[0], SPECS[6]
-FAMILIES = family_specs()
-ONE_OF_EACH = FAMILIES[::3]
+FAMILIES = family_specs() + expert_specs()
+ONE_OF_EACH = family_specs()[::3] + expert_specs()[::2]
 SHORT, LONG = (16, True, True), (64, False, False)
 
 

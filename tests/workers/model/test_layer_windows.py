@@ -26,6 +26,11 @@ def windows(architecture, num_layers=4, **raw):
         ("Qwen2", {"sliding_window": 8, "use_sliding_window": True}, (0, 0, 0, 0)),  # from layer 28 on
         ("Qwen2", {"sliding_window": None, "use_sliding_window": True, "max_window_layers": 0}, (0, 0, 0, 0)),
         ("Qwen3", {"use_sliding_window": True, "layer_types": [SLIDES, FULL, FULL, SLIDES]}, (4096, 0, 0, 4096)),
+        ("Qwen3Moe", {"sliding_window": 8, "max_window_layers": 2}, (0, 0, 0, 0)),
+        ("Qwen3Moe", {"sliding_window": 8, "max_window_layers": 2, "use_sliding_window": True}, (8, 8, 8, 8)),
+        ("Qwen3Moe", {"use_sliding_window": True}, (4096,) * 4),
+        ("Mixtral", {}, (0, 0, 0, 0)),
+        ("Mixtral", {"sliding_window": 8}, (8, 8, 8, 8)),
         ("Gemma2", {"sliding_window": 8}, (8, 0, 8, 0)),
         ("Gemma2", {"sliding_window": 8, "layer_types": [FULL, FULL, SLIDES, FULL]}, (0, 0, 8, 0)),
         ("Gemma3", {"sliding_window": 8}, (8, 8, 8, 8)),

@@ -18,7 +18,8 @@ from penstock.workers.errors import ConfigError, ModelError
 from penstock.workers.model import transformers_check
 from penstock.workers.model.transformers_backend import TransformersModel
 from penstock.workers.model.transformers_linear import PackedLinear
-from penstock.workers.runner import ModelRunner, build_model_runner
+from penstock.workers.model_build import build_model_runner
+from penstock.workers.runner import ModelRunner
 from penstock.workers.settings import KVSettings, RunnerSettings, SchedulerSettings
 
 SPECS = {spec.name: spec for spec in [*NAMED, *MORE]}
@@ -185,7 +186,7 @@ def test_choice_of_implementation(
     directory: Callable[[ForeignSpec], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     native = make_checkpoint(tmp_path / "llama", CheckpointSpec())
-    caplog.set_level("INFO", "penstock.workers.runner")
+    caplog.set_level("INFO", "penstock.workers.model_build")
     assert not isinstance(load(native)._decoder, TransformersModel)
     assert "by our own decoder (LlamaForCausalLM is one of our own)" in caplog.text
     ours, theirs = load(native, "penstock"), load(native, "transformers")
