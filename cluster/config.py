@@ -24,6 +24,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from penstock.cluster.coercion import coerce
+from penstock.cluster.cores import share_of, shares_of
 from penstock.cluster.derived import derive
 from penstock.cluster.settings import ClusterConfig, with_value
 from penstock.cluster.validation import check_values, check_whole
@@ -133,6 +134,7 @@ def worker_settings(
     parent_pid: int = 0,
 ) -> WorkerSettings:
     """What one worker process is told; its id is `<role>-<index>`."""
+    cpus = share_of(shares_of(config), config.runner.cpus, role, index)
     return WorkerSettings(
         worker_id=f"{role.value}-{index}",
         role=role,
@@ -146,7 +148,7 @@ def worker_settings(
         scheduler=config.scheduler,
         kv=config.kv,
         transfer=config.transfer,
-        runner=config.runner,
+        runner=dataclasses.replace(config.runner, cpus=cpus),
         tracing=config.tracing,
         logs=config.logs,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from penstock.cluster.model_directory import EMBEDDED_MODEL, ModelDescription, describe
 from penstock.cluster.settings import ClusterConfig, with_value
@@ -16,12 +17,15 @@ from penstock.workers.errors import ConfigError
 
 CPU_STEP_TOKENS = 512
 GPU_STEP_TOKENS = 2048
+_GPUS = Path("/proc/driver/nvidia/gpus")  # one folder per card that the driver serves
+_RECORDS = "~/.cache/penstock/records"
 
 
-def derive(config: ClusterConfig, cores: int | None = None) -> ClusterConfig:
+def derive(config: ClusterConfig, cores: int | None = None, gpus: int | None = None) -> ClusterConfig:
     """`config` with every unstated dependent value filled in. Raises ModelError for an unreadable model directory."""
     model = describe(config.runner)
-    cores = cores or len(os.sched_getaffinity(0))
+    given = tuple(range(cores)) if cores else tuple(sorted(os.sched_getaffinity(0)))
+    cores = len(config.runner.cpus or given)
     config = _pools(config)
     if config.runner.kind == "model":
         config = _fill(config, "runner.model_impl", model.model_impl, model.model_impl_reason)
@@ -29,17 +33,56 @@ def derive(config: ClusterConfig, cores: int | None = None) -> ClusterConfig:
     if config.ray.address:  # workers run elsewhere, on what they asked Ray for
         config = _fill(config, "runner.threads", max(1, int(config.ray.worker_num_cpus)), "ray.worker_num_cpus")
     config = _fill(config, "runner.threads", max(1, cores // max(1, config.pools.total)), f"its share of {cores} cores")
+    config = _cores(config, given)
     if config.runner.kind == "model" and not config.runner.model_dir:
         config = _fill(config, "runner.model_dir", str(EMBEDDED_MODEL), "the embedded model")
         config = _fill(config, "runner.dtype", "float32", "the embedded model")  # stored in half of that for its size
     if config.runner.kind == "oracle":
         config = _fill(config, "front.skip_tokenizer_init", True, "the oracle has no tokenizer")
-    budget = CPU_STEP_TOKENS if config.runner.device == "cpu" else GPU_STEP_TOKENS
-    config = _fill(config, "scheduler.max_num_batched_tokens", budget, f"device {config.runner.device}")
+    config = _device(config, _gpus_here() if gpus is None else gpus)
     if config.scheduler.max_num_batched_tokens < config.scheduler.max_num_seqs:
         most = config.scheduler.max_num_batched_tokens
         config = _fill(config, "scheduler.max_num_seqs", most, "scheduler.max_num_batched_tokens")
     return _context(config, model)
+
+
+def _cores(config: ClusterConfig, given: tuple[int, ...]) -> ClusterConfig:
+    """Workers that compute on the cores of our own host keep to a part each, where their threads fit side by side."""
+    runner, workers = config.runner, config.pools.total
+    if runner.kind != "model" or runner.device != "cpu" or config.ray.address or workers < 2:
+        return config
+    if workers * runner.threads > len(given):
+        return config
+    return _fill(config, "runner.cpus", given, f"{workers} workers side by side on {len(given)} cores")
+
+
+def _device(config: ClusterConfig, gpus: int) -> ClusterConfig:
+    """What follows from the device: the step's budget, what actors ask Ray for, and each worker's share of a card.
+
+    `cuda:N` names a card of this host, which all workers share; `cuda` is what Ray gives an actor: a whole card on a
+    cluster of others, and on our own head a share where there are more workers than cards.
+    """
+    device, workers = config.runner.device, max(1, config.pools.total)
+    on_gpu = device.startswith("cuda") or (device == "auto" and (gpus > 0 or config.ray.worker_num_gpus > 0))
+    budget = GPU_STEP_TOKENS if on_gpu else CPU_STEP_TOKENS
+    config = _fill(config, "scheduler.max_num_batched_tokens", budget, f"device {device}")
+    if not on_gpu:
+        return config
+    config = _fill(config, "runner.record_dir", str(Path(_RECORDS).expanduser()), f"device {device}")
+    share = 1.0 / workers
+    if ":" not in device:
+        card = 1.0 if config.ray.address or not gpus else 1.0 / -(-workers // gpus)
+        config = _fill(config, "ray.worker_num_gpus", card, f"device {device}")
+        share = min(1.0, config.ray.worker_num_gpus or 1.0)
+    if share < 1.0:
+        usual = config.kv.gpu_memory_utilization
+        config = _fill(config, "kv.gpu_memory_utilization", usual * share, f"{share:g} of a GPU per worker")
+    return config
+
+
+def _gpus_here() -> int:
+    """Cards that this host's driver serves; asking it loads no library."""
+    return sum(1 for _ in _GPUS.iterdir()) if _GPUS.is_dir() else 0
 
 
 def _pools(config: ClusterConfig) -> ClusterConfig:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from penstock.cluster.config import ClusterIdentity, worker_settings
+from penstock.cluster.cores import Shares, share_of, shares_of
 from penstock.cluster.settings import ClusterConfig, PoolSettings
 from penstock.workers.protocol import Role
 from penstock.workers.settings import WorkerSettings
@@ -62,16 +63,21 @@ class ActorNeeds:
 
 @dataclass(frozen=True, slots=True)
 class Edition:
-    """`settings` is WorkerSettings as JSON without identity and role; `key` names the whole."""
+    """`settings` is WorkerSettings as JSON without identity and role; `key` names the whole, but for the cores."""
 
     key: str
     settings: str
     needs: ActorNeeds
+    shares: Shares = field(default_factory=dict)  # of the host's cores; follow from the pool sizes at start
 
     def worker(self, worker_id: str, role: Role, identity: ClusterIdentity, incarnation: int = 1) -> WorkerSettings:
         """The settings of one worker."""
+        settings = WorkerSettings.from_json(self.settings)
+        number = worker_id.rpartition("-")[2]
+        cpus = share_of(self.shares, settings.runner.cpus, role, int(number) if number.isdecimal() else 0)
         return dataclasses.replace(
-            WorkerSettings.from_json(self.settings),
+            settings,
+            runner=dataclasses.replace(settings.runner, cpus=cpus),
             worker_id=worker_id,
             role=role,
             incarnation=incarnation,
@@ -86,7 +92,8 @@ class Edition:
     @staticmethod
     def from_json(raw: Mapping[str, Any]) -> Edition:
         """Inverse of `to_json`."""
-        return Edition(raw["key"], raw["settings"], ActorNeeds(**raw["needs"]))
+        shares = {role: tuple(map(tuple, parts)) for role, parts in raw.get("shares", {}).items()}
+        return Edition(raw["key"], raw["settings"], ActorNeeds(**raw["needs"]), shares)
 
 
 def edition_of(config: ClusterConfig) -> Edition:
@@ -94,7 +101,8 @@ def edition_of(config: ClusterConfig) -> Edition:
     settings = worker_settings(config, Role.MIXED, 0, ClusterIdentity("", ""))
     foreign = bool(config.ray.address)
     host = config.ray.worker_host or ("" if foreign else settings.host)  # empty: the actor asks Ray for its node's
-    settings = dataclasses.replace(settings, worker_id="", host=host)
+    runner = dataclasses.replace(settings.runner, cpus=config.runner.cpus)
+    settings = dataclasses.replace(settings, worker_id="", host=host, runner=runner)
     if "transfer.host" not in config.sources:
         settings = dataclasses.replace(settings, transfer=dataclasses.replace(settings.transfer, host=host))
     needs = ActorNeeds(
@@ -112,7 +120,7 @@ def edition_of(config: ClusterConfig) -> Edition:
     )
     text = settings.to_json()
     content = json.dumps([json.loads(text), dataclasses.asdict(needs)], sort_keys=True)
-    return Edition(hashlib.sha256(content.encode()).hexdigest()[:KEY_CHARS], text, needs)
+    return Edition(hashlib.sha256(content.encode()).hexdigest()[:KEY_CHARS], text, needs, shares_of(config))
 
 
 def counts_of(pools: PoolSettings) -> dict[Role, int]:

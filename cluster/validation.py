@@ -16,14 +16,15 @@ from penstock.cluster.key_file import read_key_file
 from penstock.cluster.settings import ClusterConfig, PoolSettings, value_of
 from penstock.router.placement import POLICIES
 from penstock.workers.errors import ConfigError
+from penstock.workers.settings import DEVICE_NAME
 
 CHOICES = {
     "runner.kind": ("model", "oracle"),
-    "runner.device": ("cpu",),
     "runner.dtype": ("auto", "float32", "bfloat16", "float16"),
     "runner.model_impl": ("auto", "penstock", "transformers"),
     "front.generation_config": ("auto", "vllm", "none"),
     "transfer.transport": ("auto", "shared_memory", "tcp"),
+    "transfer.digest": ("auto", "full", "sampled", "off"),
     "router.placement.policy": tuple(POLICIES),
     "front.metrics_aliases": ("vllm", "none"),
     "logs.format": ("text", "json"),
@@ -36,7 +37,7 @@ MAY_BE_ZERO = frozenset(
         "scheduler.max_preemptions",
         "scheduler.watermark",
         "kv.num_blocks",
-        "transfer.digest_sample",
+        "transfer.socket_buffer_bytes",
         "runner.oracle_step_s",
         "runner.oracle_token_s",
         "runner.oracle_block_bytes",
@@ -70,6 +71,7 @@ UPPER = {
     "front.port": 65535,
     "front.grpc_port": 65535,
     "kv.block_size": 1024,
+    "kv.gpu_memory_utilization": 1,
     "limits.max_logprobs": 20,
     "scheduler.watermark": 1,
     "transfer.digest_sample": 1,
@@ -92,10 +94,22 @@ def check_values(config: ClusterConfig, keys: list[str]) -> ClusterConfig:
             raise wrong(config, key, f"{value!r} is none of {', '.join(CHOICES[key])}")
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             _number(config, key, value)
+    _device(config)
     width = config.pools.tensor_parallel_size
     if width > 1:
         raise wrong(config, "pools.tensor_parallel_size", f"{width} is not supported; workers have width 1 so far")
     return config
+
+
+def _device(config: ClusterConfig) -> None:
+    """The name of a device, sizes of captured steps, cores; whether all that is there only its worker can know."""
+    runner = config.runner
+    if not DEVICE_NAME.fullmatch(runner.device):
+        raise wrong(config, "runner.device", f"{runner.device!r} is none of cpu, cuda, cuda:N, auto")
+    if any(size < 1 for size in runner.graph_sizes):
+        raise wrong(config, "runner.graph_sizes", f"{runner.graph_sizes!r} must all be more than zero")
+    if any(core < 0 for core in runner.cpus) or len(set(runner.cpus)) < len(runner.cpus):
+        raise wrong(config, "runner.cpus", f"{runner.cpus!r} must be different numbers of cores, zero or more")
 
 
 def check_whole(config: ClusterConfig) -> ClusterConfig:
@@ -168,7 +182,9 @@ def _tracing(config: ClusterConfig) -> None:
 
 
 def _sizes(config: ClusterConfig) -> None:
-    scheduler, kv = config.scheduler, config.kv
+    scheduler, kv, runner = config.scheduler, config.kv, config.runner
+    if runner.cpus and runner.threads > len(runner.cpus):
+        raise wrong(config, "runner.threads", f"{runner.threads} is more than the {len(runner.cpus)} of runner.cpus")
     if scheduler.max_num_batched_tokens < scheduler.max_num_seqs:
         raise wrong(
             config,

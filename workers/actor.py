@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from penstock.workers.assembly import Worker, build_worker
+from penstock.workers.cores import take_cores
 from penstock.workers.errors import PenstockError
 from penstock.workers.logs import configure
 from penstock.workers.process import EXIT_ENGINE_FAILED, EXIT_ORPHANED, SWITCH_INTERVAL_S
@@ -52,6 +53,7 @@ class WorkerActor:
     async def start(self) -> dict[str, object]:
         """Load and serve. The worker's facts with `address`, or `error` and `message` where it cannot start."""
         try:
+            take_cores(self._settings.runner.cpus)
             worker = await asyncio.to_thread(build_worker, self._settings)
             await asyncio.to_thread(worker.start)
         except (PenstockError, OSError, ValueError) as error:

@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from penstock.workers.engine import Engine, EngineParts
@@ -34,6 +35,7 @@ from penstock.workers.tracing import WorkerTracer
 from penstock.workers.transfer.engine import TransferEngine
 from penstock.workers.transfer.faults import TransferFaults
 from penstock.workers.transfer.host import host_id
+from penstock.workers.transfer.port import BlockStorage
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +130,8 @@ def build_worker(settings: WorkerSettings, faults: TransferFaults | None = None)
     """Load and connect everything; nothing is served yet. Raises ConfigError, ModelError. `faults` are for tests."""
     began = time.monotonic()
     awake = threading.Event()
-    runner, storage, layout = _build_runner(settings)
+    computing = _build_runner(settings)
+    storage, layout = computing.storage, computing.layout
     pool = BlockPool(storage.num_blocks, storage.generations)
     cache = PrefixCache(pool) if settings.kv.prefix_caching else None
     scheduler = Scheduler(settings.scheduler, layout, pool, cache)
@@ -157,27 +160,45 @@ def build_worker(settings: WorkerSettings, faults: TransferFaults | None = None)
     tracer = WorkerTracer(sink, settings.worker_id) if sink is not None else None
     observation = Observation(storage.block_bytes, tracer)
     handover = HandOver(transfer, identity, lambda: os.urandom(_SESSION_ID_BYTES), observation)
-    parts = EngineParts(scheduler, runner, handover, KVEventFeed(cache, service), service, observation)
+    feed = KVEventFeed(cache, service)
+    parts = EngineParts(scheduler, computing.runner, handover, feed, service, observation, computing.prepare)
     engine = Engine(parts, time.monotonic, awake)
     facts = _facts(settings, storage, transfer.address, time.monotonic() - began)
     return Worker(settings, facts, engine, service, transfer, sink)
 
 
-def _build_runner(settings: WorkerSettings) -> tuple[Runner, KVStorage, KVLayout]:
+@dataclass(frozen=True, slots=True)
+class _Computing:
+    """What computes, and the pool that it writes as the others see it."""
+
+    runner: Runner
+    storage: BlockStorage
+    layout: KVLayout
+    prepare: Callable[[], bool] | None = None  # see EngineParts
+
+
+def _build_runner(settings: WorkerSettings) -> _Computing:
     """The runner with the storage it writes: the layout decides how large the storage is."""
     if settings.runner.kind == "oracle":
         layout = oracle_layout(settings.runner, settings.kv)
         storage = _create_storage(settings, layout)
-        return OracleRunner(settings.runner, layout, storage.data), storage, layout
+        return _Computing(OracleRunner(settings.runner, layout, storage.data), storage, layout)
     if settings.runner.kind != "model":
         raise ConfigError(f"unknown runner {settings.runner.kind!r}; known: model, oracle", "runner.kind")
     # Late: torch takes seconds to import, and half of the workers' tests run without it.
-    from penstock.workers.runner import build_model_runner
+    from penstock.workers.model_build import build_model_runner
 
     model = build_model_runner(settings.runner, settings.kv, settings.scheduler)
-    storage = _create_storage(settings, model.layout)
-    model.attach(storage)
-    return model, storage, model.layout
+    if model.device.type == "cpu":
+        storage = _create_storage(settings, model.layout)
+        model.attach(storage)
+        return _Computing(model, storage, model.layout)
+    from penstock.workers.device_pool import PoolWish, open_pool
+    from penstock.workers.device_transfer import CardStorage
+
+    needed = model.layout.blocks_for(settings.scheduler.max_model_len)
+    pool = open_pool(model, PoolWish(settings.kv, needed, settings.runner.record_dir))
+    return _Computing(model, CardStorage(pool), model.layout, model.use_idle_time)
 
 
 def _create_storage(settings: WorkerSettings, layout: KVLayout) -> KVStorage:
@@ -213,7 +234,7 @@ def _welcome(
     )
 
 
-def _facts(settings: WorkerSettings, storage: KVStorage, transfer_address: str, load_s: float) -> WorkerFacts:
+def _facts(settings: WorkerSettings, storage: BlockStorage, transfer_address: str, load_s: float) -> WorkerFacts:
     return WorkerFacts(
         worker_id=settings.worker_id,
         transfer_address=transfer_address,

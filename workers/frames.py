@@ -23,6 +23,7 @@ _NO_LOGPROBS: _LogprobColumns = (
     np.zeros(0, np.int32),
     np.zeros(0, np.float32),
 )
+_ONES = np.ones(1 << 12, np.uint16)  # of a frame with one token per row
 
 
 class StepColumns(Protocol):
@@ -73,7 +74,7 @@ def _frame(step: int, columns: StepColumns, rows: NDArray[np.intp] | None) -> To
         slots,
         columns.attempts[pick],
         columns.starts[pick],
-        np.ones(len(slots), np.uint16),
+        _ONES[: len(slots)] if len(slots) <= len(_ONES) else np.ones(len(slots), np.uint16),
         columns.ends[pick],
         columns.tokens[pick],
         *logprobs,

@@ -36,8 +36,8 @@ class KVEventFeed:
         self._next_flush = 0.0
 
     def flush(self, now: float, *, idle: bool) -> None:
-        """Send what has gathered: now if the step loop is idle, else at most once per collecting interval."""
-        if not idle and now < self._next_flush:
+        """Send what has gathered: now if the step loop is idle or it is much, else once per collecting interval."""
+        if not idle and now < self._next_flush and not (self._cache is not None and self._cache.many_events):
             return
         self._next_flush = now + _COLLECT_S
         self._send_events()

@@ -70,8 +70,8 @@ def apply_edits(logits: Tensor, edits: LogitEdits) -> None:
     that was not so before."""
     _penalise(logits, edits)
     if len(edits.bias_ids):
-        values = torch.from_numpy(edits.bias_values)
-        logits.index_put_(_pairs(edits.bias_ids, edits.bias_offsets), values, accumulate=True)
+        values = torch.from_numpy(edits.bias_values).to(logits.device)
+        logits.index_put_(_pairs(edits.bias_ids, edits.bias_offsets, logits.device), values, accumulate=True)
     if len(edits.allowed):
         _keep_allowed(logits, edits)
     if len(edits.banned):
@@ -79,11 +79,12 @@ def apply_edits(logits: Tensor, edits: LogitEdits) -> None:
 
 
 def _penalise(logits: Tensor, edits: LogitEdits) -> None:
-    rows, tokens = _pairs(edits.generated, edits.generated_offsets)
+    device = logits.device
+    rows, tokens = _pairs(edits.generated, edits.generated_offsets, device)
     if len(edits.prompt) or bool((edits.repetition != 1).any()):
-        prompt_rows, prompt_tokens = _pairs(edits.prompt, edits.prompt_offsets)
+        prompt_rows, prompt_tokens = _pairs(edits.prompt, edits.prompt_offsets, device)
         either = torch.cat((rows, prompt_rows)), torch.cat((tokens, prompt_tokens))
-        factor = torch.from_numpy(edits.repetition)[either[0]]
+        factor = torch.from_numpy(edits.repetition).to(device)[either[0]]
         before = logits[either]
         # A pair that occurs twice is written twice with the same value.
         logits[either] = torch.where(before > 0, before / factor, before * factor)
@@ -92,22 +93,22 @@ def _penalise(logits: Tensor, edits: LogitEdits) -> None:
         before = logits[pairs]
         # The cells themselves count their occurrences: no table of S x V counters, no sort.
         logits[pairs] = 0.0
-        logits.index_put_(pairs, torch.ones(len(tokens)), accumulate=True)
-        per_occurrence = torch.from_numpy(edits.frequency)[rows] * logits[pairs]
-        logits[pairs] = before - per_occurrence - torch.from_numpy(edits.presence)[rows]
+        logits.index_put_(pairs, torch.ones(len(tokens), device=device), accumulate=True)
+        frequency, presence = (torch.from_numpy(each).to(device)[rows] for each in (edits.frequency, edits.presence))
+        logits[pairs] = before - frequency * logits[pairs] - presence
 
 
 def _keep_allowed(logits: Tensor, edits: LogitEdits) -> None:
-    pairs = _pairs(edits.allowed, edits.allowed_offsets)
+    pairs = _pairs(edits.allowed, edits.allowed_offsets, logits.device)
     kept = logits[pairs]
     restricted = np.flatnonzero(np.diff(edits.allowed_offsets))
-    logits[torch.from_numpy(restricted)] = -torch.inf
+    logits[torch.from_numpy(restricted).to(logits.device)] = -torch.inf
     logits[pairs] = kept
 
 
 def _ban(logits: Tensor, edits: LogitEdits) -> None:
     vocab = logits.shape[1]
-    rows, tokens = _pairs(edits.banned, edits.banned_offsets)
+    rows, tokens = _pairs(edits.banned, edits.banned_offsets, logits.device)
     known = tokens < vocab  # a stop id need not be one of this model's
     pairs = rows[known], tokens[known]
     before = logits[pairs]
@@ -115,17 +116,17 @@ def _ban(logits: Tensor, edits: LogitEdits) -> None:
     # Only where at least as many bans as candidates are named can all candidates be banned.
     candidates = np.diff(edits.allowed_offsets)
     candidates[candidates == 0] = vocab
-    suspects = torch.from_numpy(np.flatnonzero(np.diff(edits.banned_offsets) >= candidates))
+    suspects = torch.from_numpy(np.flatnonzero(np.diff(edits.banned_offsets) >= candidates)).to(logits.device)
     if len(suspects):
         stuck = suspects[logits[suspects].amax(dim=-1) == -torch.inf]
         freed = torch.isin(pairs[0], stuck)
         logits[pairs[0][freed], pairs[1][freed]] = before[freed]
 
 
-def _pairs(tokens: I32, offsets: I32) -> tuple[Tensor, Tensor]:
-    """(rows [N], tokens [N]) int64 of flat tokens."""
+def _pairs(tokens: I32, offsets: I32, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(rows [N], tokens [N]) int64 of flat tokens, on `device`."""
     rows = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-    return torch.from_numpy(rows), torch.from_numpy(tokens.astype(np.int64))
+    return torch.from_numpy(rows).to(device), torch.from_numpy(tokens.astype(np.int64)).to(device)
 
 
 def _select(tokens: I32, offsets: I32, rows: Rows) -> tuple[I32, I32]:

@@ -20,6 +20,7 @@ from types import FrameType
 from typing import TextIO
 
 from penstock.workers.assembly import Worker, build_worker
+from penstock.workers.cores import take_cores
 from penstock.workers.errors import PenstockError
 from penstock.workers.logs import configure
 from penstock.workers.settings import WorkerSettings
@@ -51,6 +52,7 @@ def main(faults: TransferFaults | None = None) -> int:
 def _begin(settings: WorkerSettings) -> None:
     configure(settings.logs, settings.worker_id)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    take_cores(settings.runner.cpus)
     if settings.parent_pid:
         watch_parent(settings.parent_pid)
 

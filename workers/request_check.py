@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from penstock.workers.protocol import GenerateRequest, SamplingParams
+from penstock.workers.protocol import GenerateRequest, PackedTokens, SamplingParams, Tokens
 
 MAX_BIAS = 1e6  # so that no sum overflows; far beyond what any logit can outweigh
 MAX_BAD_WORD_TOKENS = 16_384  # of one request: all of its bad words are compared with its tokens at every step
@@ -16,9 +16,13 @@ MAX_BAD_WORD_TOKENS = 16_384  # of one request: all of its bad words are compare
 
 def problem_with_tokens(request: GenerateRequest, vocab: int) -> str | None:
     """Why this request can never be served by a model with ids below `vocab`; None if it can."""
-    if max(request.prompt, default=0) >= vocab or max(request.emitted, default=0) >= vocab:
+    if _largest(request.prompt) >= vocab or (request.emitted and _largest(request.emitted) >= vocab):
         return f"prompt: a token id is not below the vocabulary size {vocab}"
     return _problem_with_sampling(request.sampling, vocab)
+
+
+def _largest(tokens: Tokens) -> int:
+    return tokens.largest if isinstance(tokens, PackedTokens) else max(tokens, default=0)
 
 
 def _problem_with_sampling(sampling: SamplingParams, vocab: int) -> str | None:

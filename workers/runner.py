@@ -1,43 +1,58 @@
 """Turns a `StepPlan` into tensors, runs the decoder over the KV storage, and samples: the `Runner` of a real model.
 
-Built by the worker's assembly: `build_model_runner` reads the model and knows the KV layout, so that the storage can be
-sized; `attach` hands the storage over; then the engine thread alone calls `run`. It does not know requests, the
-scheduler, or who owns a block. Invariant: between `run` calls nothing of a sequence lives here but in the KV blocks.
+Made by `model_build.py`, which reads the model and knows the KV layout, so that the storage can be sized; `attach`
+hands the storage over; then the engine thread alone calls the rest. A step is `launch` and `collect`: on a GPU the
+first returns while the device still computes, so the caller can plan meanwhile. The same code serves a CPU, where
+`launch` does all the work. It does not know requests, the scheduler, or who owns a block.
+
+Invariants: between steps nothing of a sequence lives here but in the KV blocks; steps are collected in the order in
+which they were launched, and at most two are on their way.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import logging
 import threading
 import time
-from pathlib import Path
-from typing import Protocol
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from penstock.kernels import ops
-from penstock.kernels.ragged import RaggedBatch
-from penstock.workers.errors import ConfigError
+from penstock.workers.errors import ConfigError, DeviceError
+from penstock.workers.forward_pass import (
+    ForwardPass,
+    ModelShape,
+    RecordedPass,
+    attention_limits,
+    kv_view,
+    recorded_hidden,
+)
+from penstock.workers.graphs.buckets import BucketTable
+from penstock.workers.graphs.capture import Recorder
+from penstock.workers.graphs.decode_graphs import DecodeGraphs
+from penstock.workers.graphs.store import LiveGraphStore
+from penstock.workers.graphs.traffic import BucketFigures, BucketTraffic
 from penstock.workers.kv.layout import KVLayout
-from penstock.workers.model.checkpoint import Checkpoint
-from penstock.workers.model.config import DTYPES, DecoderConfig, read_raw_config
-from penstock.workers.model.implementation import choose_implementation
-from penstock.workers.model.loading import TORCH_DTYPES, Progress, load_decoder
+from penstock.workers.model.loading import CPU
 from penstock.workers.model.port import DecoderModel
-from penstock.workers.sampling import sample
+from penstock.workers.sampling import draw, logprobs_of
 from penstock.workers.scheduler.plan import SampledLogprobs, ScoredPrompt, StepPlan, StepResult
-from penstock.workers.settings import KVSettings, RunnerSettings, SchedulerSettings
+from penstock.workers.static_memory import StaticMemory
+from penstock.workers.step_inputs import StepInputs, StepLimits
+from penstock.workers.step_outputs import PendingTokens, StepOutputs
 from penstock.workers.token_logprobs import reduce_logits
 
-logger = logging.getLogger(__name__)
+_NO_TOKENS = np.zeros(0, np.int32)
 
 
-class BlockStorage(Protocol):
-    """What the runner needs of the KV storage."""
+class HostStorage(Protocol):
+    """KV blocks in host memory."""
 
     @property
     def data(self) -> NDArray[np.uint8]:
@@ -45,134 +60,235 @@ class BlockStorage(Protocol):
         ...
 
 
-class ModelRunner:
-    """One decoder on one device with `threads` threads for its products."""
+@runtime_checkable
+class DeviceStorage(Protocol):
+    """KV blocks in a device's memory."""
 
-    def __init__(self, decoder: DecoderModel, layout: KVLayout, vocab_size: int, threads: int) -> None:
-        self._decoder = decoder
-        self._layout = layout
-        self._vocab_size = vocab_size
-        self._threads = threads
+    @property
+    def tensor(self) -> Tensor:
+        """uint8 [num_blocks + 1, block_bytes]; the last block belongs to nobody."""
+        ...
+
+
+class StartKeeper(Protocol):
+    """Where the traffic of recorded steps comes from at start, and goes while the worker idles."""
+
+    @property
+    def figures(self) -> dict[int, BucketFigures]:
+        """Of a former life; empty where there was none."""
+        ...
+
+    def keep(self, figures: dict[int, BucketFigures]) -> None:
+        """Keep these for the next start; may be called often."""
+        ...
+
+
+BlockStorage = HostStorage | DeviceStorage
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerParts:
+    """A loaded model and where it runs."""
+
+    decoder: DecoderModel
+    layout: KVLayout
+    vocab_size: int
+    limits: StepLimits
+    threads: int = 1
+    device: torch.device = CPU
+    shape: ModelShape | None = None  # None: steps are never recorded
+    recorder: Recorder | None = None  # likewise
+    graph_sizes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Launched:
+    """A step on its way; `result` lacks the tokens while they are `pending`."""
+
+    result: StepResult
+    pending: PendingTokens | None
+    began: float
+    bucket: int | None  # of a step that could be replayed
+    replayed: bool
+
+
+class ModelRunner:
+    """One decoder on one device, with `threads` threads for what the CPU computes."""
+
+    def __init__(self, parts: RunnerParts) -> None:
+        self._parts = parts
+        self._decoder = parts.decoder
         self._thread_id: int | None = None
-        self._kv: Tensor | None = None
+        self._pass: ForwardPass | None = None
+        self._graphs: DecodeGraphs | None = None
+        self._keeper: StartKeeper | None = None
+        self._buckets = BucketTable.of(parts.graph_sizes, min(parts.limits.max_rows, parts.limits.max_tokens))
+        # The order of what follows is the static layout: a new buffer goes to the end.
+        self.memory = StaticMemory(parts.device)
+        self._inputs = StepInputs(parts.limits, self.memory)
+        self._outputs = StepOutputs(parts.limits.max_rows, self.memory) if parts.device.type == "cuda" else None
+        self._hidden: Tensor | None = None
+        if parts.recorder is not None and parts.shape is not None:
+            self._hidden = recorded_hidden(self.memory, self._buckets.largest, parts.shape, parts.layout.dtype)
+        self.memory.finish()
 
     @property
     def layout(self) -> KVLayout:
         """What one KV block of this model holds."""
-        return self._layout
+        return self._parts.layout
 
     @property
     def vocab_size(self) -> int:
         """Token ids are below this."""
-        return self._vocab_size
+        return self._parts.vocab_size
 
-    def attach(self, storage: BlockStorage) -> None:
-        """Take the storage whose blocks every later `run` reads and writes. Raises ConfigError if its size is wrong."""
-        self._kv = kv_view(storage.data, self._layout)
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are, and where the KV storage has to be."""
+        return self._parts.device
+
+    @property
+    def limits(self) -> StepLimits:
+        """The largest step that `launch` takes."""
+        return self._parts.limits
+
+    @property
+    def graphs(self) -> DecodeGraphs | None:
+        """Recorded decode steps; None where they are not in use."""
+        return self._graphs
+
+    def attach(self, storage: BlockStorage, keeper: StartKeeper | None = None) -> None:
+        """Take the storage whose blocks every later step reads and writes. Raises ConfigError if its size is wrong.
+
+        `keeper` has the traffic of a former life of this worker, and takes this one's.
+        """
+        self._keeper = keeper
+        data = storage.tensor if isinstance(storage, DeviceStorage) else storage.data
+        kv = kv_view(data, self.layout)
+        if kv.device != self.device:
+            raise ConfigError(f"the KV storage is on {kv.device} and the weights are on {self.device}")
+        parts, limits = self._parts, None
+        if parts.shape is not None:
+            limits = attention_limits(self.limits, self.layout.block_size, parts.shape)
+        if limits is None or parts.recorder is None or self._hidden is None or isinstance(data, np.ndarray):
+            self._pass = ForwardPass(self._decoder, kv, limits if kv.is_cuda else None)
+            return
+        self._pass = recorded = RecordedPass(self._decoder, kv, self._hidden, limits)
+        self._graphs = DecodeGraphs(
+            recorded,
+            self._inputs,
+            self._buckets,
+            LiveGraphStore(parts.recorder),
+            BucketTraffic(keeper.figures if keeper is not None else None),
+            scratch_block=len(data) - 1,
+            clock=time.perf_counter,
+            sync=self._sync,
+        )
+
+    def recorded_share(self, activations: int) -> int:
+        """Of `activations` bytes of the largest step, what recorded steps need beside it."""
+        if self._hidden is None:
+            return 0
+        return activations * self._buckets.largest // max(1, self.limits.max_tokens)
+
+    def detach(self) -> None:
+        """Let go of the storage; `attach` must come before the next step."""
+        self._pass, self._graphs = None, None
 
     def run(self, plan: StepPlan) -> StepResult:
         """See `Runner.run`."""
-        if self._kv is None:
+        return self.collect(self.launch(plan))
+
+    def launch(self, plan: StepPlan) -> Launched:
+        """Start a step; what it reads of the plan is taken before this returns.
+
+        Returns before the device is done where it can. Raises DeviceError where the device is gone.
+        """
+        if self._pass is None:
             raise ConfigError("the model runner has no KV storage; call attach first")
         self._use_threads()
-        with torch.inference_mode():
+        began = time.perf_counter()
+        with _device_errors(), torch.inference_mode():
             if len(plan.copies):
-                ops.copy_blocks(self._kv, torch.from_numpy(plan.copies.astype(np.int64)))
+                self._pass.copy_blocks(plan.copies)
             if plan.num_tokens == 0:
-                return StepResult(np.zeros(0, np.int32))
-            hidden = self._forward(plan, self._kv)
-            sampled = len(plan.sample_rows)
-            result = sample(self._decoder.logits(hidden[:sampled]), plan.sampling)
-            if plan.scored is not None:
-                result = dataclasses.replace(result, scored=self._score(hidden[sampled:], plan.scored))
-            if len(plan.embed_rows):
-                states = hidden[torch.from_numpy(plan.embed_rows.astype(np.int64))]
-                result = dataclasses.replace(result, embeddings=states.float().numpy())
+                return Launched(StepResult(_NO_TOKENS), None, began, None, replayed=False)
+            bucket, hidden = None, None
+            if self._graphs is not None:
+                bucket = self._graphs.bucket_of(plan)
+                hidden = self._graphs.replay(plan, bucket)
+            replayed = hidden is not None
+            if hidden is None:
+                hidden = self._pass.eager(plan, self._inputs.fill(plan))
+            return self._sample(plan, hidden, Launched(StepResult(_NO_TOKENS), None, began, bucket, replayed))
+
+    def collect(self, launched: Launched) -> StepResult:
+        """Wait for a step. Raises DeviceError where the device is gone."""
+        with _device_errors(), torch.inference_mode():
+            result = launched.result
+            if launched.pending is not None:
+                result = dataclasses.replace(result, token_ids=launched.pending.take())
+            if launched.bucket is not None and self._graphs is not None:
+                seconds = time.perf_counter() - launched.began
+                self._graphs.saw(launched.bucket, seconds, replayed=launched.replayed)
             return result
+
+    def use_idle_time(self) -> bool:
+        """Do one piece of work that makes later steps faster; False where there is none. No step may be on its way."""
+        if self._graphs is None:
+            return False
+        self._use_threads()
+        with _device_errors(), torch.inference_mode():
+            if self._graphs.use_idle_time():
+                return True
+        if self._keeper is not None:
+            self._keeper.keep(self._graphs.traffic.figures)
+        return False
+
+    def _sample(self, plan: StepPlan, hidden: Tensor, step: Launched) -> Launched:
+        """Hidden states [S + M, E] become tokens, and whatever else the plan asks for."""
+        sampled = len(plan.sample_rows)
+        logits = self._decoder.logits(hidden[:sampled])
+        tokens = draw(logits, plan.sampling, self._inputs.columns)
+        pending, token_ids = None, _NO_TOKENS
+        if self._outputs is not None:
+            pending = self._outputs.send(tokens)
+        else:
+            token_ids = tokens.numpy().astype(np.int32)
+        result = StepResult(token_ids, logprobs_of(logits, tokens, plan.sampling))
+        if plan.scored is not None:
+            result = dataclasses.replace(result, scored=self._score(hidden[sampled:], plan.scored))
+        if len(plan.embed_rows):
+            rows = torch.from_numpy(plan.embed_rows.astype(np.int64)).to(hidden.device)
+            result = dataclasses.replace(result, embeddings=hidden[rows].float().cpu().numpy())
+        return dataclasses.replace(step, result=result, pending=pending)
 
     def _score(self, hidden: Tensor, scored: ScoredPrompt) -> SampledLogprobs:
         """Logprobs of M prompt tokens from hidden states [M, E]; their logits exist a few rows at a time only."""
         return reduce_logits(
             lambda begin, end: self._decoder.logits(hidden[begin:end]),
-            self._vocab_size,
+            self.vocab_size,
             scored.targets,
             scored.alternatives,
         )
 
-    def _forward(self, plan: StepPlan, kv: Tensor) -> Tensor:
-        """Hidden states [S + M, E]: of the tokens whose successors are sampled, then of those that score the next."""
-        counts = np.diff(plan.offsets)
-        positions = np.arange(plan.num_tokens) + np.repeat(plan.starts - plan.offsets[:-1], counts)
-        wanted = plan.offsets[plan.sample_rows + 1].astype(np.int64) - 1
-        if plan.scored is not None:
-            wanted = np.concatenate((wanted, plan.scored.token_rows))
-        batch = RaggedBatch(plan.starts, plan.offsets, plan.block_tables)
-        return self._decoder.forward(
-            torch.from_numpy(plan.token_ids.astype(np.int64)),
-            torch.from_numpy(positions.astype(np.int64)),
-            kv,
-            ops.plan_attention(kv, batch),
-            torch.from_numpy(wanted),
-        )
+    def _sync(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def _use_threads(self) -> None:
-        """The number of threads belongs to the calling thread in OpenMP, so it is set where the work happens."""
+        """The number of threads and the device belong to the calling thread, so they are set where the work happens."""
         if self._thread_id != threading.get_ident():
-            torch.set_num_threads(self._threads)
+            torch.set_num_threads(self._parts.threads)
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
             self._thread_id = threading.get_ident()
 
 
-def kv_view(data: NDArray[np.uint8], layout: KVLayout) -> Tensor:
-    """The storage as a tensor [block, layer, key or value, kv head, slot, dim]; shares its memory."""
-    if data.ndim != 2 or data.shape[1] != layout.block_bytes:
-        raise ConfigError(f"KV storage of shape {data.shape} does not hold blocks of {layout.block_bytes} bytes")
-    flat = torch.from_numpy(data).view(TORCH_DTYPES[layout.dtype])
-    return flat.view(len(data), layout.num_layers, 2, layout.num_kv_heads, layout.block_size, layout.head_dim)
-
-
-def build_model_runner(
-    settings: RunnerSettings, kv: KVSettings, scheduler: SchedulerSettings, progress: Progress | None = None
-) -> ModelRunner:
-    """Read and load the model; `attach` the storage before the first `run`. Raises ModelError and ConfigError."""
-    if settings.device != "cpu":
-        raise ConfigError(f"device {settings.device!r} is not supported; supported is cpu", key="runner.device")
-    begin = time.monotonic()
-    torch.set_num_threads(settings.threads)
-    model_dir = Path(settings.model_dir)
-    chosen = choose_implementation(settings.model_impl, read_raw_config(model_dir), str(model_dir / "config.json"))
-    config = chosen.config
-    dtype = resolve_dtype(settings.dtype, config.dtype)
-    if scheduler.max_model_len > config.max_positions:
-        raise ConfigError(
-            f"max_model_len {scheduler.max_model_len} is above the model's {config.max_positions} positions "
-            f"({chosen.length_key})",
-            key="scheduler.max_model_len",
-        )
-    model: DecoderModel
-    if isinstance(config, DecoderConfig):
-        code, checkpoint = "our own decoder", Checkpoint(model_dir)
-        model = load_decoder(config, checkpoint, dtype, scheduler.max_model_len, progress)
-        layout = model_layout(config, kv.block_size, dtype, checkpoint.revision)
-    else:
-        # transformers takes seconds to import, which our own decoders do without.
-        from penstock.workers.model.transformers_backend import load_transformers
-
-        code = "the transformers backend"
-        model, layout = load_transformers(model_dir, config, dtype, kv.block_size, scheduler.max_model_len)
-    took = time.monotonic() - begin
-    logger.info("%s: loaded as %s by %s (%s) in %.2f s", model_dir, dtype, code, chosen.reason, took)
-    return ModelRunner(model, layout, config.vocab_size, settings.threads)
-
-
-def resolve_dtype(wanted: str, stored: str) -> str:
-    """`auto` means `stored`, the checkpoint's own. Raises ConfigError for unknown names."""
-    if wanted == "auto":
-        return stored
-    if wanted not in DTYPES:
-        raise ConfigError(f"dtype {wanted!r} is not one of auto, {', '.join(DTYPES)}", key="runner.dtype")
-    return wanted
-
-
-def model_layout(config: DecoderConfig, block_size: int, dtype: str, revision: str) -> KVLayout:
-    """What one KV block of our own decoder holds."""
-    return KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, block_size, dtype, revision)
+@contextlib.contextmanager
+def _device_errors() -> Iterator[None]:
+    """What a GPU reports once and then for every later call: no step can be computed in this process any more."""
+    try:
+        yield
+    except torch.AcceleratorError as error:
+        raise DeviceError(f"the device failed: {error}") from error

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from penstock.workers.errors import ConfigError
 from penstock.workers.protocol import Role
+
+DEVICE_NAME = re.compile(r"cpu|auto|cuda(:[0-9]{1,2})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,8 @@ class KVSettings:
 
     block_size: int = 16
     num_blocks: int = 0  # 0 = as many as fit in memory_bytes
-    memory_bytes: int = 1 << 30
+    memory_bytes: int = 1 << 30  # on the CPU; a GPU's pool follows from gpu_memory_utilization
+    gpu_memory_utilization: float = 0.9  # share of a GPU's whole memory that one worker may take
     prefix_caching: bool = True
 
 
@@ -46,8 +50,10 @@ class TransferSettings:
     transport: str = "auto"  # auto | shared_memory | tcp; auto = shared memory when both ends share a host
     host: str = "127.0.0.1"
     lease_s: float = 10.0
-    digest_sample: float = 1.0  # share of fragments whose payload digest is sent and checked; 1 = all
+    digest: str = "auto"  # auto | full | sampled | off: of each block's bytes; auto = full over TCP, else sampled
+    digest_sample: float = 0.03125  # share of each block that a sampled digest covers
     max_frame_bytes: int = 64 << 20
+    socket_buffer_bytes: int = 0  # of each connection; 0 = small to a peer on this host, else the system's choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +64,12 @@ class RunnerSettings:
     model_dir: str = ""
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16
     model_impl: str = "auto"  # auto | penstock | transformers: our own decoder, or transformers' module
-    device: str = "cpu"
+    device: str = "cpu"  # cpu | cuda | cuda:N | auto: the first GPU seen, else the CPU
+    graphs: bool = True  # on a GPU: capture steps that only decode, by batch size, while serving
+    graph_sizes: tuple[int, ...] = ()  # rows of such steps; empty = 1, 2, 4, 8, then multiples of 8 up to 256
+    record_dir: str = ""  # where a worker on a GPU keeps what its next start can use; empty = nowhere
     threads: int = 1
+    cpus: tuple[int, ...] = ()  # cores of this host that the process keeps to; empty = all it was given
     oracle_vocab: int = 32000
     oracle_step_s: float = 0.0  # least duration of an oracle step, to pace tests
     oracle_token_s: float = 0.0  # added per token computed in an oracle step
@@ -121,7 +131,9 @@ class WorkerSettings:
             raw["scheduler"] = SchedulerSettings(**raw.get("scheduler", {}))
             raw["kv"] = KVSettings(**raw.get("kv", {}))
             raw["transfer"] = TransferSettings(**raw.get("transfer", {}))
-            raw["runner"] = RunnerSettings(**raw.get("runner", {}))
+            runner = raw.get("runner", {})
+            tuples = {key: tuple(runner.get(key, ())) for key in ("graph_sizes", "cpus")}  # JSON knows none
+            raw["runner"] = RunnerSettings(**{**runner, **tuples})
             raw["tracing"] = TracingSettings(**raw.get("tracing", {}))
             raw["logs"] = LogSettings(**raw.get("logs", {}))
             return WorkerSettings(**raw)

@@ -6,9 +6,20 @@ exponential forgetting, so that it follows a machine whose speed changes. Knows 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 _KEEP = 0.98  # weight of the past per observed step: it remembers about 50 steps
 _PRIOR_S = 5.0  # before anything was measured: first steps load code and touch memory for the first time
 _LEAST_STEPS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a step loop stands; `since` is when the step began, None while nothing is computed."""
+
+    step: int = 0
+    since: float | None = None
+    predicted_s: float = 0.0
 
 
 class StepTimeModel:

@@ -33,11 +33,11 @@ def reduce_logits(
     for begin in range(0, count, step):
         end = min(count, begin + step)
         normal = torch.log_softmax(logits_of(begin, end), dim=-1)
-        target = torch.from_numpy(targets[begin:end].astype(np.int64))
-        chosen[begin:end] = normal.gather(1, target[:, None])[:, 0].numpy()
+        target = torch.from_numpy(targets[begin:end].astype(np.int64)).to(normal.device)
+        chosen[begin:end] = normal.gather(1, target[:, None])[:, 0].cpu().numpy()
         if widest:
             values, ids = torch.topk(normal, widest, dim=-1)
-            top_ids[begin:end], top_logprobs[begin:end] = ids.numpy(), values.numpy()
+            top_ids[begin:end], top_logprobs[begin:end] = ids.cpu().numpy(), values.cpu().numpy()
     unused = np.arange(widest) >= wanted[:, None]
     top_ids[unused], top_logprobs[unused] = 0, 0.0
     return SampledLogprobs(chosen, wanted, top_ids, top_logprobs)

@@ -37,6 +37,7 @@ SERVE_FLAGS = (
     Flag("--grpc-port", "front.grpc_port", "Serve gRPC too, on this port, with reflection.", "P"),
     Flag("--served-model-name", "front.served_model_name", "Name in the API; may be repeated.", "S", many=True),
     Flag("--dtype", "runner.dtype", "auto, float32, bfloat16 or float16.", "D"),
+    Flag("--device", "runner.device", "cpu, cuda, cuda:N, or auto: a GPU where one is seen.", "D"),
     Flag("--model-impl", "runner.model_impl", "auto, penstock (our own decoders) or transformers.", "IMPL"),
     Flag(
         "--generation-config",
@@ -55,6 +56,12 @@ SERVE_FLAGS = (
         "C",
     ),
     Flag("--kv-cache-memory-bytes", "kv.memory_bytes", "KV pool of each worker; takes 512M, 1G.", "BYTES"),
+    Flag(
+        "--gpu-memory-utilization",
+        "kv.gpu_memory_utilization",
+        "Share of a GPU's memory that one worker may take, KV pool included.",
+        "U",
+    ),
     Flag("--num-gpu-blocks-override", "kv.num_blocks", "KV blocks of each worker, on any device.", "N"),
     Flag("--enable-prefix-caching/--no-enable-prefix-caching", "kv.prefix_caching", "Reuse KV of equal prefixes."),
     Flag("--skip-tokenizer-init", "front.skip_tokenizer_init", "Token ids in, token ids out."),

@@ -25,7 +25,8 @@ def check_memory(serve_config: Any, serve_place: Path, groups: list[Group]) -> I
         place = places.get("kv.memory_bytes", args)
         each, count = config.kv.memory_bytes, config.pools.total
         known = [group for group in workers if group.memory]
-        if known and len(known) == len(workers) and not config.kv.num_blocks:
+        in_pod = config.runner.device == "cpu" and not config.kv.num_blocks
+        if known and len(known) == len(workers) and in_pod:
             largest, together = max(one.memory for one in known), sum(one.most * one.memory for one in known)
             if each > largest:
                 yield Problem(place, f"{each} bytes of KV for one worker; the largest pod's memory is {largest:.0f}")

@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 
-from penstock.cluster.config import ClusterIdentity, Sourced, known_keys, load_config, server_address, worker_settings
+from penstock.cluster.config import (
+    ClusterIdentity,
+    Sourced,
+    build,
+    known_keys,
+    load_config,
+    server_address,
+    worker_settings,
+)
+from penstock.cluster.derived import derive
 from penstock.cluster.settings import ClusterConfig, value_of
 from penstock.workers.errors import ConfigError
 from penstock.workers.protocol import Role
@@ -37,15 +46,15 @@ def test_every_key() -> None:
     router = sections.pop("router")
     assert sections == {
         "runner": (
-            "kind model_dir dtype model_impl device "
-            "threads oracle_vocab oracle_step_s oracle_token_s oracle_block_bytes"
+            "kind model_dir dtype model_impl device graphs graph_sizes record_dir "
+            "threads cpus oracle_vocab oracle_step_s oracle_token_s oracle_block_bytes"
         ).split(),
         "scheduler": (
             "max_num_seqs max_num_batched_tokens long_prefill_token_threshold max_model_len max_waiting "
             "reserve_tokens max_preemptions watermark"
         ).split(),
-        "kv": ["block_size", "num_blocks", "memory_bytes", "prefix_caching"],
-        "transfer": ["transport", "host", "lease_s", "digest_sample", "max_frame_bytes"],
+        "kv": ["block_size", "num_blocks", "memory_bytes", "gpu_memory_utilization", "prefix_caching"],
+        "transfer": "transport host lease_s digest digest_sample max_frame_bytes socket_buffer_bytes".split(),
         "health": ["heartbeat_s", "router_lease_s", "drain_s"],
         "pools": ["prefill", "decode", "mixed", "tensor_parallel_size"],
         "front": (
@@ -139,6 +148,13 @@ def test_wrong_files(tmp_path: Path, text: str, says: str) -> None:
         ("front.api_key", "two words", "without spaces"),
         ("front.served_model_name", [""], "1 to 256"),
         ("runner.dtype", "float8", "none of auto"),
+        ("runner.device", "gpu", "none of cpu, cuda, cuda:N, auto"),
+        ("runner.device", "cuda:-1", "none of cpu, cuda, cuda:N, auto"),
+        ("runner.graph_sizes", [8, 0], "more than zero"),
+        ("runner.cpus", [0, 0], "different numbers of cores"),
+        ("runner.cpus", [-1], "different numbers of cores"),
+        ("kv.gpu_memory_utilization", 1.2, "more than 1"),
+        ("kv.gpu_memory_utilization", 0, "more than zero"),
         ("transfer.transport", "smoke", "none of auto, shared_memory, tcp"),
         ("router.placement.policy", "dice", "none of"),
         ("health.router_lease_s", 0.6, "two heartbeats"),
@@ -195,6 +211,40 @@ def test_derived_values_follow_the_model(model_dir: Path) -> None:
     assert stated.scheduler.max_model_len == 128
     with pytest.raises(ConfigError, match="context of 512"):
         load_config(environment={}, values={"runner.model_dir": str(model_dir), "scheduler.max_model_len": 513})
+
+
+@pytest.mark.parametrize(
+    ("values", "gpus", "num_gpus", "utilization"),
+    [
+        ({"runner.device": "cpu"}, 8, 0.0, 0.9),
+        ({"runner.device": "auto"}, 0, 0.0, 0.9),
+        ({"runner.device": "auto"}, 2, 1.0, 0.9),  # one card for each of the pair
+        ({"runner.device": "cuda"}, 1, 0.5, 0.45),  # they share one
+        ({"runner.device": "cuda"}, 0, 1.0, 0.9),  # nobody knows yet how many there are
+        ({"runner.device": "cuda", "pools.prefill": 2}, 2, 0.5, 0.45),  # three on two cards
+        ({"runner.device": "cuda", "ray.address": "10.0.0.1:6379"}, 1, 1.0, 0.9),
+        ({"runner.device": "cuda", "ray.worker_num_gpus": 0.25}, 1, 0.25, 0.225),
+        ({"runner.device": "cuda:1"}, 4, 0.0, 0.45),
+        ({"runner.device": "cuda:1", "kv.gpu_memory_utilization": 0.6}, 4, 0.0, 0.6),
+    ],
+)
+def test_what_follows_from_the_device(
+    values: dict[str, object], gpus: int, num_gpus: float, utilization: float
+) -> None:
+    layers = {key: Sourced(value, "here") for key, value in {**ORACLE, **values}.items()}
+    config = derive(build(layers), cores=4, gpus=gpus)
+    assert config.ray.worker_num_gpus == num_gpus
+    assert config.kv.gpu_memory_utilization == pytest.approx(utilization)
+    on_gpu = num_gpus > 0 or str(values["runner.device"]).startswith("cuda")
+    assert config.scheduler.max_num_batched_tokens == (2048 if on_gpu else 512)
+    assert bool(config.runner.record_dir) == on_gpu
+
+
+def test_sizes_of_recorded_steps_survive_json() -> None:
+    config = load(runner__graph_sizes=["4", 2])
+    told = worker_settings(config, Role.MIXED, 0, ClusterIdentity("c", ""))
+    assert told.runner.graph_sizes == (4, 2)
+    assert WorkerSettings.from_json(told.to_json()) == told
 
 
 def test_server_address(monkeypatch: pytest.MonkeyPatch) -> None:

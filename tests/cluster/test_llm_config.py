@@ -72,7 +72,7 @@ def test_prefill_and_decode() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"engine_kwargs": {"gpu_memory_utilization": 0.9}}, "engine_kwargs.gpu_memory_utilization"),
+        ({"engine_kwargs": {"swap_space": 4}}, "engine_kwargs.swap_space"),
         ({"lora_config": {"dynamic_lora_loading_path": "s3://x"}}, "lora_config"),
         ({"placement_group_config": {"bundles": [{"GPU": 1}]}}, "placement_group_config"),
         ({"deployment_config": {"autoscaling_config": {"min_replicas": 1, "max_replicas": 4}}}, "autoscaling_config"),

@@ -12,11 +12,13 @@ import numpy as np
 from penstock.router.logprobs import PromptScores
 from penstock.workers.frames import prompt_logprobs_of
 from penstock.workers.kv.block_pool import BlockPool
+from penstock.workers.kv.device_storage import DeviceKVStorage
 from penstock.workers.kv.layout import KVLayout
 from penstock.workers.kv.prefix_cache import PrefixCache
 from penstock.workers.kv.storage import KVStorage
+from penstock.workers.model_build import build_model_runner
 from penstock.workers.protocol import EndReason, GenerateRequest, SamplingParams, Tokens
-from penstock.workers.runner import ModelRunner, build_model_runner
+from penstock.workers.runner import ModelRunner
 from penstock.workers.scheduler.events import RefusedEvent, SequenceKey, StepOutcome, Work
 from penstock.workers.scheduler.plan import StepPlan
 from penstock.workers.scheduler.scheduler import Scheduler
@@ -47,9 +49,15 @@ class InProcessWorker:
         prefix_caching: bool = True,
         scheduler: SchedulerSettings,
         on_plan: Callable[[StepPlan], None] | None = None,
+        on_device: bool = False,
     ) -> None:
+        """`on_device`: the storage is a tensor on the runner's device, whatever that is."""
         layout: KVLayout = runner.layout
-        self.storage = KVStorage.create(num_blocks, layout.block_bytes)
+        self.storage: KVStorage | DeviceKVStorage
+        if on_device:
+            self.storage = DeviceKVStorage.create(num_blocks, layout.block_bytes, runner.device)
+        else:
+            self.storage = KVStorage.create(num_blocks, layout.block_bytes)
         self.pool = BlockPool(num_blocks, self.storage.generations)
         self.cache = PrefixCache(self.pool) if prefix_caching else None
         self.scheduler = Scheduler(scheduler, layout, self.pool, self.cache)
@@ -99,7 +107,11 @@ class InProcessWorker:
 
 
 def load_runner(model_dir: Path, *, dtype: str = "float32", threads: int = 1, **limits: int) -> ModelRunner:
-    """The real loader; `limits` go to SchedulerSettings (max_model_len, ...), `block_size` to KVSettings."""
+    """The real loader; `limits` go to SchedulerSettings (max_model_len, ...), `block_size` to KVSettings.
+
+    Unless told, the runner takes steps of any size that a test's scheduler plans.
+    """
+    limits = {"max_num_batched_tokens": 1 << 15, **limits}
     block_size = limits.pop("block_size", 16)
     settings = RunnerSettings(model_dir=str(model_dir), dtype=dtype, threads=threads)
     return build_model_runner(settings, KVSettings(block_size=block_size), SchedulerSettings(**limits))

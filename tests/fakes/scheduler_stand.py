@@ -22,6 +22,12 @@ def make_request(prompt: list[int], max_tokens: int = 8, **changes: Any) -> Gene
     return GenerateRequest("r", tuple(prompt), sampling, **changes)
 
 
+def held_blocks(pool: BlockPool, cache: PrefixCache | None) -> set[int]:
+    """Blocks that some sequence, peer or copy holds."""
+    runs = [] if cache is None else [run for run in cache.runs() if run.holders]
+    return set(pool.private_blocks().tolist()).union(*(run.blocks.tolist() for run in runs))
+
+
 @dataclass
 class Stand:
     """Scheduler, pool, cache and runner, with what came out so far."""

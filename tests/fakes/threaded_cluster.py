@@ -12,6 +12,7 @@ import dataclasses
 import gc
 from collections.abc import Callable, Sequence
 from types import TracebackType
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -59,9 +60,10 @@ class HostedWorker:
         self._on_plan = on_plan
         build_runner = assembly._build_runner
 
-        def watched(given: WorkerSettings) -> tuple[Runner, KVStorage, KVLayout]:
-            self._inner, self.storage, layout = build_runner(given)
-            return self, self.storage, layout
+        def watched(given: WorkerSettings) -> Any:
+            found = build_runner(given)
+            self._inner, self.storage = found.runner, found.storage
+            return dataclasses.replace(found, runner=self)
 
         with mock.patch.object(assembly, "_build_runner", watched):
             self.worker: Worker = build_worker(settings)

@@ -547,3 +547,23 @@ def test_min_tokens_holds_for_the_oracle_too(fabric: LoopbackFabric) -> None:
     bench.until_idle()
     assert bench.told.text(1) == (plain[:6], EndReason.STOP)
     assert answer(asked) == plain[:6]
+
+
+def test_idle_moments_are_used_for_preparation_and_work_comes_first(fabric: LoopbackFabric) -> None:
+    bench = Bench(fabric)
+    left, seen = [3], []
+
+    def prepare() -> bool:
+        stats = bench.scheduler.stats()
+        seen.append(stats.running + stats.waiting)
+        if left[0] == 0:
+            bench.engine.stop()
+            return False
+        left[0] -= 1
+        return True
+
+    bench.engine._prepare = prepare
+    bench.post(Generate(1, 1, request(max_tokens=5)))
+    bench.engine.run()
+    assert bench.told.text(1)[1] is EndReason.LENGTH
+    assert seen == [0, 0, 0, 0]  # never beside running work, and until there is none left

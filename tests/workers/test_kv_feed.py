@@ -1,6 +1,5 @@
 """Cache events leave in sequence, gathered while the loop is busy, at once when it idles; a snapshot includes them."""
 
-import numpy as np
 import pytest
 
 from penstock.workers.kv.block_pool import BlockPool
@@ -30,7 +29,7 @@ def told() -> Told:
 
 def publish(cache: PrefixCache, pool: BlockPool, letter: bytes) -> bytes:
     digest = letter * 32
-    cache.publish([digest], np.asarray(pool.allocate(1)).tolist())
+    cache.publish(cache.root, digest, pool.allocate(1))
     return digest[:8]
 
 

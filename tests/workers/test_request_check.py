@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from penstock.workers.protocol import GenerateRequest, SamplingParams
+from penstock.workers.protocol import Generate, GenerateRequest, SamplingParams, token_array
 from penstock.workers.request_check import MAX_BAD_WORD_TOKENS, problem_with_tokens
+from penstock.workers.wire import decode_to_worker, encode
 
 VOCAB = 100
 
@@ -40,3 +41,14 @@ def test_what_is_outside_is_named(fields: dict[str, Any], says: str) -> None:
     found = problem(**fields)
     assert found is not None
     assert found.startswith(says)
+
+
+def test_prompts_off_the_wire_are_checked_by_what_is_known_of_them():
+    for tokens in ((), (3, 99, 5), (3, 100)):
+        request = GenerateRequest("r", tokens, SamplingParams(max_tokens=1))
+        read = decode_to_worker(encode(Generate(0, 0, request)))
+        assert isinstance(read, Generate)
+        assert problem_with_tokens(read.request, 100) == problem_with_tokens(request, 100)
+        assert token_array(read.request.prompt).tolist() == token_array(tokens).tolist() == list(tokens)
+    with pytest.raises(OverflowError):
+        token_array((1, 1 << 31))

@@ -10,8 +10,10 @@ import torch
 from fakes.exactness import CheckpointSpec, make_checkpoint
 from fakes.in_process import load_runner
 
-from penstock.workers.errors import ConfigError, ModelError
-from penstock.workers.runner import build_model_runner, kv_view
+from penstock.workers import model_build
+from penstock.workers.errors import ConfigError, DeviceError, ModelError
+from penstock.workers.forward_pass import kv_view
+from penstock.workers.model_build import build_model_runner
 from penstock.workers.scheduler.plan import SamplingBatch, StepPlan
 from penstock.workers.settings import KVSettings, RunnerSettings, SchedulerSettings
 
@@ -78,7 +80,8 @@ def test_auto_dtype_is_the_checkpoints(tmp_path):
     ("runner", "limits", "key"),
     [
         ({"dtype": "float8"}, {}, "runner.dtype"),
-        ({"device": "cuda"}, {}, "runner.device"),
+        ({"device": "gpu"}, {}, "runner.device"),
+        ({"device": "cuda:63"}, {}, "runner.device"),
         ({}, {"max_model_len": 100_000}, "scheduler.max_model_len"),
     ],
 )
@@ -144,3 +147,55 @@ def test_the_calling_thread_gets_the_number_of_threads(model_dir):
 
 def test_vocabulary(model_dir):
     assert load_runner(model_dir, max_model_len=64).vocab_size == SPEC.vocab
+
+
+def test_a_step_may_be_launched_before_the_last_was_collected(model_dir):
+    runner = load_runner(model_dir, max_model_len=64)
+    plans = [plan([5, 6, 7], 0, [0]), plan([9, 8], 0, [1]), plan([3], 3, [0])]
+    runner.attach(storage(runner))
+    expected = [runner.run(each).token_ids.tolist() for each in plans]
+    runner.attach(storage(runner))
+    first, second = runner.launch(plans[0]), runner.launch(plans[1])
+    assert runner.collect(first).token_ids.tolist() == expected[0]
+    third = runner.launch(plans[2])
+    assert [runner.collect(each).token_ids.tolist() for each in (second, third)] == expected[1:]
+
+
+def test_what_a_plan_held_may_change_once_the_step_is_launched(model_dir):
+    runner = load_runner(model_dir, max_model_len=64)
+    runner.attach(storage(runner))
+    expected = runner.run(plan([5, 6, 7], 0, [0])).token_ids.tolist()
+    changing = plan([5, 6, 7], 0, [0])
+    launched = runner.launch(changing)
+    changing.token_ids[:] = 0
+    changing.block_tables[:] = 3
+    assert runner.collect(launched).token_ids.tolist() == expected
+
+
+def test_a_device_that_fails_ends_the_worker(model_dir, monkeypatch):
+    runner = load_runner(model_dir, max_model_len=64)
+    runner.attach(storage(runner))
+
+    def fail(*_):
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(runner, "_sample", fail)
+    with pytest.raises(DeviceError, match="illegal memory access"):
+        runner.run(plan([1], 0, [0]))
+
+
+def test_storage_and_weights_on_different_devices(model_dir):
+    runner = load_runner(model_dir, max_model_len=64)
+    elsewhere = SimpleNamespace(tensor=torch.zeros((4, runner.layout.block_bytes), dtype=torch.uint8, device="meta"))
+    with pytest.raises(ConfigError, match="the KV storage is on meta and the weights are on cpu"):
+        runner.attach(elsewhere)
+
+
+def test_other_architectures_need_the_cpu(tmp_path, monkeypatch):
+    directory = make_checkpoint(tmp_path, SPEC)
+    monkeypatch.setattr(model_build, "resolve_device", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr(model_build, "check_dtype", lambda device, dtype: None)
+    settings = RunnerSettings(model_dir=str(directory), device="cuda", model_impl="transformers")
+    with pytest.raises(ConfigError, match="on the CPU only") as caught:
+        build_model_runner(settings, KVSettings(), SchedulerSettings(max_model_len=64))
+    assert caught.value.key == "runner.device"

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from penstock.kernels.cpu import sampling as kernel
 from penstock.kernels.reference import philox
 from penstock.workers import sampling
-from penstock.workers.sampling import LARGEST_GUMBEL, sample
+from penstock.workers.sampling import sample
 from penstock.workers.scheduler.plan import LogitEdits, SamplingBatch
 
 DEFAULTS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0, "choice": 0, "position": 0}
@@ -81,7 +82,7 @@ def test_every_row_follows_the_definition(rows, spread, seed):
     "row", [{}, {"top_p": 0.98}, {"top_k": 300}, {"top_p": 0.7, "temperature": 3.0}, {"min_p": 1e-3}]
 )
 def test_large_vocabularies_take_every_path(row, monkeypatch):
-    monkeypatch.setattr(sampling, "_PREFIX", 16)
+    monkeypatch.setattr(kernel, "_PREFIX", 16)
     logits = torch.randn(4, 3000, generator=torch.Generator().manual_seed(1)) * 2
     rows = [{**row, "seed": seed, "position": 9} for seed in range(4)]
     assert sample(logits, batch(rows)).token_ids.tolist() == [defined(logits[n], r) for n, r in enumerate(rows)]
@@ -93,7 +94,7 @@ def test_a_row_does_not_depend_on_its_neighbours(monkeypatch):
     logits = torch.randn(36, 1000, generator=torch.Generator().manual_seed(2)) * 3
     together = sample(logits, batch(rows)).token_ids.tolist()
     assert [int(sample(logits[n : n + 1], batch([row])).token_ids[0]) for n, row in enumerate(rows)] == together
-    monkeypatch.setattr(sampling, "_PIECE_ELEMENTS", 5000)
+    monkeypatch.setattr(kernel, "_PIECE_ELEMENTS", 5000)
     assert sample(logits, batch(rows)).token_ids.tolist() == together
 
 
@@ -106,20 +107,6 @@ def test_draws_have_the_right_distribution(row):
     tokens = sample(logits.expand(draws, -1), batch(rows)).token_ids
     shares = torch.from_numpy(np.bincount(tokens, minlength=6)) / draws
     assert (shares - expected).abs().max() < 4 * math.sqrt(0.25 / draws)
-
-
-def test_noise_is_only_computed_where_it_can_matter(monkeypatch):
-    asked = []
-    gumbel = sampling.ops.gumbel
-    monkeypatch.setattr(sampling.ops, "gumbel", lambda *columns: asked.append(len(columns[0])) or gumbel(*columns))
-    logits = torch.full((1, 50_000), -40.0)
-    logits[0, :10] = 5.0
-    sample(logits, batch([{}]))
-    assert asked == [1, 10]
-
-
-def test_the_largest_noise_is_a_bound():
-    assert pytest.approx(-math.log(-math.log((2**32 - 0.5) / 2**32))) == LARGEST_GUMBEL
 
 
 def test_a_tiny_temperature_is_greedy_and_a_tiny_top_p_keeps_one():

@@ -128,6 +128,13 @@ to_router = st.one_of(
 
 
 def same(left: Any, right: Any) -> bool:
+    if isinstance(left, p.PackedTokens):
+        return (
+            isinstance(right, tuple)
+            and left == right
+            and left.packed.tolist() == list(right)
+            and left.largest == max(right, default=0)
+        )
     if type(left) is not type(right):
         return False
     if isinstance(left, np.ndarray):

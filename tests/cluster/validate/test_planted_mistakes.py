@@ -157,7 +157,7 @@ MISTAKES = [
     (SERVE, "        num_replicas: 1", "        placement_group_strategy: PACKED", "applications[0].deployments[0].placement_group_strategy", "did you mean 'PACK'"),
     (SERVE, "  host: 0.0.0.0", "  ssl_keyfile: /k", "http_options.ssl_keyfile", "needs ssl_certfile"),
     (SERVE, "  - name: penstock", "  - {name: b, route_prefix: /b, import_path: 'penstock.cluster.serve_app:build', args: {front: {port: 8100}}}\n  - name: penstock", "applications[1].args.front.port", "listens on 8100 too"),
-    (OWN, "  dtype: auto", "  device: cuda", "runner.device", "none of cpu"),
+    (OWN, "  dtype: auto", "  device: gpu", "runner.device", "none of cpu"),
     (OWN, '  address: ""', "  address: nope", "ray.address", "host:port"),
     # secrets in plain text
     (HA, "--requirepass, $(REDIS_PASSWORD)", "--requirepass, hunter2", "spec.template.spec.containers[0].args[2]", "plain text"),

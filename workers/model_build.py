@@ -1,0 +1,129 @@
+"""From settings to a model runner: which device, which dtype, which decoder, and how large its KV pool can be.
+
+Called by the worker's assembly, once. Raises ModelError and ConfigError, naming file or key, before anything serves.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from penstock.workers.device import check_dtype, resolve_device
+from penstock.workers.errors import ConfigError
+from penstock.workers.forward_pass import ModelShape
+from penstock.workers.graphs.capture import CudaRecorder, Recorder
+from penstock.workers.kv.layout import KVLayout
+from penstock.workers.model.checkpoint import Checkpoint
+from penstock.workers.model.config import DTYPES, DecoderConfig, read_raw_config
+from penstock.workers.model.foreign_config import ForeignConfig
+from penstock.workers.model.implementation import choose_implementation
+from penstock.workers.model.loading import Progress, load_decoder
+from penstock.workers.model.port import DecoderModel
+from penstock.workers.runner import ModelRunner, RunnerParts
+from penstock.workers.settings import KVSettings, RunnerSettings, SchedulerSettings
+from penstock.workers.step_inputs import StepLimits
+
+logger = logging.getLogger(__name__)
+
+
+def build_model_runner(
+    settings: RunnerSettings, kv: KVSettings, scheduler: SchedulerSettings, progress: Progress | None = None
+) -> ModelRunner:
+    """Read and load the model; `attach` the storage before the first step. Raises ModelError and ConfigError."""
+    begin = time.monotonic()
+    device = resolve_device(settings.device)
+    torch.set_num_threads(settings.threads)
+    model_dir = Path(settings.model_dir)
+    chosen = choose_implementation(settings.model_impl, read_raw_config(model_dir), str(model_dir / "config.json"))
+    config = chosen.config
+    dtype = resolve_dtype(settings.dtype, config.dtype)
+    check_dtype(device, dtype)
+    if scheduler.max_model_len > config.max_positions:
+        raise ConfigError(
+            f"max_model_len {scheduler.max_model_len} is above the model's {config.max_positions} positions "
+            f"({chosen.length_key})",
+            key="scheduler.max_model_len",
+        )
+    loaded = _load(model_dir, config, _Wanted(dtype, kv.block_size, scheduler.max_model_len, device), progress)
+    took = time.monotonic() - begin
+    logger.info(
+        "%s: loaded as %s on %s by %s (%s) in %.2f s", model_dir, dtype, device, loaded.code, chosen.reason, took
+    )
+    parts = RunnerParts(
+        decoder=loaded.model,
+        layout=loaded.layout,
+        vocab_size=config.vocab_size,
+        limits=step_limits(scheduler, kv.block_size),
+        threads=settings.threads,
+        device=device,
+        shape=loaded.shape,
+        recorder=recorder_for(device, settings),
+        graph_sizes=settings.graph_sizes,
+    )
+    return ModelRunner(parts)
+
+
+def recorder_for(device: torch.device, settings: RunnerSettings) -> Recorder | None:
+    """What records steps on this device; None where nothing does, or where that is switched off."""
+    return CudaRecorder(device) if device.type == "cuda" and settings.graphs else None
+
+
+def step_limits(scheduler: SchedulerSettings, block_size: int) -> StepLimits:
+    """The largest step that this scheduler plans."""
+    width = -(-scheduler.max_model_len // block_size)
+    return StepLimits(scheduler.max_num_seqs, scheduler.max_num_batched_tokens, width)
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    dtype: str
+    block_size: int
+    num_positions: int
+    device: torch.device
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    model: DecoderModel
+    layout: KVLayout
+    code: str  # whose, for the log
+    shape: ModelShape | None = None
+
+
+def _load(
+    model_dir: Path, config: DecoderConfig | ForeignConfig, wanted: _Wanted, progress: Progress | None
+) -> _Loaded:
+    if isinstance(config, DecoderConfig):
+        checkpoint = Checkpoint(model_dir)
+        model = load_decoder(config, checkpoint, wanted.dtype, wanted.num_positions, progress, wanted.device)
+        layout = model_layout(config, wanted.block_size, wanted.dtype, checkpoint.revision)
+        return _Loaded(model, layout, "our own decoder", ModelShape(config.num_heads, config.hidden_size))
+    if wanted.device.type != "cpu":
+        raise ConfigError(
+            f"{config.architecture} runs by the transformers backend, and that on the CPU only; device "
+            f"{str(wanted.device)!r} needs one of our own decoders",
+            key="runner.device",
+        )
+    # transformers takes seconds to import, which our own decoders do without.
+    from penstock.workers.model.transformers_backend import load_transformers
+
+    foreign, layout = load_transformers(model_dir, config, wanted.dtype, wanted.block_size, wanted.num_positions)
+    return _Loaded(foreign, layout, "the transformers backend")
+
+
+def resolve_dtype(wanted: str, stored: str) -> str:
+    """`auto` means `stored`, the checkpoint's own. Raises ConfigError for unknown names."""
+    if wanted == "auto":
+        return stored
+    if wanted not in DTYPES:
+        raise ConfigError(f"dtype {wanted!r} is not one of auto, {', '.join(DTYPES)}", key="runner.dtype")
+    return wanted
+
+
+def model_layout(config: DecoderConfig, block_size: int, dtype: str, revision: str) -> KVLayout:
+    """What one KV block of our own decoder holds."""
+    return KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, block_size, dtype, revision)
