@@ -1,112 +1,167 @@
 #!/usr/bin/env python3
-"""Time every operation of `penstock.kernels.ops`, after checking it against the reference. Prints one JSON object.
+"""Check and time every operation of `penstock.kernels.ops` at serving shapes. Prints one JSON object.
 
-    python tests/benchmarks/kernels.py [--tokens 32] [--context 320] [--dtype bfloat16] [--threads 2]
+    python tests/benchmarks/kernels.py [--out FILE] [--only GROUP ...] [--seconds 460]      on a GPU
+    python tests/benchmarks/kernels.py --toy       every row at toy size on a CPU, under Triton's interpreter
+    python tests/benchmarks/kernels.py --cpu [--tokens 32] [--context 320] [--dtype bfloat16] [--threads 2]
 
-Shapes are those of a Qwen3 decoder of 34 M parameters. Figures are medians in microseconds, and for the products and
-the attention the share of what a plain copy of their bytes would take on this machine in the same run.
+On a GPU each row is compared with float64 first (several kinds of input, and again the result of the last timed run),
+then timed: 10 warm-ups, 50 runs, median, L2 overwritten before each, inputs of its own in each, CUDA events. `fraction`
+is the speed-of-light bound over the median, the bound from the read, copy and bf16 matrix rates measured in this run;
+`ratio` is a peer's median over ours. Under the interpreter nothing is timed: it shows that every row runs and is right.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import os
+import sys
 import time
-from collections.abc import Callable
+from pathlib import Path
 
-import numpy as np
+if "--toy" in sys.argv:  # before Triton and the kernels are imported
+    os.environ |= {"TRITON_INTERPRET": "1", "PENSTOCK_KERNELS": "gpu"}
+
 import torch
+from kernel_bench import cpu_table, peers, rows_attention, rows_elementwise, rows_matrix, shapes, sol
+from kernel_bench.correctness import RefusedError
+from kernel_bench.problem import Problem, Row
+from kernel_bench.timing import Clock, measured_rates
+from provenance import provenance
 
-from penstock.kernels import dispatch
-from penstock.kernels.ragged import RaggedBatch
-
-HIDDEN, HEADS, KV_HEADS, DIM, WIDTH, LAYERS, SLOTS = 512, 8, 4, 64, 1536, 8, 16
-Call = Callable[[dispatch.Backend], object]
+# One multiplies codes made once, of another run's input; the other does not quantise the activations.
+UNCHECKED_PEERS = ("scaled_mm", "cublas_bf16")
 
 
-def cases(tokens: int, context: int, dtype: torch.dtype) -> dict[str, Call]:
-    """Operation name -> call on a backend."""
-    torch.manual_seed(0)
-    x, weight = torch.randn(tokens, HIDDEN).to(dtype), torch.ones(HIDDEN, dtype=dtype)
-    heads, cos, sin = torch.randn(tokens, HEADS + KV_HEADS, DIM), *torch.randn(2, tokens, DIM // 2)
-    gate_up, matrix = torch.randn(tokens, 2 * WIDTH).to(dtype), torch.randn(2 * WIDTH, HIDDEN).to(dtype)
-    packed = {backend.name: backend.pack_weight(matrix, None) for backend in (dispatch.CPU, dispatch.REFERENCE)}
-    width = -(-context // SLOTS)
-    kv = torch.randn(tokens * width, LAYERS, 2, KV_HEADS, SLOTS, DIM).to(dtype)
-    tables = np.random.default_rng(0).permutation(tokens * width).astype(np.int32).reshape(tokens, width)
-    starts, offsets = np.full(tokens, context - 1, np.int32), np.arange(tokens + 1, dtype=np.int32)
-    batch = RaggedBatch(starts, offsets, tables)
-    plan = dispatch.CPU.plan_attention(kv, batch)
-    q, new = torch.randn(tokens, HEADS, DIM).to(dtype), torch.randn(tokens, 2, KV_HEADS, DIM).to(dtype)
-    pairs = torch.tensor([[0, 1], [2, 3]])
-    seed, other = torch.arange(16384), torch.zeros(16384, dtype=torch.int64)
-    counter, key = torch.randint(0, 2**32, (1024, 4)), torch.randint(0, 2**32, (1024, 2))
+def all_rows(plan: shapes.Plan) -> list[Row]:
+    """Attention first, then products, then the rest: what is cut when time is up comes last."""
+    return [*rows_attention.rows(plan), *rows_matrix.rows(plan), *rows_elementwise.rows(plan)]
+
+
+def timed_row(row: Row, problem: Problem, clock: Clock, rates: sol.Rates) -> dict[str, object]:
+    """Check, time, check what was timed; then the peers."""
+    errors = {kind: round(problem.check(problem.call(problem.fresh(0, kind)), 0, kind), 3) for kind in problem.kinds}
+    ours = clock.time(problem.call, problem.fresh)
+    errors["timed"] = round(problem.check(ours.result, clock.runs - 1), 3)
+    bound_us = rates.seconds(problem.cost, problem.speedup) * 1e6
+    found: dict[str, object] = {
+        "us": round(ours.median_us, 2),
+        "spread": round(ours.spread, 3),
+        "bound_us": round(bound_us, 2),
+        "fraction": round(bound_us / ours.median_us, 3),
+        "error_of_bound": errors,
+    }
+    seconds = ours.median_us * 1e-6
+    if problem.cost.flops:
+        found["tflops"] = round(problem.cost.flops / seconds / 1e12, 1)
+    moved = problem.cost.read_bytes + problem.cost.written_bytes
+    found["tbytes_per_s"] = round(moved / seconds / 1e12, 3)
+    if sol.suspicious(ours.median_us, bound_us):
+        found["suspicious"] = "faster than the bound: the bound or the timing is wrong"
+    found["peers"] = {name: timed_peer(name, problem, clock, ours.median_us) for name in problem.peers}
+    if problem.absent:
+        found["absent"] = problem.absent
+    return found
+
+
+def timed_peer(name: str, problem: Problem, clock: Clock, ours_us: float) -> dict[str, object]:
+    """Its median and the ratio to ours; what it computes is compared, and said where it is not the same."""
+    try:
+        theirs = clock.time(problem.peers[name], problem.fresh)
+    except Exception as refusal:  # noqa: BLE001  # a peer that cannot run this shape is a row without it
+        return {"failed": f"{type(refusal).__name__}: {refusal}"[:300]}
+    found: dict[str, object] = {"us": round(theirs.median_us, 2), "ratio": round(theirs.median_us / ours_us, 3)}
+    if name not in UNCHECKED_PEERS:
+        try:
+            problem.check(theirs.result, clock.runs - 1)
+        except RefusedError as different:
+            found["differs"] = str(different)[:200]
+    return found
+
+
+def on_gpu(only: list[str], seconds: float) -> dict[str, object]:
+    """Every row until time is up, and the rates of the card."""
+    began, device = time.monotonic(), torch.device("cuda")
+    clock = Clock(device)
+    rates = measured_rates(clock)
+    found: dict[str, object] = {}
+    for row in all_rows(shapes.REAL):
+        if only and row.group not in only:
+            continue
+        if time.monotonic() - began > seconds:
+            found[row.name] = {"skipped": "time is up"}
+            continue
+        try:
+            with torch.inference_mode():
+                found[row.name] = timed_row(row, row.make(device), clock, rates)
+        except Exception as problem:  # noqa: BLE001  # one row's failure is its result, and the others go on
+            found[row.name] = {"failed": f"{type(problem).__name__}: {problem}"[:500]}
+        torch.cuda.empty_cache()
+    after = measured_rates(clock, size=1 << 30)
     return {
-        "rms_norm": lambda b: b.rms_norm(x, weight, 1e-6),
-        "add_rms_norm": lambda b: b.add_rms_norm(x, x, weight, 1e-6),
-        "rotary": lambda b: b.rotary(heads, cos, sin),
-        "silu_and_mul": lambda b: b.silu_and_mul(gate_up),
-        "gelu_and_mul": lambda b: b.gelu_and_mul(gate_up),
-        "pack_weight": lambda b: b.linear(x, b.pack_weight(matrix, None)),
-        "linear": lambda b: b.linear(x, packed[b.name]),
-        "write_kv": lambda b: (b.write_kv(kv, 1, new, plan), kv[:, 1])[1],
-        "copy_blocks": lambda b: (b.copy_blocks(kv, pairs), kv[:4])[1],
-        "plan_attention": lambda b: b.paged_attention(q, kv, 0, b.plan_attention(kv, batch), 0.125),
-        "paged_attention": lambda b: b.paged_attention(q, kv, 0, plan, 0.125),
-        "window_attention": lambda b: b.paged_attention(q, kv, 0, plan, 0.125, window=64),
-        "capped_attention": lambda b: b.paged_attention(q, kv, 0, plan, 0.125, soft_cap=50.0),
-        "philox": lambda b: b.philox(counter, key),
-        "gumbel": lambda b: b.gumbel(seed, other, other, other),
+        "device": torch.cuda.get_device_name(),
+        "rates": {
+            "read_tbytes_per_s": round(rates.read / 1e12, 3),
+            "copy_tbytes_per_s": round(rates.copy / 1e12, 3),
+            "bf16_tflops": round(rates.bf16_flops / 1e12, 1),
+            "bf16_tflops_at_the_end": round(after.bf16_flops / 1e12, 1),
+        },
+        "seconds": round(time.monotonic() - began, 1),
+        "rows": found,
     }
 
 
-def check(call: Call) -> None:
-    """Raise AssertionError where the fast and the reference result differ by more than rounding."""
-    ours, truth = call(dispatch.CPU), call(dispatch.REFERENCE)
-    for left, right in zip(_tensors(ours), _tensors(truth), strict=True):
-        torch.testing.assert_close(left, right, atol=0.5 if left.dtype is torch.bfloat16 else 1e-3, rtol=2e-2)
-
-
-def _tensors(result: object) -> tuple[torch.Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)  # type: ignore[return-value]
-
-
-def median_us(work: Callable[[], object], repeats: int = 60) -> float:
-    """Median duration of `work` after ten warm-ups."""
-    for _ in range(10):
-        work()
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times) * 1e6
+def toy(only: list[str]) -> dict[str, object]:
+    """Every row at toy size: compared with float64, an operation's first row with every kind of input; not timed."""
+    found: dict[str, object] = {}
+    seen: set[str] = set()
+    for row in all_rows(shapes.TOY):
+        if only and row.group not in only:
+            continue
+        try:
+            with torch.inference_mode():
+                problem = row.make(torch.device("cpu"))
+                kinds = problem.kinds[:1] if row.group in seen else problem.kinds
+                seen.add(row.group)
+                errors = {
+                    kind: round(problem.check(problem.call(problem.fresh(1, kind)), 1, kind), 3) for kind in kinds
+                }
+            found[row.name] = {"group": row.group, "error_of_bound": errors, "absent": problem.absent}
+        except Exception as problem_found:  # noqa: BLE001  # reported as the row's result
+            found[row.name] = {"group": row.group, "failed": f"{type(problem_found).__name__}: {problem_found}"[:500]}
+    return {"device": "interpreter", "rows": found}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--toy", action="store_true")
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--only", action="append", default=[], help="rows of these operations")
+    parser.add_argument("--seconds", type=float, default=460.0, help="no row begins later than this")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--context", type=int, default=320)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    dtype = getattr(torch, args.dtype)
-    figures: dict[str, object] = dict(vars(args))
-    with torch.inference_mode():
-        for name, call in cases(args.tokens, args.context, dtype).items():
-            check(call)
-            figures[f"{name}_us"] = round(median_us(lambda call=call: call(dispatch.CPU)), 1)  # type: ignore[misc]
-        moved = {
-            "linear": 2 * WIDTH * HIDDEN * dtype.itemsize,
-            "paged_attention": args.tokens * args.context * 2 * KV_HEADS * DIM * dtype.itemsize,
-        }
-        for name, size in moved.items():
-            source, target = torch.ones(size, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8)
-            copy_us = median_us(lambda source=source, target=target: target.copy_(source))  # type: ignore[misc]
-            figures[f"{name}_share_of_copy"] = round(copy_us / float(str(figures[f"{name}_us"])), 3)
-    print(json.dumps(figures))
+    if args.cpu:
+        torch.set_num_threads(args.threads)
+        shape = {"tokens": args.tokens, "context": args.context, "dtype": args.dtype, "threads": args.threads}
+        figures = {**shape, **cpu_table.table(args.tokens, args.context, getattr(torch, args.dtype))}
+    elif args.toy:
+        figures = toy(args.only)
+    elif torch.cuda.is_available():
+        figures = on_gpu(args.only, args.seconds)
+    else:
+        parser.error("there is no GPU here; --toy runs every row under the interpreter, --cpu times the CPU's backends")
+    text = json.dumps({**figures, "libraries": dict(peers.versions()), "provenance": provenance()}, indent=1)
+    if args.out:
+        args.out.write_text(text + "\n", encoding="utf-8")
+    print(text)
+    failed = [name for name, row in figures.get("rows", {}).items() if "failed" in row]
+    if failed:
+        sys.exit(f"{len(failed)} rows failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Offline throughput of one mixed worker's engine in this process: scheduler, runner, commit; no network, no Ray.
 
-    python tests/benchmarks/offline.py --model DIR --requests 32 --input 256 --output 64 [--json]
+    python tests/benchmarks/offline.py --model DIR --requests 32 --input 256 --output 64 [--json | --on-command]
 
 Prints output tokens/s with all requests at once and for a single stream (medians of the repeats, after one warm-up),
-with prefix caching off and end-of-sequence ignored, as peers are measured.
+with prefix caching off and end-of-sequence ignored, as peers are measured. With --on-command it waits for lines `batch`
+or `single` and answers each with one JSON line, so that beside_vllm.py can alternate it with a peer.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--max-num-batched-tokens", type=int, default=512)
+    parser.add_argument("--on-command", action="store_true", help="one measurement per line of standard input")
     parser.add_argument("--json", action="store_true", help="print one JSON line only")
     args = parser.parse_args()
 
@@ -69,6 +71,12 @@ def main() -> None:
         return sum(len(output.tokens) for output in outputs) / (time.perf_counter() - begin)
 
     rate(args.requests)
+    if args.on_command:
+        print(json.dumps({"start_s": round(started, 1)}), flush=True)
+        for line in sys.stdin:
+            print(json.dumps({"tok_s": rate(args.requests if line.strip() == "batch" else 1)}), flush=True)
+        worker.close()
+        return
     batch = [rate(args.requests) for _ in range(args.repeats)]
     single = [rate(1) for _ in range(args.repeats)]
     worker.close()

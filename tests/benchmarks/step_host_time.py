@@ -1,14 +1,24 @@
 """Host time of one engine step without a model, at a steady number of running sequences: the parts, and the whole.
 
-`scheduler` times plan and commit alone; `engine` times whole turns of the real step loop (requests come in, step,
-commit, prefix-cache events, report), with the token frames encoded to bytes as they leave for one router. Every step
-2 sequences end and 2 are admitted (each with its own prompt), so that over its life every cost appears: admission,
-prefill chunk, decode, publishing of filled blocks, end, release. Prints one JSON object; times in microseconds.
+Times whole turns of the real step loop: requests come in, plan, commit, prefix-cache events, report, and the token
+frames encoded to bytes as they leave for one router. Every step 2 sequences end and 2 are admitted, so that every cost
+of a sequence's life appears in every step: admission, prefill chunk, decode, publishing of filled blocks, end, release.
+Contexts are `--context` tokens long on average over a sequence's life. Two arrangements of the prompts:
 
-    python tests/benchmarks/step_host_time.py [--steps 2000] [--prompt 100]
+- `cached`: a prompt begins with one of 16 documents, found in the prefix cache, and ends with 64 to 79 tokens of its
+  own, which are computed beside the decodes under the default budget of 512 tokens;
+- `computed`: nobody shares anything, and every prompt is computed whole in one step, so that hundreds of blocks are
+  allocated, published, released and evicted in every step.
+
+All requests are made and decoded before the clock starts; a worker's other threads do that. Prints one JSON object;
+times in microseconds. `submit`, `plan`, `commit` are the scheduler's parts of a turn, timed in
+a run of their own.
+
+    python tests/benchmarks/step_host_time.py [--steps 1000] [--context 2000]
 """
 
 import argparse
+import gc
 import json
 import threading
 import time
@@ -31,11 +41,14 @@ from penstock.workers.scheduler.plan import StepPlan, StepResult
 from penstock.workers.scheduler.scheduler import Scheduler, SequenceKey, Work
 from penstock.workers.settings import SchedulerSettings
 from penstock.workers.transfer.port import TransferEvent
-from penstock.workers.wire import decode_to_router
+from penstock.workers.wire import decode_to_router, decode_to_worker, encode
 
 _BLOCK = 16
 _STARTS_PER_STEP = 2
+_DOCUMENTS = 16
+_LEAST_OWN = 64  # tokens of a prompt after its document
 _ROOT = b"\0" * 32
+_BUDGET = {"cached": 512, "computed": 8192}  # tokens of a step
 
 
 class StubRunner:
@@ -76,6 +89,80 @@ class OneRouter:
         raise SystemExit("the router's lease ended")
 
 
+@dataclass(frozen=True)
+class Load:
+    """A steady state: `sequences` of them, so long that two end in every step."""
+
+    arrangement: str
+    sequences: int
+    context: int
+    steps: int
+
+    @property
+    def output(self) -> int:
+        return self.sequences // _STARTS_PER_STEP
+
+    @property
+    def prompt(self) -> int:
+        return self.context - self.output // 2
+
+    @property
+    def warm_up(self) -> int:
+        return self.output + 50
+
+    @property
+    def facts(self) -> dict[str, object]:
+        return {
+            "arrangement": self.arrangement,
+            "sequences": self.sequences,
+            "steps": self.steps,
+            "prompt_tokens": self.prompt,
+            "output_tokens": self.output,
+        }
+
+    @property
+    def documents(self) -> list[tuple[int, GenerateRequest]]:
+        """Requests after which every document is in the cache."""
+        if self.arrangement != "cached":
+            return []
+        first = 1 << 20
+        return [(index, self.request(index, output=1)) for index in range(first, first + _DOCUMENTS)]
+
+    def request(self, index: int, output: int) -> GenerateRequest:
+        """A request with its digests as the ingress sends them, as it comes out of the wire."""
+        own = self.prompt
+        document: list[int] = []
+        if self.arrangement == "cached":
+            shared = (self.prompt - _LEAST_OWN) // _BLOCK * _BLOCK
+            own -= shared
+            document = np.random.default_rng(index % _DOCUMENTS).integers(5000, 30000, shared).tolist()
+        tokens = (*document, *np.random.default_rng(1000 + index).integers(5000, 30000, own).tolist())
+        sampling = SamplingParams(max_tokens=output, temperature=0.7, seed=index, stop_token_ids=(2,))
+        digests = chain_digests(_ROOT, tokens, _BLOCK)
+        sent = GenerateRequest(f"r{index}", tokens, sampling, prefix_root=_ROOT, prefix_digests=digests)
+        read = decode_to_worker(encode(Generate(index, 0, sent)))
+        assert isinstance(read, Generate)
+        return read.request
+
+    def requests(self, step: int) -> list[tuple[int, GenerateRequest]]:
+        """The requests that come in before this step."""
+        first = step * _STARTS_PER_STEP
+        return [(index, self.request(index, self.output)) for index in range(first, first + _STARTS_PER_STEP)]
+
+    def scheduler(self) -> tuple[Scheduler, PrefixCache]:
+        """With room for all sequences and documents, and a prefix cache that has to evict."""
+        layout = StubRunner.layout
+        longest = self.prompt + self.output
+        pool = BlockPool((self.sequences + _DOCUMENTS) * (layout.blocks_for(longest) + 1))
+        settings = SchedulerSettings(
+            max_num_seqs=self.sequences,
+            max_num_batched_tokens=_BUDGET[self.arrangement],
+            max_model_len=max(4096, longest),
+        )
+        cache = PrefixCache(pool)
+        return Scheduler(settings, layout, pool, cache), cache
+
+
 @dataclass
 class Timings:
     """Microseconds per measured step."""
@@ -83,45 +170,35 @@ class Timings:
     submit: list[float] = field(default_factory=list)
     plan: list[float] = field(default_factory=list)
     commit: list[float] = field(default_factory=list)
-    plan_commit: list[float] = field(default_factory=list)
 
-    def summary(self) -> dict[str, dict[str, float]]:
-        return {
-            name: {"median_us": round(float(np.median(v)), 1), "p99_us": round(float(np.percentile(v, 99)), 1)}
-            for name, v in vars(self).items()
-        }
+    def summary(self) -> dict[str, object]:
+        return {name: _summary(values) for name, values in vars(self).items()}
 
 
-def build_scheduler(sequences: int, max_len: int) -> tuple[Scheduler, PrefixCache]:
-    """A scheduler with room for `sequences` and a prefix cache that has to evict."""
-    layout = StubRunner.layout
-    pool = BlockPool(sequences * (layout.blocks_for(max_len) + 1))
-    settings = SchedulerSettings(max_num_seqs=sequences, max_num_batched_tokens=512, max_model_len=max(4096, max_len))
-    cache = PrefixCache(pool)
-    return Scheduler(settings, layout, pool, cache), cache
+def _summary(values: list[float]) -> dict[str, float]:
+    return {
+        "median_us": round(float(np.median(values)), 1),
+        "mean_us": round(float(np.mean(values)), 1),
+        "p99_us": round(float(np.percentile(values, 99)), 1),
+    }
 
 
-def make_request(index: int, prompt: int, output: int) -> GenerateRequest:
-    """A request whose prompt nobody shares, with its digests as the ingress sends them."""
-    tokens = tuple(np.random.default_rng(index).integers(5000, 30000, prompt).tolist())
-    sampling = SamplingParams(max_tokens=output, temperature=0.7, seed=index, stop_token_ids=(2,))
-    digests = chain_digests(_ROOT, tokens, _BLOCK)
-    return GenerateRequest(f"r{index}", tokens, sampling, prefix_root=_ROOT, prefix_digests=digests)
-
-
-def measure(sequences: int, steps: int, prompt: int) -> dict[str, object]:
-    """Fill up to the steady state, then time `steps` steps."""
-    output = sequences // _STARTS_PER_STEP
-    scheduler, _ = build_scheduler(sequences, prompt + output)
+def measure_scheduler(load: Load) -> dict[str, object]:
+    """Fill up to the steady state, then time `steps` steps of the scheduler alone."""
+    scheduler, cache = load.scheduler()
     runner, timings = StubRunner(), Timings()
-    warm_up = output + 50
     rows, ends = [], []
-    for step in range(warm_up + steps):
-        requests = [make_request(step * _STARTS_PER_STEP + i, prompt, output) for i in range(_STARTS_PER_STEP)]
+    arrivals = [load.requests(step) for step in range(load.warm_up + load.steps)]
+    for index, request in load.documents:
+        scheduler.submit(SequenceKey("router", index, 0), Work.GENERATE, request, 0.0)
+    while (plan := scheduler.plan(0.0)) is not None:
+        scheduler.commit(plan, runner.run(plan), 0.0)
+    scheduler.take_events()
+    _settle()
+    for step, requests in enumerate(arrivals):
         begin = time.perf_counter()
-        for i, request in enumerate(requests):
-            key = SequenceKey("router", step * _STARTS_PER_STEP + i, 0)
-            scheduler.submit(key, Work.GENERATE, request, begin)
+        for index, request in requests:
+            scheduler.submit(SequenceKey("router", index, 0), Work.GENERATE, request, begin)
         submitted = time.perf_counter()
         plan = scheduler.plan(submitted)
         planned = time.perf_counter()
@@ -132,23 +209,23 @@ def measure(sequences: int, steps: int, prompt: int) -> dict[str, object]:
         outcome = scheduler.commit(plan, result, ran)
         committed = time.perf_counter()
         scheduler.take_events()
-        if step < warm_up:
+        cache.take_events()
+        if step < load.warm_up:
             continue
         rows.append(len(plan.slots))
         ends.append(int(np.count_nonzero(outcome.ends)))
         timings.submit.append((submitted - begin) * 1e6)
         timings.plan.append((planned - submitted) * 1e6)
         timings.commit.append((committed - ran) * 1e6)
-        timings.plan_commit.append((planned - submitted + committed - ran) * 1e6)
     scheduler.check_integrity()
-    if set(rows) != {sequences} or set(ends) != {_STARTS_PER_STEP}:
+    if set(rows) != {load.sequences} or set(ends) != {_STARTS_PER_STEP}:
         raise SystemExit(f"not steady: {set(rows)} rows, {set(ends)} ends per step")
-    return {"sequences": sequences, "steps": steps, "prompt_tokens": prompt, **timings.summary()}
+    return {**load.facts, **timings.summary()}
 
 
-def build_engine(sequences: int, max_len: int, router: OneRouter) -> Engine:
+def build_engine(load: Load, router: OneRouter) -> Engine:
     """The real step loop around a stub runner and no transfer."""
-    scheduler, cache = build_scheduler(sequences, max_len)
+    scheduler, cache = load.scheduler()
     identity = GranterIdentity("w", 1, "host", StubRunner.layout.compatibility, 10.0)
     handover = HandOver(NoTransfer(), identity, lambda: b"\0" * 16)  # type: ignore[arg-type]
     parts = EngineParts(scheduler, StubRunner(), handover, KVEventFeed(cache, router), router)
@@ -157,50 +234,61 @@ def build_engine(sequences: int, max_len: int, router: OneRouter) -> Engine:
     return engine
 
 
-def measure_engine(sequences: int, steps: int, prompt: int) -> dict[str, object]:
+def measure_engine(load: Load) -> dict[str, object]:
     """Time `steps` turns of the loop in the steady state; wall clock, and this thread's processor time."""
-    output = sequences // _STARTS_PER_STEP
     router = OneRouter()
-    engine = build_engine(sequences, prompt + output, router)
+    engine = build_engine(load, router)
     wall, cpu, size = [], [], []
-    for step in range(output + 50 + steps):
-        requests = [make_request(step * _STARTS_PER_STEP + i, prompt, output) for i in range(_STARTS_PER_STEP)]
+    arrivals = [load.requests(step) for step in range(load.warm_up + load.steps)]
+    for index, request in load.documents:
+        engine.post("router", Generate(index, 0, request))
+    while engine.step():
+        router.outbox.take()
+    _settle()
+    for step, requests in enumerate(arrivals):
         begin, begin_cpu = time.perf_counter(), time.thread_time()
-        for i, request in enumerate(requests):
-            engine.post("router", Generate(step * _STARTS_PER_STEP + i, 0, request))
+        for index, request in requests:
+            engine.post("router", Generate(index, 0, request))
         engine.step()
         sent = router.outbox.take()
         used, passed = time.thread_time() - begin_cpu, time.perf_counter() - begin
-        if step < output + 50:
+        if step < load.warm_up:
             continue
         wall.append(passed * 1e6)
         cpu.append(used * 1e6)
         size.append(sum(map(len, sent)))
         frame = next(m for m in map(decode_to_router, sent) if isinstance(m, TokenFrame))
-        if len(frame.slots) != sequences or np.count_nonzero(frame.ends != EndReason.NONE) != _STARTS_PER_STEP:
+        if len(frame.slots) != load.sequences or np.count_nonzero(frame.ends != EndReason.NONE) != _STARTS_PER_STEP:
             raise SystemExit("not steady")
     return {
-        "sequences": sequences,
-        "steps": steps,
-        "prompt_tokens": prompt,
-        "wall_median_us": round(float(np.median(wall)), 1),
-        "wall_p99_us": round(float(np.percentile(wall, 99)), 1),
-        "cpu_median_us": round(float(np.median(cpu)), 1),
+        **load.facts,
+        "wall": _summary(wall),
+        "processor": _summary(cpu),
         "bytes_per_step": round(float(np.mean(size))),
     }
 
 
+def _settle() -> None:
+    """What a worker does before it serves."""
+    gc.collect()
+    gc.freeze()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--prompt", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--context", type=int, default=2000)
     arguments = parser.parse_args()
-    sizes, steps, prompt = (64, 256), arguments.steps, arguments.prompt
-    scheduler = [measure(sequences, steps, prompt) for sequences in sizes]
-    engine = [measure_engine(sequences, steps, prompt) for sequences in sizes]
+    loads = [
+        Load(arrangement, sequences, arguments.context, arguments.steps)
+        for arrangement in _BUDGET
+        for sequences in (64, 256)
+    ]
+    engine = [measure_engine(load) for load in loads]
+    scheduler = [measure_scheduler(load) for load in loads]
     print(
         json.dumps(
-            {"what": "host time of one step", **provenance(), "scheduler": scheduler, "engine": engine}, indent=2
+            {"what": "host time of one step", **provenance(), "engine": engine, "scheduler": scheduler}, indent=2
         )
     )
 

@@ -83,6 +83,8 @@ def test_no_global_statement_and_single_inheritance() -> None:
         for node in ast.walk(parse(path)):
             if isinstance(node, ast.Global):
                 found.append(f"{relative(path)}:{node.lineno} global")
-            if isinstance(node, ast.ClassDef) and len([b for b in node.bases if "Protocol" not in ast.unparse(b)]) > 1:
+            # A protocol may ask for what several others ask for: nothing is inherited but demands.
+            bases = [ast.unparse(base) for base in node.bases] if isinstance(node, ast.ClassDef) else []
+            if len(bases) > 1 and not any(base.startswith("Protocol") for base in bases):
                 found.append(f"{relative(path)}:{node.lineno} {node.name} has several bases")
     assert found == []
