@@ -8,8 +8,8 @@ from pathlib import Path
 # plugins import late is imported here, so that a failed test shows its own reason.
 import hypothesis  # noqa: F401
 
-# Without a card Triton's interpreter runs the GPU kernels. Triton reads this once, when the first of transformers, torch's
-# compiler or a test imports it.
+# Without a card Triton's interpreter runs the GPU kernels. Triton reads this once, when the first of transformers,
+# torch's compiler or a test imports it.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
