@@ -36,7 +36,5 @@ def test_the_environment_overrides(monkeypatch):
 
 def test_an_unknown_name_is_refused(monkeypatch):
     monkeypatch.setenv("PENSTOCK_KERNELS", "fastest")
-    with pytest.raises(
-        ValueError, match="'fastest': expected one of auto, reference, cpu, native, gpu"
-    ):
+    with pytest.raises(ValueError, match="'fastest': expected one of auto, reference, cpu, native, gpu"):
         dispatch.backend_for(torch.zeros(1))
