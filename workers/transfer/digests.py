@@ -13,11 +13,13 @@ Where the stripes begin follows from session and fragment, so that no part of a 
 
 `auto` is full where bytes cross a network, whose own checksum is of 16 bits, and sampled where one process copies
 memory of another on the same host: no byte flips there that would not flip in any other memory, and a digest of all
-bytes would cost a third of the rate (`tests/benchmarks/transfer.py`).
+bytes would cost a third of the rate (`tests/benchmarks/transfer.py`). Only on processors that keep stores in order,
+though: elsewhere a generation can be read before the bytes it stands for, and the digest has the last word.
 """
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,13 +31,14 @@ from penstock.workers.settings import TransferSettings
 POLICIES = ("auto", "full", "sampled", "off")
 STRIPE_BYTES = 4096
 MAX_STRIDE = 1 << 16
+STORES_IN_ORDER = platform.machine() in {"x86_64", "AMD64"}
 
 
 def stride_of(settings: TransferSettings, *, inline: bool) -> int:
     """The value of `checked` that the settings ask for, for bytes sent (`inline`) or copied out of a shared segment."""
     if settings.digest == "off":
         return 0
-    if settings.digest == "full" or (settings.digest == "auto" and inline):
+    if settings.digest == "full" or (settings.digest == "auto" and (inline or not STORES_IN_ORDER)):
         return 1
     return max(1, min(MAX_STRIDE, round(1.0 / settings.digest_sample)))
 

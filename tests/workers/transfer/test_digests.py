@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
 from penstock.workers.settings import TransferSettings
+from penstock.workers.transfer import digests
 from penstock.workers.transfer.digests import STRIPE_BYTES, block_digest, stride_of
 
 SESSION = b"s" * 16
@@ -22,9 +23,15 @@ def view(data: np.ndarray) -> memoryview:
     ("digest", "share", "sent", "copied"),
     [("off", 1.0, 0, 0), ("full", 0.1, 1, 1), ("sampled", 0.25, 4, 4), ("sampled", 1.0, 1, 1), ("auto", 0.125, 1, 8)],
 )
-def test_what_the_settings_ask_for(digest, share, sent, copied):
+def test_what_the_settings_ask_for(monkeypatch, digest, share, sent, copied):
+    monkeypatch.setattr(digests, "STORES_IN_ORDER", True)
     asked = TransferSettings(digest=digest, digest_sample=share)
     assert (stride_of(asked, inline=True), stride_of(asked, inline=False)) == (sent, copied)
+
+
+def test_where_stores_may_swap_auto_reads_every_byte(monkeypatch):
+    monkeypatch.setattr(digests, "STORES_IN_ORDER", False)
+    assert stride_of(TransferSettings(digest="auto", digest_sample=0.125), inline=False) == 1
 
 
 @given(size=st.integers(1, 5 * STRIPE_BYTES), stride=st.integers(1, 9), data=st.data())
