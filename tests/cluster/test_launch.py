@@ -144,7 +144,8 @@ def test_a_worker_that_cannot_start_ends_the_launch_with_its_reason(tmp_path: Pa
         cluster.until(lambda: cluster.see() is not None and cluster.process.poll() is not None, 60.0)
         assert cluster.process.returncode == 2
         assert "prefill-0 did not start: the KV pool needs" in cluster.log.read_text()
-        assert cluster.survivors(5.0) == []
+        # Ray's own children look for their parent every few seconds only.
+        assert cluster.survivors(15.0) == []
     finally:
         cluster.end()
 

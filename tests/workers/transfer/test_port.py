@@ -208,14 +208,37 @@ def _break(monkeypatch, where, name, broken):
     monkeypatch.setattr(f"penstock.workers.transfer.{where}.{name}", broken)
 
 
-@pytest.mark.parametrize("defect", ["writes after the end", "reads after the end", "no source check"])
+def land_after_the_end(pair):
+    """Both blocks' bytes are on their way when the receiver gives the session up and reuses them."""
+    pair.target.data[:] = RELEASED
+    grant = pair.begin((3, 4))
+    pair.sender.offer(grant.session_id, [(0, 20), (1, 19)])
+    while not pair.link.landing_pending:
+        pair.link.deliver_to_receiver(0, hold=True)
+        while pair.link.receiver_end.outbox:
+            pair.link.deliver_to_sender(0)
+    pair.receiver.forget(grant.session_id)
+    assert pair.received == [IncomingClosed(grant.session_id)]
+    pair.link.land()
+    assert (pair.target.data[[3, 4]] == RELEASED).all()
+
+
+def test_bytes_that_land_after_the_end_are_dropped(make_pair):
+    land_after_the_end(make_pair(transport="tcp", digest="off"))
+
+
+def test_that_notices_writes_after_the_end(monkeypatch, make_pair):
+    """Two guards stand there: who asks sees that the session ended, and its memory is given back."""
+    _break(monkeypatch, "landing", "BlockLanding.open", property(lambda self: self.session is not None))
+    _break(monkeypatch, "landing", "BlockLanding.release", lambda self: None)
+    with pytest.raises(AssertionError):
+        land_after_the_end(make_pair(transport="tcp", digest="off"))
+
+
+@pytest.mark.parametrize("defect", ["reads after the end", "no source check"])
 def test_the_machine_notices_defects(monkeypatch, defect):
     """The test of the test: each defect breaks a promise, and the machine finds it."""
-    if defect == "writes after the end":
-        # Two guards stand there: who asks sees that the session ended, and its memory is given back.
-        _break(monkeypatch, "landing", "BlockLanding.open", property(lambda self: self.session is not None))
-        _break(monkeypatch, "landing", "BlockLanding.release", lambda self: None)
-    elif defect == "reads after the end":
+    if defect == "reads after the end":
         monkeypatch.setattr("fakes.hostile_link.HostileChannel.scrub", lambda self, session_id: None)
     else:
         _break(monkeypatch, "receiver", "copy_blocks", _copy_unchecked)
