@@ -154,7 +154,8 @@ def make_plan(
 
 
 def _own_caps(starts: I64, counts: I64, query_tile: int, geometry: Geometry, settings: PlanSettings) -> PlanCaps:
-    rows, tokens, split = len(starts), int(counts.sum()), settings.fixed_split
+    # Rows without new tokens would hide that others have several.
+    rows, tokens, split = int(np.count_nonzero(counts)), int(counts.sum()), settings.fixed_split
     if split:
         return fixed_caps(rows, tokens, int((starts + counts).max(initial=1)), query_tile, geometry.group, split)
     return caps_for(rows, tokens, query_tile, geometry, settings)

@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton")
@@ -93,6 +93,7 @@ def check_merges(plan):
     fixed=st.sampled_from([0, 0, 16]),
     least=st.sampled_from([4, 16, 128]),
 )
+@example(rows=[(0, 0), (0, 2)], shared=[], group=1, query_tile=0, fixed=16, least=4)
 @settings(max_examples=120, deadline=None)
 def test_every_key_of_every_token_is_covered_once(rows, shared, group, query_tile, fixed, least):
     prefixes = [
