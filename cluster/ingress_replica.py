@@ -25,6 +25,7 @@ from penstock.cluster.editions import counts_of, edition_of
 from penstock.cluster.fleet_view import LinkedFleet
 from penstock.cluster.generation import Generator, open_generator
 from penstock.cluster.grpc_front.deployment import GrpcMethods
+from penstock.cluster.grpc_front.proxy_watch import ProxyWatch
 from penstock.cluster.grpc_front.server import GrpcServer
 from penstock.cluster.grpc_front.servicer import GenerationServicer
 from penstock.cluster.ingress.app import Ingress, build_app
@@ -104,6 +105,7 @@ class IngressReplica(GrpcMethods):
             ingress_settings(config, model), text, self._generator, metrics, self._fleet, self._tracer
         )
         self.grpc_servicer = GenerationServicer(self._app.service, self._fleet, self._tracer)
+        self.grpc_proxies = ProxyWatch()
         self._grpc: GrpcServer | None = None
         self._listener: Listener | None = None
         shared = spec.identity is None or config.ray.ingress_replicas > 1

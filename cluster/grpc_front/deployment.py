@@ -25,15 +25,17 @@ from penstock.cluster.grpc_front.penstock_pb2 import (
     TokenizeRequest,
     TokenizeResponse,
 )
+from penstock.cluster.grpc_front.proxy_watch import ProxyWatch
 from penstock.cluster.grpc_front.servicer import GenerationServicer, RpcFailed
 
 # ruff: noqa: N802 - Serve's proxy calls methods by the rpcs' names
 
 
 class GrpcMethods:
-    """Base class of the deployment, which sets `grpc_servicer` before it serves."""
+    """Base class of the deployment, which sets `grpc_servicer` and `grpc_proxies` before it serves."""
 
     grpc_servicer: GenerationServicer
+    grpc_proxies: ProxyWatch
 
     async def Generate(self, request: GenerateRequest, grpc_context: Any) -> GenerateResponse:
         """See `penstock.proto`."""
@@ -47,8 +49,9 @@ class GrpcMethods:
         grpc_context.set_trailing_metadata(list(call.trailing))
         messages = self.grpc_servicer.stream(call, request, metadata)
         try:
-            async for message in messages:
-                yield message
+            with self.grpc_proxies.over(metadata):
+                async for message in messages:
+                    yield message
         except RpcFailed as failed:
             _tell(grpc_context, failed)
             yield StreamResponse()
@@ -85,7 +88,8 @@ class GrpcMethods:
         call = self.grpc_servicer.open(rpc, metadata)
         context.set_trailing_metadata(list(call.trailing))
         try:
-            return await self.grpc_servicer.answer(call, request, metadata)
+            with self.grpc_proxies.over(metadata):
+                return await self.grpc_servicer.answer(call, request, metadata)
         except RpcFailed as failed:
             _tell(context, failed)
             return empty

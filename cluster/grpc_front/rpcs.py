@@ -15,6 +15,7 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message_factory import GetMessageClass
 
 from penstock.cluster.grpc_front.penstock_pb2 import DESCRIPTOR
+from penstock.cluster.grpc_front.relay import ServiceHandlers
 from penstock.cluster.grpc_front.request_bodies import lenient
 
 SERVICE = DESCRIPTOR.services_by_name["Generation"]
@@ -23,7 +24,7 @@ SERVICE = DESCRIPTOR.services_by_name["Generation"]
 def add_GenerationServicer_to_server(servicer: Any, server: Any) -> None:  # noqa: N802 - as generated code names it
     """Register the servicer's methods, named as the rpcs, with a grpcio server."""
     handlers = {method.name: _handler(method, getattr(servicer, method.name)) for method in SERVICE.methods}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE.full_name, handlers),))
+    server.add_generic_rpc_handlers((ServiceHandlers(SERVICE.full_name, handlers),))
 
 
 class GenerationStub:

@@ -84,7 +84,8 @@ class _Rpcs:
         messages = self._servicer.stream(call, request, _metadata(context))
         try:
             async for message in messages:
-                await asyncio.wait_for(context.write(message), self._write_timeout_s)
+                async with asyncio.timeout(self._write_timeout_s):
+                    await context.write(message)
         except RpcFailed as failed:
             await context.abort(failed.status.code, failed.status.message, failed.status.metadata)
         except TimeoutError:

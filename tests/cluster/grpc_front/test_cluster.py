@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import time
 from collections.abc import Iterator
 
@@ -104,6 +106,38 @@ def test_cancelled_and_late_calls_free_the_workers(cluster: ServeApplication, ch
         list(stub.Stream(ENDLESS, timeout=0.5))
     assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     assert time.monotonic() - began < 5.0
+    cluster.until(lambda: busy(cluster) == 0, 10.0)
+
+
+@pytest.mark.parametrize("timeout_s", [None, 1.5])
+@pytest.mark.parametrize("way", WAYS)
+def test_streams_that_nobody_reads_free_the_workers(
+    cluster: ServeApplication, ports: dict[str, int], way: str, timeout_s: float | None
+) -> None:
+    """Their caller leaves while a message is on its way: the channel takes in nothing that is not asked for."""
+    narrow = [("grpc.http2.lookahead_bytes", 1), ("grpc.http2.bdp_probe", 0)]
+    with grpc.insecure_channel(f"127.0.0.1:{ports[way]}", options=narrow) as channel:
+        stream = GenerationStub(channel).Stream(ENDLESS, timeout=timeout_s)
+        cluster.until(lambda: busy(cluster) == 1, 10.0)
+        time.sleep(0.5)
+        if timeout_s is None:
+            stream.cancel()
+        cluster.until(lambda: busy(cluster) == 0, 10.0)
+        assert not stream.is_active()
+
+
+@pytest.mark.parametrize("wait_s", [0.05, 0.5])
+@pytest.mark.parametrize("stream", [False, True])
+def test_http_callers_who_leave_free_the_workers(cluster: ServeApplication, stream: bool, wait_s: float) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 1900, "ignore_eos": True, "stream": stream}
+    with socket.create_connection(("127.0.0.1", cluster.port)) as caller:
+        text = json.dumps(body)
+        head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        caller.sendall(f"{head}content-length: {len(text)}\r\n\r\n{text}".encode())
+        if wait_s > 0.1:
+            cluster.until(lambda: busy(cluster) == 1, 10.0)
+        time.sleep(wait_s)
+    time.sleep(0.2)
     cluster.until(lambda: busy(cluster) == 0, 10.0)
 
 

@@ -13,6 +13,7 @@ from fakes.tiny_model import CONTEXT
 
 from penstock.cluster.grpc_front import penstock_pb2 as pb
 from penstock.cluster.grpc_front.deployment import GrpcMethods
+from penstock.cluster.grpc_front.proxy_watch import ProxyWatch
 from penstock.cluster.grpc_front.rpcs import SERVICE
 from penstock.cluster.grpc_front.servicer import GenerationServicer
 from penstock.cluster.ingress.service import OpenAIService
@@ -59,6 +60,7 @@ class Deployment(GrpcMethods):
     def __init__(self, codec: TextCodec, generator: FakeGenerator, **settings: Any) -> None:
         chosen = IngressSettings(("tiny",), CONTEXT, **settings)
         self.grpc_servicer = GenerationServicer(OpenAIService(chosen, codec, generator, Metrics()), FakeFleet())
+        self.grpc_proxies = ProxyWatch()
 
 
 def test_serve_finds_what_it_calls() -> None:

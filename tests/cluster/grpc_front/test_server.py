@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
+from types import SimpleNamespace
 
 import grpc
 import numpy as np
@@ -15,6 +17,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from penstock.cluster.grpc_front import penstock_pb2 as pb
 from penstock.cluster.grpc_front.rpcs import GenerationStub
+from penstock.cluster.grpc_front.server import _Rpcs
 from penstock.cluster.settings import LimitSettings
 from penstock.cluster.text import TextCodec
 from penstock.router.emission import Delta
@@ -225,6 +228,31 @@ def test_callers_who_leave_end_the_work(start: Start) -> None:
         stub.Generate(request, timeout=0.3)
     assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     until_cancelled(generator, 3)
+
+
+def test_a_caller_who_leaves_in_the_moment_a_message_is_sent_is_heard() -> None:
+    """`asyncio.wait_for` of Python 3.11 returns the result of what is just done, and drops the cancellation."""
+
+    async def messages() -> AsyncIterator[pb.StreamResponse]:
+        for _ in range(50):
+            yield pb.StreamResponse()
+            await asyncio.sleep(0)
+
+    async def main() -> None:
+        written: list[pb.StreamResponse] = []
+
+        async def write(message: pb.StreamResponse) -> None:
+            written.append(message)
+            asyncio.get_running_loop().call_soon(task.cancel)
+
+        servicer = SimpleNamespace(open=lambda *_: SimpleNamespace(trailing=()), stream=lambda *_: messages())
+        context = SimpleNamespace(invocation_metadata=tuple, set_trailing_metadata=lambda _: None, write=write)
+        task = asyncio.ensure_future(_Rpcs(servicer, 10.0).Stream(pb.GenerateRequest(), context))
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert len(written) == 1
+
+    asyncio.run(main())
 
 
 def test_open_calls_are_bounded_and_given_back(start: Start) -> None:
