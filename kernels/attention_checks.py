@@ -17,17 +17,19 @@ from penstock.kernels.quantized_kv import is_quantized
 from penstock.kernels.ragged import AttentionPlan, RaggedBatch
 
 MOST_DIM = 256
+MOST_LATENT = 1024  # width of a stored row that serves as key and value
 MOST_GROUP = 128
 MOST_SLOTS = 1024
 
 
 def storage(op: str, kv: Tensor) -> None:
-    """Demand [B, L, 2, H, P, D] with sizes that the kernels serve."""
-    if kv.dim() != 6 or kv.shape[2] != 2:
-        raise KernelInputError(op, "kv", f"shape {list(kv.shape)}; expected [B, L, 2, H, P, D]")
+    """Demand [B, L, 2, H, P, D], or [B, L, 1, 1, P, D] of latent rows, with sizes that the kernels serve."""
+    if kv.dim() != 6 or kv.shape[2] not in (1, 2) or (kv.shape[2] == 1 and kv.shape[3] != 1):
+        raise KernelInputError(op, "kv", f"shape {list(kv.shape)}; expected [B, L, 2, H, P, D] or [B, L, 1, 1, P, D]")
     slots, dim = kv.shape[4:]
-    if not 1 <= dim <= MOST_DIM:
-        raise KernelInputError(op, "kv", f"head size {dim}; supported are 1 to {MOST_DIM}")
+    most = MOST_DIM if kv.shape[2] == 2 else MOST_LATENT
+    if not 1 <= dim <= most:
+        raise KernelInputError(op, "kv", f"head size {dim}; supported are 1 to {most}")
     if not 1 <= slots <= MOST_SLOTS:
         raise KernelInputError(op, "kv", f"{slots} slots a block; supported are 1 to {MOST_SLOTS}")
     if not is_quantized(kv):
@@ -77,11 +79,12 @@ def _batch_values(
 
 
 def new_tokens(kv: Tensor, layer: int, new: Tensor, plan: AttentionPlan, kv_scales: Tensor | None) -> None:
-    """Demand new keys and values [T, 2, H, D] that the storage can take."""
+    """Demand new keys and values [T, 2, H, D], or latent rows [T, 1, 1, D], that the storage can take."""
     op = "write_kv"
     _layer(op, kv, layer)
-    if new.dim() != 4 or new.shape[1:] != (2, kv.shape[3], kv.shape[5]):
-        raise KernelInputError(op, "new", f"shape {list(new.shape)}; expected [T, 2, {kv.shape[3]}, {kv.shape[5]}]")
+    wanted = [*kv.shape[2:4], kv.shape[5]]
+    if new.dim() != 4 or list(new.shape[1:]) != wanted:
+        raise KernelInputError(op, "new", f"shape {list(new.shape)}; expected [T, {', '.join(map(str, wanted))}]")
     if not plan.batch.num_tokens <= len(new) <= plan.num_tokens:
         raise KernelInputError(op, "new", f"{len(new)} tokens; the plan has {plan.num_tokens}")
     _fitting(op, "new", new, kv, kv_scales)
@@ -100,15 +103,36 @@ def queries(
 ) -> None:
     """Demand queries [T, Hq, D] of the storage's heads and size; with `values`, without NaN."""
     _layer(op, kv, layer)
+    if kv.shape[2] != 2:
+        raise KernelInputError(op, "kv", f"shape {list(kv.shape)} is of latent rows; latent_attention reads those")
     if q.dim() != 3 or q.shape[2] != kv.shape[5]:
         raise KernelInputError(op, "q", f"shape {list(q.shape)}; expected [T, heads, {kv.shape[5]}]")
     heads, kv_heads = q.shape[1], kv.shape[3]
     if heads % kv_heads or not 1 <= heads // kv_heads <= MOST_GROUP:
         raise KernelInputError(op, "q", f"{heads} heads; expected 1 to {MOST_GROUP} times the {kv_heads} of kv")
-    if not plan.batch.num_tokens <= len(q) <= plan.num_tokens:
-        raise KernelInputError(op, "q", f"{len(q)} tokens; the plan has {plan.num_tokens}")
     if window < 0:
         raise KernelInputError(op, "window", f"{window}; expected 0 or more")
+    _planned(op, q, kv, plan, kv_scales, values=values)
+
+
+def latent_queries(
+    op: str, q: Tensor, kv: Tensor, layer: int, plan: AttentionPlan, value_dim: int, *, values: bool
+) -> None:
+    """Demand queries [T, Hq, D] as wide as the storage's latent rows, and values no wider; else as `queries`."""
+    _layer(op, kv, layer)
+    if kv.shape[2:4] != (1, 1):
+        raise KernelInputError(op, "kv", f"shape {list(kv.shape)}; expected [B, L, 1, 1, P, D]")
+    if q.dim() != 3 or q.shape[2] != kv.shape[5] or not 1 <= q.shape[1] <= MOST_GROUP:
+        wanted = f"[T, 1 to {MOST_GROUP}, {kv.shape[5]}]"
+        raise KernelInputError(op, "q", f"shape {list(q.shape)}; expected {wanted}")
+    if not 1 <= value_dim <= kv.shape[5]:
+        raise KernelInputError(op, "value_dim", f"{value_dim}; expected 1 to {kv.shape[5]}")
+    _planned(op, q, kv, plan, None, values=values)
+
+
+def _planned(op: str, q: Tensor, kv: Tensor, plan: AttentionPlan, kv_scales: Tensor | None, *, values: bool) -> None:
+    if not plan.batch.num_tokens <= len(q) <= plan.num_tokens:
+        raise KernelInputError(op, "q", f"{len(q)} tokens; the plan has {plan.num_tokens}")
     _fitting(op, "q", q, kv, kv_scales)
     if values and bool(torch.isnan(q[: plan.batch.num_tokens]).any()):
         raise KernelInputError(op, "q", "holds NaN")

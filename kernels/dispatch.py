@@ -24,6 +24,7 @@ from penstock.kernels.cpu import activation as cpu_activation
 from penstock.kernels.cpu import attention as cpu_attention
 from penstock.kernels.cpu import attention_states as cpu_attention_states
 from penstock.kernels.cpu import kv_blocks as cpu_kv_blocks
+from penstock.kernels.cpu import latent_attention as cpu_latent_attention
 from penstock.kernels.cpu import linear as cpu_linear
 from penstock.kernels.cpu import lora as cpu_lora
 from penstock.kernels.cpu import moe as cpu_moe
@@ -35,6 +36,7 @@ from penstock.kernels.cpu import sampling as cpu_sampling
 from penstock.kernels.native import attention as native_attention
 from penstock.kernels.native import elementwise as native_elementwise
 from penstock.kernels.native import kv_blocks as native_kv_blocks
+from penstock.kernels.native import latent_attention as native_latent_attention
 from penstock.kernels.native import library as native_library
 from penstock.kernels.native import linear as native_linear
 from penstock.kernels.native import moe as native_moe
@@ -43,6 +45,7 @@ from penstock.kernels.ragged import AttentionLimits, AttentionPlan, AttentionWor
 from penstock.kernels.reference import activation as reference_activation
 from penstock.kernels.reference import attention as reference_attention
 from penstock.kernels.reference import kv_blocks as reference_kv_blocks
+from penstock.kernels.reference import latent_attention as reference_latent_attention
 from penstock.kernels.reference import linear as reference_linear
 from penstock.kernels.reference import lora as reference_lora
 from penstock.kernels.reference import moe as reference_moe
@@ -79,6 +82,7 @@ class RouteExperts(Protocol):
         selection_bias: Tensor | None = None,
         groups: int = 0,
         top_groups: int = 0,
+        scaling: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
         """See `ops.route_experts`."""
         ...
@@ -114,6 +118,7 @@ class Backend:
     rotate_and_store: RotateAndStore
     paged_attention: Callable[..., Tensor]
     paged_attention_with_lse: Callable[..., tuple[Tensor, Tensor]]
+    latent_attention: Callable[[Tensor, Tensor, int, AttentionPlan, float, int], Tensor]
     merge_states: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     philox: Callable[[Tensor, Tensor], Tensor]
     gumbel: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -148,6 +153,7 @@ REFERENCE = Backend(
     ),
     paged_attention=reference_attention.paged_attention,
     paged_attention_with_lse=reference_attention.paged_attention_with_lse,
+    latent_attention=reference_latent_attention.latent_attention,
     merge_states=reference_attention.merge_states,
     philox=reference_philox.philox,
     gumbel=reference_philox.gumbel,
@@ -180,6 +186,7 @@ CPU = Backend(
     rotate_and_store=rotate_and_store_of(cpu_norm.rms_norm, cpu_rotary.rotary, cpu_kv_blocks.write_kv),
     paged_attention=cpu_attention.paged_attention,
     paged_attention_with_lse=cpu_attention_states.paged_attention_with_lse,
+    latent_attention=cpu_latent_attention.latent_attention,
     merge_states=cpu_attention_states.merge_states,
     philox=cpu_philox.philox,
     gumbel=cpu_philox.gumbel,
@@ -202,6 +209,7 @@ NATIVE = dataclasses.replace(
     rotate_and_store=native_elementwise.rotate_and_store,
     paged_attention=native_attention.paged_attention,
     paged_attention_with_lse=native_attention.paged_attention_with_lse,
+    latent_attention=native_latent_attention.latent_attention,
 )
 
 _NAMES = ("auto", "reference", "cpu", "native", "gpu")

@@ -17,6 +17,7 @@ from torch import Tensor
 from penstock.kernels import attention_checks as checks
 from penstock.kernels import expect
 from penstock.kernels.dispatch import backend_for, checked, choose
+from penstock.kernels.latent_attention import latent_attention as latent_attention
 from penstock.kernels.packing import LoraPlan, PackedExperts, PackedWeight, QuantFormat, QuantizedWeight
 from penstock.kernels.ragged import AttentionLimits, AttentionPlan, AttentionWorkspace, RaggedBatch
 from penstock.kernels.routing import check_ids, check_logits
@@ -130,12 +131,14 @@ def route_experts(
     selection_bias: Tensor | None = None,
     groups: int = 0,
     top_groups: int = 0,
+    scaling: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Choose each token's experts (Shazeer et al. 2017; groups and bias as in DeepSeek-V3, 2024, section 2.1.2).
 
     Semantics: s = softmax or sigmoid of the logits; merit = logits, or s + selection_bias where given; the `top_groups`
         of `groups` equal runs of experts with the best merit (with a bias: sum of the best two) stay; ids are the top_k
-        of the largest merit, largest first, ties to the lower id; weights s[id], over their sum where renormalize
+        of the largest merit, largest first, ties to the lower id; weights s[id], over their sum where renormalize,
+        times `scaling`
     Shapes: logits [T, E]; selection_bias [E]; ids int32 [T, k], weights float32 [T, k]. NaN logits: last, weights NaN.
     """
     if checked():
@@ -148,6 +151,7 @@ def route_experts(
         selection_bias=selection_bias,
         groups=groups,
         top_groups=top_groups,
+        scaling=scaling,
     )
 
 

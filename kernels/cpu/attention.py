@@ -76,20 +76,20 @@ def own_plan(plan: AttentionPlan) -> GroupedPlan:
     return plan
 
 
-def _groups(kv_BLCHPD: Tensor, plan: GroupedPlan, window: int) -> tuple[AttentionGroup, ...]:
+def groups_of(kv_BLCHPD: Tensor, plan: GroupedPlan, window: int) -> tuple[AttentionGroup, ...]:
     """The plan's groups for this window, made at the first call."""
     if window not in plan.groups:
         batch = windowed(plan.batch, window, kv_BLCHPD.shape[4]) if window else plan.batch
         if window and batch is plan.batch:  # nobody is longer than the window
-            plan.groups[window] = _groups(kv_BLCHPD, plan, 0)
+            plan.groups[window] = groups_of(kv_BLCHPD, plan, 0)
         else:
             plan.groups[window] = _plan_groups(kv_BLCHPD, batch, window)
     return plan.groups[window]
 
 
 def _plan_groups(kv_BLCHPD: Tensor, batch: RaggedBatch, window: int) -> tuple[AttentionGroup, ...]:
-    _, _, _, heads, _, dim = kv_BLCHPD.shape
-    token_bytes = 2 * heads * dim * kv_BLCHPD.element_size()
+    _, _, parts, heads, _, dim = kv_BLCHPD.shape
+    token_bytes = parts * heads * dim * kv_BLCHPD.element_size()
     shapes = group_rows(batch.starts, batch.counts, token_bytes, window)
     return tuple(_plan_group(kv_BLCHPD, batch, shape, window) for shape in shapes)
 
@@ -186,7 +186,7 @@ def paged_attention(
     _, _, parts, heads, slots, dim = kv_BLCHPD.shape
     storage = kv_BLCHPD.view(-1, slots * dim)[layer * parts * heads :]
     out = torch.empty(q_THD.shape, dtype=q_THD.dtype)
-    for group in _groups(kv_BLCHPD, own_plan(plan), window):
+    for group in groups_of(kv_BLCHPD, own_plan(plan), window):
         both = storage.index_select(0, group.gather).view(2, group.num_rows, heads, group.num_keys, dim)
         q = q_THD[group.tokens] if group.padded is None else q_THD.index_select(0, group.padded)
         if group.num_queries == 1:

@@ -25,6 +25,7 @@ def route_experts(
     selection_bias: Tensor | None = None,
     groups: int = 0,
     top_groups: int = 0,
+    scaling: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.route_experts`. The reference is vectorised already, and a router's logits are few."""
     return reference.route_experts(
@@ -35,6 +36,7 @@ def route_experts(
         selection_bias=selection_bias,
         groups=groups,
         top_groups=top_groups,
+        scaling=scaling,
     )
 
 

@@ -130,7 +130,7 @@ def _attend(
         )
     if plan.num_merge:
         merges = (plan.merge_tokens, plan.merge_indptr, plan.merge_slots)
-        _merge(out, lse, plan.partial_o, plan.partial_lse, merges, plan.num_merge, plan.counts)
+        merge_partials(out, lse, plan.partial_o, plan.partial_lse, merges, plan.num_merge, plan.counts)
     return out
 
 
@@ -165,11 +165,11 @@ def merge_states(o_SHD: Tensor, lse_SH: Tensor, merge_indptr: Tensor) -> tuple[T
     lse = torch.empty((rows, o_SHD.shape[1]), dtype=torch.float32, device=o_SHD.device)
     if rows:
         indptr = merge_indptr.contiguous()
-        _merge(out, lse, o_SHD.contiguous(), lse_SH.contiguous(), (indptr, indptr, indptr), rows, None)
+        merge_partials(out, lse, o_SHD.contiguous(), lse_SH.contiguous(), (indptr, indptr, indptr), rows, None)
     return out, lse
 
 
-def _merge(
+def merge_partials(
     out: Tensor,
     lse: Tensor | None,
     o: Tensor,
@@ -178,7 +178,10 @@ def _merge(
     rows: int,
     counts: Tensor | None,
 ) -> None:
-    """`lists`: the tokens merged, where each one's states begin, the states; only the second is read without counts."""
+    """Merge partial states [S, Hq, D] and [S, Hq] into `out` and `lse`.
+
+    `lists`: the tokens merged, where each one's states begin, the states; only the second is read without counts.
+    """
     _, heads, dim = o.shape
     merge_kernel[(rows * heads,)](
         out,
@@ -233,5 +236,6 @@ def tile_config(
 
 
 def merge_config(dim: int) -> dict[str, int]:
-    """Few numbers a program: one or two warps."""
-    return config_for("attention_merge", {"head_dim": dim}, {"num_warps": 1 if dim <= 128 else 2, "num_stages": 1})
+    """Few numbers a program: one or two warps, four for latents."""
+    warps = 1 if dim <= 128 else 2 if dim <= 256 else 4
+    return config_for("attention_merge", {"head_dim": dim}, {"num_warps": warps, "num_stages": 1})

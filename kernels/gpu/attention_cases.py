@@ -119,4 +119,5 @@ AOT_CASES = (
     _merge(64, 32),
     _merge(128, 32),
     _merge(256, 16),
+    _merge(512, 16),
 )

@@ -78,7 +78,7 @@ def _turn(
 
 
 @triton.jit
-def _finish(
+def finish(
     acc, total, peak, out_scale, out, lse, partial_o, partial_lse, partial, token, slot, head, real, stride_ot,
     stride_oh, HEADS, HAS_LSE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
@@ -154,7 +154,7 @@ def decode_kernel(
             qk_scale, soft_cap, window, True, False, WINDOWED, CAPPED, KIND, BN, P, D, DP,
         )  # fmt: skip
     tokens = tl.zeros([BM], tl.int32) + token
-    _finish(
+    finish(
         acc, total, peak, out_scale, out, lse, partial_o, partial_lse, partial, tokens, tokens * 0, query_head, real,
         stride_ot, stride_oh, H * G, HAS_LSE, D, DP,
     )  # fmt: skip
@@ -221,7 +221,7 @@ def tile_kernel(
             acc, total, peak, q_tile, table, n, first, end, query_at, key_base, value_base, stride_b, stride_p,
             qk_scale, soft_cap, window, True, True, WINDOWED, CAPPED, KIND, BN, P, D, DP,
         )  # fmt: skip
-    _finish(
+    finish(
         acc, total, peak, out_scale, out, lse, partial_o, partial_lse, partial, token, slot, query_head, real,
         stride_ot, stride_oh, H * G, HAS_LSE, D, DP,
     )  # fmt: skip

@@ -77,8 +77,8 @@ class GpuWorkspace(AttentionWorkspace):
 
 def geometry_of(kv_BLCHPD: Tensor, query_heads: int) -> Geometry:
     """Of a storage read by `query_heads` heads."""
-    _, _, _, heads, slots, dim = kv_BLCHPD.shape
-    return Geometry(query_heads, heads, slots, 2 * heads * dim * kv_BLCHPD.element_size())
+    _, _, parts, heads, slots, dim = kv_BLCHPD.shape
+    return Geometry(query_heads, heads, slots, parts * heads * dim * kv_BLCHPD.element_size())
 
 
 @functools.lru_cache(maxsize=16)

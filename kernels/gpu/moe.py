@@ -27,12 +27,13 @@ def route_experts(
     selection_bias: Tensor | None = None,
     groups: int = 0,
     top_groups: int = 0,
+    scaling: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.route_experts`."""
     how = Routing(top_k, scoring, renormalize, groups, top_groups)
     check_routing(logits_TE, how, selection_bias)
     logits = logits_TE if logits_TE.stride(-1) == 1 else logits_TE.contiguous()
-    return moe_routing.route(logits, how, selection_bias)
+    return moe_routing.route(logits, how, selection_bias, scaling)
 
 
 def pack_experts(gate_up_EGK: Tensor, down_EKF: Tensor) -> PackedExperts:

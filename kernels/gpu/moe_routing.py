@@ -43,6 +43,7 @@ def route_kernel(
     weights,
     E,
     stride,
+    scaling,
     TOP_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -89,13 +90,16 @@ def route_kernel(
     if RENORMALIZE:
         total = tl.sum(shares, axis=0)
         shares = shares / tl.where(total == 0.0, 1.0, total)
+    shares = shares * scaling
     strange = tl.max(tl.where(inside & (logit != logit), 1, 0), axis=0)
     shares = tl.where(strange > 0, float("nan"), shares)
     tl.store(ids + t * TOP_K + j, picks, mask=j < TOP_K)
     tl.store(weights + t * TOP_K + j, shares, mask=j < TOP_K)
 
 
-def route(logits_TE: Tensor, how: Routing, selection_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def route(
+    logits_TE: Tensor, how: Routing, selection_bias: Tensor | None, scaling: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """See `ops.route_experts`; rows of the logits dense, arguments checked."""
     tokens, experts = logits_TE.shape
     ids = torch.empty(tokens, how.top_k, device=logits_TE.device, dtype=torch.int32)
@@ -108,6 +112,7 @@ def route(logits_TE: Tensor, how: Routing, selection_bias: Tensor | None) -> tup
             weights,
             experts,
             logits_TE.stride(0),
+            float(scaling),
             TOP_K=how.top_k,
             BLOCK_E=max(triton.next_power_of_2(experts), 32),
             BLOCK_K=triton.next_power_of_2(how.top_k),
@@ -125,6 +130,7 @@ def route(logits_TE: Tensor, how: Routing, selection_bias: Tensor | None) -> tup
 def _case(name: str, experts: int, *, sigmoid: bool, biased: bool, groups: tuple[int, int], warps: int) -> AotCase:
     count, best = groups
     signature = {"logits": "*fp32", "bias": "*fp32", "ids": "*i32", "weights": "*fp32", "E": "i32", "stride": "i32"}
+    signature["scaling"] = "fp32"
     constants = {"TOP_K": 8, "BLOCK_E": experts, "BLOCK_K": 8, "SIGMOID": sigmoid, "RENORMALIZE": True}
     members = experts // count if count else 1
     grouped = {"HAS_BIAS": biased, "GROUPS": count, "TOP_GROUPS": best, "MEMBERS": members}

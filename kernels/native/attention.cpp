@@ -31,8 +31,8 @@ struct Batch {
 };
 
 struct Shape {
-  int64_t q_stride, block_stride, part_stride;  // elements
-  int64_t kv_heads, group, slots, dim;
+  int64_t q_stride, block_stride, part_stride, head_stride;  // elements
+  int64_t kv_heads, group, slots, dim, value_dim;
   float scale, soft_cap;
   int64_t window;
 };
@@ -118,8 +118,8 @@ struct Scratch {
   std::unique_ptr<uint32_t[]> query, keys, values, weights;
   std::unique_ptr<float[]> scores, out, top, total, rescale;
 
-  Scratch(int64_t lines, int64_t dim)
-      : lines(lines), key_words(dim * int64_t(sizeof(T)) / 4), padded_dim((dim + 63) / 64 * 64) {
+  Scratch(int64_t lines, int64_t dim, int64_t value_dim)
+      : lines(lines), key_words(dim * int64_t(sizeof(T)) / 4), padded_dim((value_dim + 63) / 64 * 64) {
     query.reset(new uint32_t[lines * key_words]);
     keys.reset(new uint32_t[key_words * kChunk]);
     values.reset(new uint32_t[kChunk * sizeof(T) / 4 * padded_dim]());
@@ -220,7 +220,7 @@ struct Places {
       bool whole = chunk + i >= begin && chunk + i + run <= end;
       const T* row = nullptr;
       if (whole || (chunk + i + run > begin && chunk + i < end))
-        row = kv + table[block] * shape.block_stride + (head * shape.slots + slot) * shape.dim;
+        row = kv + table[block] * shape.block_stride + head * shape.head_stride + slot * shape.dim;
       for (int64_t k = 0; k < run; k++, i++) {
         bool read = row && (whole || (chunk + i >= begin && chunk + i < end));
         keys[i] = read ? row + k * shape.dim : nothing;
@@ -333,7 +333,7 @@ INLINE void few_values(Scratch<T>& s, int64_t lines, const T* const* values, int
 template <class T>
 void attend(const T* q, const T* kv, const Batch& batch, const Tile& tile, int64_t head, const Shape& shape,
             Scratch<T>& s, T* out, float* lse) {
-  int64_t group = shape.group, dim = shape.dim, lines = (tile.end - tile.begin) * group;
+  int64_t group = shape.group, dim = shape.dim, value_dim = shape.value_dim, lines = (tile.end - tile.begin) * group;
   int64_t first_token = batch.offsets[tile.row] + tile.begin, first = batch.starts[tile.row] + tile.begin;
   int64_t last = batch.starts[tile.row] + tile.end;  // one past the last key that anybody attends to
   const int32_t* table = batch.tables + tile.row * batch.table_width;
@@ -345,7 +345,7 @@ void attend(const T* q, const T* kv, const Batch& batch, const Tile& tile, int64
   }
   std::memset(s.out.get(), 0, lines * s.padded_dim * sizeof(float));
   int64_t begin_key = shape.window ? std::max<int64_t>(0, first - shape.window + 1) : 0;
-  bool few = lines <= kFewLines && dim % (2 * kLanes) == 0;
+  bool few = lines <= kFewLines && dim % (2 * kLanes) == 0 && value_dim % (2 * kLanes) == 0;
   Places<T> places, following;
   following.find(kv, table, begin_key / kChunk * kChunk, begin_key, last, head, shape);
   for (int64_t chunk = begin_key / kChunk * kChunk; chunk < last; chunk += kChunk) {
@@ -357,7 +357,7 @@ void attend(const T* q, const T* kv, const Batch& batch, const Tile& tile, int64
       for (int64_t at = 0; at < kChunk; at += kLanes) {
         for (int i = 0; i < kLanes; i++) following.prefetch(int(at) + i, dim);
         place_keys(s, places.keys + at, at);
-        place_values(s, places.values + at, at, dim);
+        place_values(s, places.values + at, at, value_dim);
       }
       small_products<T>(lines, s.query.get(), s.key_words, s.keys.get(), kChunk, s.key_words, s.scores.get(), kChunk,
                         nullptr);
@@ -368,8 +368,8 @@ void attend(const T* q, const T* kv, const Batch& batch, const Tile& tile, int64
       soften(s, line, from, std::min<int64_t>(position + 1 - chunk, kChunk), shape);
     }
     int64_t pair = sizeof(T) == 2 ? 2 : 1;
-    if (few) few_values(s, lines, places.values, dim);
-    for (int64_t d = 0; d < dim && !few; d += kChunk)
+    if (few) few_values(s, lines, places.values, value_dim);
+    for (int64_t d = 0; d < value_dim && !few; d += kChunk)
       small_products<T>(lines, s.weights.get(), kChunk / pair, &s.values[d], s.padded_dim, kChunk / pair, &s.out[d],
                         s.padded_dim, s.rescale.get());
   }
@@ -377,9 +377,9 @@ void attend(const T* q, const T* kv, const Batch& batch, const Tile& tile, int64
   for (int64_t line = 0; line < lines; line++) {
     int64_t place = (first_token + line / group) * heads + head * group + line % group;
     float factor = s.total[line] == 0 ? 0.0f : 1.0f / s.total[line];
-    for (int64_t d = 0; d < dim; d += kLanes)
-      store_part(out + place * dim + d, load(&s.out[line * s.padded_dim + d]) * factor,
-                 int(std::min<int64_t>(kLanes, dim - d)));
+    for (int64_t d = 0; d < value_dim; d += kLanes)
+      store_part(out + place * value_dim + d, load(&s.out[line * s.padded_dim + d]) * factor,
+                 int(std::min<int64_t>(kLanes, value_dim - d)));
     if (lse) lse[place] = s.total[line] == 0 ? -INFINITY : s.top[line] + std::log(s.total[line]);
   }
 }
@@ -390,7 +390,7 @@ void attention(const T* q, const T* kv, const Batch& batch, const Shape& shape, 
   int64_t tasks = batch.num_tiles * shape.kv_heads;
 #pragma omp parallel if (tasks > 1)
   {
-    Scratch<T> scratch(most_tokens * shape.group, shape.dim);
+    Scratch<T> scratch(most_tokens * shape.group, shape.dim, shape.value_dim);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < tasks; task++)
       attend(q, kv, batch, batch.tiles[task / shape.kv_heads], task % shape.kv_heads, shape, scratch, out, lse);

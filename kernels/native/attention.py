@@ -35,15 +35,19 @@ class _Batch(ctypes.Structure):
     )
 
 
-class _Shape(ctypes.Structure):
+class Shape(ctypes.Structure):
+    """The sizes of one call, as `attention.cpp` reads them; strides in elements, `head_stride` between kv heads."""
+
     _fields_ = (
         ("q_stride", ctypes.c_int64),
         ("block_stride", ctypes.c_int64),
         ("part_stride", ctypes.c_int64),
+        ("head_stride", ctypes.c_int64),
         ("kv_heads", ctypes.c_int64),
         ("group", ctypes.c_int64),
         ("slots", ctypes.c_int64),
         ("dim", ctypes.c_int64),
+        ("value_dim", ctypes.c_int64),
         ("scale", ctypes.c_float),
         ("soft_cap", ctypes.c_float),
         ("window", ctypes.c_int64),
@@ -165,16 +169,24 @@ def _attend(
     if q_THD.stride(2) != 1 or q_THD.stride(1) != dim:
         q_THD = q_THD.contiguous()
     out = torch.empty(tokens, query_heads, dim, dtype=q_THD.dtype)
-    tiling = _tiling(own, query_heads // heads)
-    part = heads * slots * dim
-    shape = _Shape(q_THD.stride(0), layers * parts * part, part, heads, query_heads // heads, slots, dim, *scoring)
+    part, group = heads * slots * dim, query_heads // heads
+    strides = q_THD.stride(0), layers * parts * part, part, slots * dim
+    shape = Shape(*strides, heads, group, slots, dim, dim, *scoring)
+    run_tiles(q_THD, kv_BLCHPD, layer * parts * part, own, shape, out, lse_TH)
+    return out
+
+
+def run_tiles(
+    q_THD: Tensor, kv_BLCHPD: Tensor, first: int, plan: TiledPlan, shape: Shape, out: Tensor, lse_TH: Tensor | None
+) -> None:
+    """Attend to the keys from element `first` of the storage on, tile by tile, into `out`; arguments are checked."""
+    tiling = _tiling(plan, shape.group)
     function("attention", q_THD.dtype)(
         q_THD.data_ptr(),
-        kv_BLCHPD.data_ptr() + layer * parts * part * kv_BLCHPD.element_size(),
+        kv_BLCHPD.data_ptr() + first * kv_BLCHPD.element_size(),
         ctypes.addressof(tiling.batch),
         ctypes.addressof(shape),
         tiling.most_tokens,
         out.data_ptr(),
         0 if lse_TH is None else lse_TH.data_ptr(),
     )
-    return out

@@ -135,7 +135,9 @@ def rotate_and_store(
 
 def _check_heads(qkv_TAD: Tensor, kv_BLCHPD: Tensor, layer: int, planned: int) -> None:
     """Demand what the C side takes for granted."""
-    op, (_, layers, _, kv_heads, _, dim) = "rotate_and_store", kv_BLCHPD.shape
+    op, (_, layers, parts, kv_heads, _, dim) = "rotate_and_store", kv_BLCHPD.shape
+    if parts != 2:
+        raise KernelInputError(op, "kv", f"shape {list(kv_BLCHPD.shape)}; expected keys and values, [B, L, 2, H, P, D]")
     expect.dtype(op, "qkv", qkv_TAD, kv_BLCHPD.dtype)
     expect.shape(op, "qkv", qkv_TAD, planned, None, dim)
     if dim % 2 or qkv_TAD.shape[1] <= 2 * kv_heads:

@@ -28,6 +28,18 @@ _SIGNATURES: dict[str, list[type]] = {
     "moe": [_ADDRESS] * 9,
     "rotate_and_store": [_ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _ADDRESS],
 }
+# Those that answer with a number, under their whole names.
+_ANSWERING: dict[str, list[type]] = {
+    "shared_sum_f32": [_ADDRESS, _ADDRESS, _SIZE],
+    "shared_sum_bf16": [_ADDRESS, _ADDRESS, _SIZE],
+    "shared_sum_f64": [_ADDRESS, _ADDRESS, _SIZE],
+    "shared_sum_i64": [_ADDRESS, _ADDRESS, _SIZE],
+    "shared_gather": [_ADDRESS, _ADDRESS, _SIZE, _SIZE, _ADDRESS],
+    "shared_broadcast": [_ADDRESS, _ADDRESS, _SIZE, _SIZE],
+    "shared_all_to_all": [_ADDRESS] * 5,
+    "shared_barrier": [_ADDRESS],
+    "shared_leave": [_ADDRESS],
+}
 _SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
@@ -44,6 +56,9 @@ def load() -> ctypes.CDLL | None:
         for suffix in _SUFFIXES.values():
             found = getattr(library, f"penstock_{name}_{suffix}")
             found.argtypes, found.restype = arguments, None
+    for name, arguments in _ANSWERING.items():
+        found = getattr(library, f"penstock_{name}")
+        found.argtypes, found.restype = arguments, _SIZE
     logger.info("CPU kernels in C++ for %s", level)
     return library
 
@@ -55,4 +70,14 @@ def function(name: str, dtype: torch.dtype) -> Callable[..., None]:
     if library is None:
         raise RuntimeError("the C++ kernels were chosen but are not available")
     found: Callable[..., None] = getattr(library, f"penstock_{name}_{_SUFFIXES[dtype]}")
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+def answering_function(name: str) -> Callable[..., int]:
+    """One of the functions that answer with a number. Raises RuntimeError where there is no library."""
+    library = load()
+    if library is None:
+        raise RuntimeError("the C++ kernels are not available")
+    found: Callable[..., int] = getattr(library, f"penstock_{name}")
     return found

@@ -13,7 +13,7 @@ from penstock.kernels.errors import KernelInputError
 from penstock.kernels.native.library import function
 from penstock.kernels.packing import PackedWeight
 
-_PANEL = 64
+PANEL = 64
 
 
 class PanelWeight(PackedWeight):
@@ -25,22 +25,34 @@ class PanelWeight(PackedWeight):
 def pack_weight(weight_MK: Tensor, bias: Tensor | None) -> PackedWeight:
     """See `ops.pack_weight`. An odd number of bfloat16 inputs has no whole words and is left to torch."""
     outputs, inputs = weight_MK.shape
-    if inputs * weight_MK.element_size() % 4 or inputs == 0 or outputs == 0:
+    if not whole_words(inputs, weight_MK.dtype) or outputs == 0:
         return cpu_linear.pack_weight(weight_MK, bias)
     panels = torch.empty(panel_numbers(outputs, inputs), dtype=weight_MK.dtype)
     pack_panels(weight_MK, panels)
     return PanelWeight(panels, None if bias is None else bias.to(panels.dtype).contiguous(), outputs, inputs, True)
 
 
+def whole_words(inputs: int, dtype: torch.dtype) -> bool:
+    """Whether a row of so many inputs can be in panels."""
+    return inputs > 0 and inputs * dtype.itemsize % 4 == 0
+
+
 def panel_numbers(outputs: int, inputs: int) -> int:
     """How many numbers the panels of a weight [outputs, inputs] hold."""
-    return -(-outputs // _PANEL) * _PANEL * inputs
+    return -(-outputs // PANEL) * PANEL * inputs
 
 
 def pack_panels(weight_MK: Tensor, panels: Tensor) -> None:
     """Fill `panels`, contiguous, with a weight whose rows are whole words."""
     source = weight_MK.contiguous()
     function("pack", source.dtype)(source.data_ptr(), panels.data_ptr(), *source.shape)
+
+
+def unpack_panels(panels: Tensor, outputs: int, inputs: int) -> Tensor:
+    """The weight [outputs, inputs] that `pack_panels` put there; a copy."""
+    word = 4 // panels.element_size()
+    split = panels.view(-1, inputs // word, PANEL, word)
+    return split.transpose(1, 2).reshape(-1, inputs)[:outputs].contiguous()
 
 
 def linear(x_TK: Tensor, packed: PackedWeight) -> Tensor:

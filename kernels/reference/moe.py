@@ -23,6 +23,7 @@ def route_experts(
     selection_bias: Tensor | None = None,
     groups: int = 0,
     top_groups: int = 0,
+    scaling: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.route_experts`; float32 arithmetic at least."""
     how = Routing(top_k, scoring, renormalize, groups, top_groups)
@@ -41,7 +42,7 @@ def route_experts(
     if renormalize:
         weights = normalised(weights)
     weights = weights.masked_fill(logits.isnan().any(dim=-1, keepdim=True), torch.nan)
-    return ids.to(torch.int32), weights.float()
+    return ids.to(torch.int32), (weights * scaling).float()
 
 
 def _outside_best_groups(merit: Tensor, how: Routing, biased: bool) -> Tensor:

@@ -33,10 +33,11 @@ def choose_by_hand(logits, top_k, scoring, bias, groups, top_groups):
     biased=st.booleans(),
     renormalize=st.booleans(),
     coarse=st.booleans(),
+    scaling=st.sampled_from([1.0, 2.5]),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=60, deadline=None)
-def test_choice(tokens, experts, top_k, scoring, biased, renormalize, coarse, seed):
+def test_choice(tokens, experts, top_k, scoring, biased, renormalize, coarse, scaling, seed):
     torch.manual_seed(seed)
     count, groups, top_groups = experts
     top_k = min(top_k, count)
@@ -51,6 +52,7 @@ def test_choice(tokens, experts, top_k, scoring, biased, renormalize, coarse, se
         selection_bias=bias,
         groups=groups,
         top_groups=top_groups,
+        scaling=scaling,
     )
     assert (ids.dtype, weights.dtype) == (torch.int32, torch.float32)
     assert ids.shape == weights.shape == (tokens, top_k)
@@ -58,7 +60,7 @@ def test_choice(tokens, experts, top_k, scoring, biased, renormalize, coarse, se
         expected, scores = choose_by_hand(logits[token], top_k, scoring, bias, groups, top_groups)
         assert ids[token].tolist() == expected
         share = scores[expected] / (scores[expected].sum() if renormalize else 1)
-        assert torch.allclose(weights[token].double(), share, atol=1e-6)
+        assert torch.allclose(weights[token].double(), share * scaling, atol=1e-6)
 
 
 def test_a_token_with_nan_gets_experts_and_nan_weights():

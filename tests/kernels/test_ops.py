@@ -4,13 +4,14 @@ import inspect
 
 import pytest
 
-from penstock.kernels import dispatch, ops
+from penstock.kernels import dispatch, latent_attention, ops
 
-OPS = {name: f for name, f in inspect.getmembers(ops, inspect.isfunction) if f.__module__ == ops.__name__}
+FACES = (ops.__name__, latent_attention.__name__)
+OPS = {name: f for name, f in inspect.getmembers(ops, inspect.isfunction) if f.__module__ in FACES}
 
 
 def test_operations_are_found():
-    assert {"paged_attention", "rms_norm", "rotary", "gumbel", "copy_blocks"} <= set(OPS)
+    assert {"paged_attention", "latent_attention", "rms_norm", "rotary", "gumbel", "copy_blocks"} <= set(OPS)
 
 
 @pytest.mark.parametrize("name", OPS)

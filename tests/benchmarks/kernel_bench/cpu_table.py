@@ -53,9 +53,18 @@ def cases(tokens: int, context: int, dtype: torch.dtype) -> dict[str, Call]:
         "paged_attention": lambda b: b.paged_attention(q, kv, 0, plans[b.name], 0.125),
         "window_attention": lambda b: b.paged_attention(q, kv, 0, plans[b.name], 0.125, window=64),
         "capped_attention": lambda b: b.paged_attention(q, kv, 0, plans[b.name], 0.125, soft_cap=50.0),
+        **_latent_cases(batch, tokens * width, dtype),
         **_matrix_cases(x, dtype),
         **_sampling_cases(),
     }
+
+
+def _latent_cases(batch: RaggedBatch, blocks: int, dtype: torch.dtype) -> dict[str, Call]:
+    """At DeepSeek-V2-Lite's widths."""
+    kv = torch.randn(blocks, 1, 1, 1, SLOTS, 576).to(dtype)
+    q = torch.randn(batch.num_tokens, 16, 576).to(dtype)
+    plans = {backend.name: backend.plan_attention(kv, batch) for backend in backends(dtype)}
+    return {"latent_attention": lambda b: b.latent_attention(q, kv, 0, plans[b.name], 576**-0.5, 512)}
 
 
 def _matrix_cases(x: torch.Tensor, dtype: torch.dtype) -> dict[str, Call]:

@@ -53,7 +53,7 @@ def rows(plan: Plan) -> Iterator[Row]:
         yield Row(f"decode {kind} KV {model.name} {load.name}", "paged_attention", make, "attention_decode")
 
 
-def _batch(load: Workload, slots: int) -> tuple[RaggedBatch, int]:
+def ragged_batch(load: Workload, slots: int) -> tuple[RaggedBatch, int]:
     """The batch with shuffled blocks, and how many blocks there are."""
     width = -(-(load.stored + load.new) // slots)
     common = load.shared // slots
@@ -66,7 +66,7 @@ def _batch(load: Workload, slots: int) -> tuple[RaggedBatch, int]:
 
 
 def _attention(device: torch.device, model: ModelShape, load: Workload, slots: int, *, sharing: bool = True) -> Problem:
-    batch, blocks = _batch(load, slots)
+    batch, blocks = ragged_batch(load, slots)
     kv = _storage(device, blocks, model, slots)
     tokens, scale = batch.num_tokens, 1 / math.sqrt(model.dim)
     q = normal(device, tokens, model.heads, model.dim, seed=7)
@@ -75,7 +75,7 @@ def _attention(device: torch.device, model: ModelShape, load: Workload, slots: i
     else:
         limits = AttentionLimits(load.rows, tokens, load.stored + load.new, model.heads, shared_prefix=False)
         plan = ops.plan_attention(kv, batch, ops.attention_workspace(kv, limits))
-    checked = _checked_tokens(load)
+    checked = checked_tokens(load)
 
     def truth(each: Inputs) -> Tensor:
         found = []
@@ -120,14 +120,14 @@ def _storage(device: torch.device, blocks: int, model: ModelShape, slots: int) -
 
 
 def row_kv(kv: Tensor, batch: RaggedBatch, row: int, slots: int) -> tuple[Tensor, Tensor]:
-    """Keys and values [S, H, D] of one row."""
+    """Keys and values [S, H, D] of one row; the same where one stored row is both."""
     length = int(batch.starts[row] + batch.counts[row])
     table = torch.from_numpy(batch.block_tables[row, : -(-length // slots)].astype(np.int64)).to(kv.device)
     both = kv[table, 0].permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length]
-    return both[0], both[1]
+    return both[0], both[-1]
 
 
-def _checked_tokens(load: Workload) -> list[tuple[int, list[int]]]:
+def checked_tokens(load: Workload) -> list[tuple[int, list[int]]]:
     """(row, tokens of it) to compare: first, last and some between, of a few rows."""
     some = sorted({round(each) for each in np.linspace(0, load.rows - 1, min(CHECKED_ROWS, load.rows))})
     inside = sorted({round(each) for each in np.linspace(0, load.new - 1, min(CHECKED_TOKENS, load.new))})
@@ -136,7 +136,7 @@ def _checked_tokens(load: Workload) -> list[tuple[int, list[int]]]:
 
 def _write_kv(device: torch.device, model: ModelShape, tokens: int, slots: int) -> Problem:
     load = Workload("write", tokens, slots - 1, 1)
-    batch, blocks = _batch(load, slots)
+    batch, blocks = ragged_batch(load, slots)
     kv = torch.zeros(blocks, 1, 2, model.kv_heads, slots, model.dim, dtype=torch.bfloat16, device=device)
     plan = ops.plan_attention(kv, batch)
     table = torch.from_numpy(batch.block_tables[:, 0].astype(np.int64)).to(device)
@@ -208,7 +208,7 @@ def _move_blocks(device: torch.device, model: ModelShape, tokens: int, slots: in
 
 def _rotate_and_store(device: torch.device, model: ModelShape, tokens: int, slots: int, *, norm: bool) -> Problem:
     load, heads = Workload("rotate", tokens, slots - 1, 1), model.heads + 2 * model.kv_heads
-    batch, blocks = _batch(load, slots)
+    batch, blocks = ragged_batch(load, slots)
     kv = torch.zeros(blocks, 1, 2, model.kv_heads, slots, model.dim, dtype=torch.bfloat16, device=device)
     plan, turned = ops.plan_attention(kv, batch), heads - model.kv_heads
     weight = normal(device, turned, model.dim, seed=2, dtype=torch.float32) if norm else None
@@ -242,7 +242,7 @@ def _rotate_and_store(device: torch.device, model: ModelShape, tokens: int, slot
 
 
 def _coded_decode(device: torch.device, model: ModelShape, load: Workload, slots: int, dtype: torch.dtype) -> Problem:
-    batch, blocks = _batch(load, slots)
+    batch, blocks = ragged_batch(load, slots)
     plain = _storage(device, blocks, model, slots)
     unit = 448.0 if dtype is torch.float8_e4m3fn else 127.0
     scales = torch.full((1, 2, model.kv_heads), 6.0 / unit, device=device)
@@ -252,7 +252,7 @@ def _coded_decode(device: torch.device, model: ModelShape, load: Workload, slots
         codes[begin : begin + 4096] = coded.round().to(dtype) if dtype is torch.int8 else coded.to(dtype)
     del plain
     plan, scale = ops.plan_attention(codes, batch), 1 / math.sqrt(model.dim)
-    checked = [row for row, _ in _checked_tokens(load)]
+    checked = [row for row, _ in checked_tokens(load)]
 
     def truth(each: Inputs) -> Tensor:
         found = []

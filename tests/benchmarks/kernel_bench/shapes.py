@@ -24,6 +24,16 @@ class ModelShape:
 
 
 @dataclass(frozen=True, slots=True)
+class LatentShape:
+    """Attention over one stored row per token, of which `value` numbers are the value."""
+
+    name: str
+    heads: int
+    stored: int
+    value: int
+
+
+@dataclass(frozen=True, slots=True)
 class Workload:
     """A ragged batch: `rows` sequences of `stored` and `new` tokens each, `shared` of the stored in common."""
 
@@ -48,6 +58,7 @@ class Plan:
     tokens: tuple[int, ...]  # of norms, rotations, activations
     sampled_rows: tuple[int, ...]
     slots: int
+    latents: tuple[LatentShape, ...]
 
 
 QWEN3_06B = ModelShape("0.6B", 1024, 16, 8, 128, 3072, 151_936)
@@ -69,6 +80,7 @@ REAL = Plan(
     tokens=(1, 64, 4096),
     sampled_rows=(1, 64, 256),
     slots=16,
+    latents=(LatentShape("V2-Lite", 16, 576, 512), LatentShape("V3", 128, 576, 512)),
 )
 
 TOY = Plan(
@@ -85,6 +97,7 @@ TOY = Plan(
     tokens=(3,),
     sampled_rows=(2,),
     slots=4,
+    latents=(LatentShape("toy", 6, 40, 32),),
 )
 
 

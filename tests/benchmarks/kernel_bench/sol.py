@@ -74,6 +74,14 @@ def attention(
     )
 
 
+def latent_attention(rows: int, stored: int, new: int, widths: tuple[int, int, int]) -> Cost:
+    """Causal attention of `new` tokens a row after `stored` ones, each row read once; `widths`: heads, row, value."""
+    heads, row, value = widths
+    pairs, tokens = rows * (new * stored + new * (new + 1) / 2), rows * new
+    keys = rows * (stored + new)
+    return Cost(2.0 * pairs * heads * (row + value), (keys + tokens * heads) * row * 2, tokens * heads * value * 2)
+
+
 def shared_attention(rows: int, prefix: int, own: int, heads: int, kv_heads: int, dim: int) -> Cost:
     """Decode of `rows` sequences that share `prefix` stored tokens, read once, and have `own` more each."""
     flops = 4.0 * rows * (prefix + own) * heads * dim

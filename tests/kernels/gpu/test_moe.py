@@ -23,18 +23,19 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     biased=st.booleans(),
     renormalize=st.booleans(),
     strange=st.sampled_from([0.0, float("nan"), float("inf"), -float("inf")]),
+    scaling=st.sampled_from([1.0, 2.5]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=40, deadline=None)
-def test_choice(tokens, experts, top_k, scoring, biased, renormalize, strange, dtype, seed):
+def test_choice(tokens, experts, top_k, scoring, biased, renormalize, strange, scaling, dtype, seed):
     torch.manual_seed(seed)
     count, groups, top_groups = experts
     logits = torch.randn(tokens, count, device=DEVICE).round(decimals=1).to(dtype)
     logits[1:2, :2] = strange
     bias = torch.randn(count, device=DEVICE).round(decimals=1) if biased else None
     how = {"scoring": scoring, "renormalize": renormalize, "selection_bias": bias}
-    how |= {"groups": groups, "top_groups": top_groups}
+    how |= {"groups": groups, "top_groups": top_groups, "scaling": scaling}
     ids, weights = moe.route_experts(logits, min(top_k, count), **how)
     expected_ids, expected_weights = reference.route_experts(logits, min(top_k, count), **how)
     assert (ids.dtype, weights.dtype) == (torch.int32, torch.float32)

@@ -68,12 +68,14 @@ def test_wrong_shapes_are_refused():
     case = PagedCase([(0, 5)], heads=2, group=3, dim=32)
     plan = attention.plan_attention(case.kv, case.batch)
     qkv, table = torch.randn(5, 10, 32), torch.randn(5, 16)
+    latent = PagedCase([(0, 5)], heads=1, group=3, dim=32, parts=1).kv
     for arguments, name in (
         ((qkv[:4], None, 1e-6, table, table, case.kv, 0, plan), "qkv"),
         ((qkv.bfloat16(), None, 1e-6, table, table, case.kv, 0, plan), "qkv"),
         ((qkv, torch.randn(7, 32), 1e-6, table, table, case.kv, 0, plan), "head_norms"),
         ((qkv, None, 1e-6, table[:4], table, case.kv, 0, plan), "cos"),
         ((qkv, None, 1e-6, table, table, case.kv, 9, plan), "kv"),
+        ((qkv, None, 1e-6, table, table, latent, 0, plan), "expected keys and values"),
     ):
         with pytest.raises(KernelInputError, match=name):
             native.rotate_and_store(*arguments)
