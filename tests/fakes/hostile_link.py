@@ -101,7 +101,10 @@ class HostileLink:
             del self.sender_end.outbox[index]
         try:
             if isinstance(frame.message, Offer) and frame.message.inline:
-                self._landing = self.receiver.on_payload(self.receiver_end, frame.message), frame.payload
+                self._landing = (
+                    self.receiver.on_payload(self.receiver_end, frame.message, len(frame.payload)),
+                    frame.payload,
+                )
                 if not hold:
                     self.land()
             else:

@@ -64,7 +64,7 @@ class LoopbackTransfer:
         if self.incoming.pop(session_id, None) is not None:
             self._events.append(IncomingClosed(session_id))
 
-    def start(self, grant: Grant) -> None:
+    def start(self, grant: Grant, bank: int = 0) -> None:
         assert grant.session_id not in self.outgoing
         self.outgoing[grant.session_id] = Outgoing(grant)
 

@@ -27,17 +27,22 @@ _BLANK, _PRIVATE, _CACHED, _QUARANTINED = range(4)
 
 
 class BlockPool:
-    """`num_blocks` blocks, all blank at first. `generations` uint64 [num_blocks] may live in shared memory."""
+    """`num_blocks` blocks, all blank at first. `generations` uint64 [num_blocks] may live in shared memory.
 
-    def __init__(self, num_blocks: int, generations: U64 | None = None) -> None:
+    Their ids begin at `first`, where one worker has several pools whose blocks must not be taken for each other's.
+    """
+
+    def __init__(self, num_blocks: int, generations: U64 | None = None, first: int = 0) -> None:
         if generations is not None and len(generations) != num_blocks:
             raise IntegrityError(f"{len(generations)} generations for {num_blocks} blocks")
         self.num_blocks = num_blocks
+        self.first = first
         self.generations: U64 = np.zeros(num_blocks, np.uint64) if generations is None else generations
         self.num_idle = 0  # cached blocks that no sequence holds; counted by the prefix cache
         self._state = np.zeros(num_blocks, np.uint8)
         self._num_quarantined = 0
-        self._blank: Blocks = np.arange(num_blocks - 1, -1, -1, dtype=np.intp)  # a stack: memory still warm goes first
+        # A stack: memory still warm goes first.
+        self._blank: Blocks = np.arange(first + num_blocks - 1, first - 1, -1, dtype=np.intp)
         self._num_blank = num_blocks
         self._reclaim: Callable[[int], Blocks] | None = None
 
@@ -69,9 +74,15 @@ class BlockPool:
         self._num_blank = left
         if len(blocks) < count and self._reclaim is not None:
             blocks = np.concatenate((blocks, self._reclaim(count - len(blocks))))
-        self._state[blocks] = _PRIVATE
-        self.generations[blocks] += 1
+        places = self._places(blocks)
+        self._state[places] = _PRIVATE
+        self.generations[places] += 1
         return blocks
+
+    def generations_of(self, blocks: Blocks) -> U64:
+        """The numbers of these blocks, as they are now."""
+        found: U64 = self.generations[self._places(blocks)]
+        return found
 
     def free(self, blocks: Blocks) -> None:
         """These private blocks are blank again."""
@@ -97,16 +108,18 @@ class BlockPool:
 
     def private_blocks(self) -> Blocks:
         """Ids of all blocks with one holder, who shares them with nobody, ascending."""
-        return np.flatnonzero(self._state == _PRIVATE)
+        return np.flatnonzero(self._state == _PRIVATE) + self.first
 
     def cached_blocks(self) -> Blocks:
         """Ids of all blocks that belong to the prefix cache, ascending."""
-        return np.flatnonzero(self._state == _CACHED)
+        return np.flatnonzero(self._state == _CACHED) + self.first
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless every invariant of the module docstring holds."""
         blank, private, cached, apart = np.bincount(self._state, minlength=4).tolist()
-        if not np.array_equal(np.sort(self._blank[: self._num_blank]), np.flatnonzero(self._state == _BLANK)):
+        if not np.array_equal(
+            np.sort(self._blank[: self._num_blank]), np.flatnonzero(self._state == _BLANK) + self.first
+        ):
             raise IntegrityError("the stack is not the set of blank blocks")
         if apart != self._num_quarantined:
             raise IntegrityError("the quarantine count is wrong")
@@ -116,6 +129,10 @@ class BlockPool:
             raise IntegrityError("free + owned + quarantined is not the total")
 
     def _change(self, blocks: Blocks, before: int, after: int) -> None:
-        if self._state[blocks].tobytes().count(before) != len(blocks):
+        places = self._places(blocks)
+        if self._state[places].tobytes().count(before) != len(blocks):
             raise IntegrityError(f"some of the blocks {blocks} are not in state {before}")
-        self._state[blocks] = after
+        self._state[places] = after
+
+    def _places(self, blocks: Blocks) -> Blocks:
+        return blocks - self.first if self.first else blocks

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from penstock.workers.errors import ConfigError
+from penstock.workers.kv.sliced_pool import HeadSlice
 from penstock.workers.kv.storage import KVStorage
 
 _WIDE = 8  # blocks are moved in numbers of so many bytes where they can be
@@ -90,6 +91,10 @@ class DeviceKVStorage:
             target.index_copy_(0, _index(blocks, self.tensor), arrived)
         done()
 
+    def slice_pool(self, part: HeadSlice) -> DeviceSlices:
+        """The same blocks, of which peers see some of the heads only."""
+        return DeviceSlices(self, part, self._stream)
+
     def copy_from(self, source: Tensor, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy blocks of another pool on this device; they are there when this returns."""
         with self._stream.opened() as done:
@@ -101,6 +106,46 @@ class DeviceKVStorage:
         """Give the memory back once the last view of it is gone. Safe to call twice."""
         self.tensor = torch.zeros((1, self.block_bytes), dtype=torch.uint8)
         self._counters.close()
+
+
+class DeviceSlices:
+    """`transfer.port.DevicePool` over some of the heads of every block; see `sliced_pool.py` for their order."""
+
+    def __init__(self, storage: DeviceKVStorage, part: HeadSlice, stream: TransferStream) -> None:
+        self.num_blocks = storage.num_blocks
+        self.block_bytes = part.bytes_of(storage.block_bytes)
+        self._storage = storage
+        self._part = part
+        self._stream = stream
+
+    @property
+    def generations(self) -> NDArray[np.uint64]:
+        """The storage's."""
+        return self._storage.generations
+
+    def gather(self, blocks: Sequence[int], buffer: memoryview) -> Callable[[], None]:
+        """See `DevicePool.gather`."""
+        host = torch.frombuffer(buffer, dtype=torch.uint8, count=len(blocks) * self.block_bytes)
+        with self._stream.opened() as done:
+            packed = self._rows().index_select(0, _index(blocks, self._storage.tensor))
+            host.copy_(packed.reshape(-1), non_blocking=True)
+        return done
+
+    def scatter(self, buffer: memoryview, places: Sequence[int], blocks: Sequence[int]) -> None:
+        """See `DevicePool.scatter`."""
+        count = len(buffer) // self.block_bytes
+        host = torch.frombuffer(buffer, dtype=torch.uint8, count=count * self.block_bytes).view(count, self.block_bytes)
+        with self._stream.opened() as done:
+            rows = self._rows()
+            arrived = host[list(places)].to(rows.device).view(len(places), *rows.shape[1:])
+            rows.index_copy_(0, _index(blocks, self._storage.tensor), arrived)
+        done()
+
+    def _rows(self) -> Tensor:
+        """[block, piece, head, byte] of the slice; shares the pool's memory."""
+        tensor, part = self._storage.tensor, self._part
+        rows = tensor.view(len(tensor), part.pieces, part.heads, -1)
+        return rows[:, :, part.first : part.first + part.count]
 
 
 class TransferStream:

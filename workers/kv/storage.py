@@ -29,6 +29,7 @@ import psutil
 from numpy.typing import NDArray
 
 from penstock.workers.errors import ConfigError, WireError
+from penstock.workers.kv.sliced_pool import HeadSlice, SlicedPool
 
 _MAGIC = b"PSTKKV01"
 _HEADER = struct.Struct("<8sQQQ")  # magic, num_blocks, block_bytes, offset of data
@@ -69,6 +70,11 @@ class KVStorage:
         return self.path
 
     @property
+    def copies_on_device(self) -> bool:
+        """Peers copy for themselves, through the host."""
+        return False
+
+    @property
     def frame_bytes(self) -> int | None:
         """`read` and `land` take any number of blocks."""
         return None
@@ -80,6 +86,10 @@ class KVStorage:
     def land(self, blocks: Sequence[int]) -> PoolBlocks:
         """The memory of these blocks, to be written in place."""
         return PoolBlocks(self._bytes, self.block_bytes, blocks)
+
+    def slice_pool(self, part: HeadSlice) -> SlicedPool:
+        """The same blocks, of which peers see some of the heads only."""
+        return SlicedPool(self.data, self.generations, part)
 
     @staticmethod
     def create(num_blocks: int, block_bytes: int) -> KVStorage:

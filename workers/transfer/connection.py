@@ -58,8 +58,11 @@ class Handler(Protocol):
 
     def on_message(self, channel: Connection, message: Message) -> None: ...
 
-    def on_payload(self, channel: Connection, offer: Offer) -> Landing | None:
-        """None: no room for the bytes; they are not read before `channel.resume` leads to another call."""
+    def on_payload(self, channel: Connection, offer: Offer, size: int) -> Landing | None:
+        """`size` bytes follow. None: no room for them; they are not read before `channel.resume` has this asked again.
+
+        Raises WireError where the offer's blocks are not of that size.
+        """
         ...
 
     def on_landed(self, channel: Connection, landing: Landing) -> None: ...
@@ -72,7 +75,6 @@ class ConnectionTerms:
     """What all connections of a worker have in common."""
 
     cluster_key: bytes
-    block_bytes: int
     max_payload_bytes: int
     attention: Callable[[Connection], None]  # the connection has failed, or wants (no longer) to write
     drained: Callable[[Connection], None]  # the network has taken some of what was queued
@@ -232,8 +234,6 @@ class Connection:
         # A session is expected before its grant leaves this worker, so its frames never overtake the command.
         self._terms.catch_up()
         if isinstance(message, Offer) and message.inline:
-            if header.payload_bytes != len(message.entries) * self._terms.block_bytes:
-                raise WireError(f"transfer: payload of {header.payload_bytes} bytes for {len(message.entries)} blocks")
             self._payload_left = header.payload_bytes
             self._land(message)
         elif header.payload_bytes:
@@ -242,7 +242,7 @@ class Connection:
             self.handler.on_message(self, message)
 
     def _land(self, offer: Offer) -> None:
-        landing = self._landing = self.handler.on_payload(self, offer)
+        landing = self._landing = self.handler.on_payload(self, offer, self._payload_left)
         self._roomless = offer if landing is None else None
         if landing is None:
             self._terms.attention(self)

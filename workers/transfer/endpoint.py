@@ -9,10 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from penstock.workers.kv.sliced_pool import HeadSlice
 from penstock.workers.settings import TransferSettings
 from penstock.workers.transfer.faults import TransferFaults
+from penstock.workers.transfer.head_slices import ALONE, HeadRange, HeadShare
 from penstock.workers.transfer.messages import Message
-from penstock.workers.transfer.port import BlockStorage, TransferEvent
+from penstock.workers.transfer.port import BlockMover, BlockStorage, TransferEvent
+from penstock.workers.transfer.staging import staged_slices
 
 
 class Channel(Protocol):
@@ -83,3 +86,17 @@ class Endpoint:
     clock: Callable[[], float]
     faults: TransferFaults | None = None
     counters: TransferCounters = field(default_factory=TransferCounters)
+    share: HeadShare = ALONE  # of the model's KV heads, in this rank's blocks
+    pieces: int = 1  # of a block: runs of bytes with all its heads, one per layer and part
+    _slices: dict[HeadRange, BlockMover] = field(default_factory=dict)
+
+    def pool_of(self, heads: HeadRange) -> BlockMover:
+        """The pool as a connection sees it that carries these heads, which are some of this rank's."""
+        own = self.share.heads
+        if heads == own:
+            return self.storage
+        found = self._slices.get(heads)
+        if found is None:
+            part = HeadSlice(self.pieces, own.count, heads.first - own.first, heads.count)
+            found = self._slices[heads] = staged_slices(self.storage.slice_pool(part))
+        return found

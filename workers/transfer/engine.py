@@ -25,6 +25,7 @@ from penstock.workers.transfer.connection import ConnectionTerms
 from penstock.workers.transfer.digests import POLICIES
 from penstock.workers.transfer.endpoint import Channel, Endpoint, TransferCounters
 from penstock.workers.transfer.faults import TransferFaults
+from penstock.workers.transfer.head_slices import ALONE, HeadShare
 from penstock.workers.transfer.port import BlockStorage, Incoming, Tail, TransferEvent
 from penstock.workers.transfer.receiver import HANDSHAKE_TIMEOUT_S, Receiver
 from penstock.workers.transfer.sender import Sender
@@ -57,10 +58,12 @@ class TransferEngine:
         wake: Callable[[], None],
         clock: Callable[[], float],
         faults: TransferFaults | None = None,
+        share: HeadShare = ALONE,
+        pieces: int = 1,
     ) -> None:
-        block_bytes = storage.block_bytes
+        """`share` of the model's KV heads is in every block, in `pieces` runs of bytes."""
         frame_bytes = min(settings.max_frame_bytes, storage.frame_bytes or settings.max_frame_bytes)
-        _check(settings, block_bytes)
+        _check(settings, storage.block_bytes)
         key = _key(cluster_key)
         self._wake, self._clock = wake, clock
         self._commands: deque[Callable[[], None]] = deque()
@@ -70,7 +73,17 @@ class TransferEngine:
         self._next_sweep: float | None = None
         self._counters = TransferCounters()
         endpoint = Endpoint(
-            settings, storage, worker_id, host_id, compatibility, self._emit, clock, faults, self._counters
+            settings,
+            storage,
+            worker_id,
+            host_id,
+            compatibility,
+            self._emit,
+            clock,
+            faults,
+            self._counters,
+            share,
+            pieces,
         )
         self._receiver = Receiver(endpoint)
         self._sender = Sender(endpoint, self._connect)
@@ -78,9 +91,7 @@ class TransferEngine:
             settings.host,
             settings.socket_buffer_bytes,
             self._receiver,
-            lambda loop: ConnectionTerms(
-                key, block_bytes, frame_bytes, loop.attend, self._sender.on_drained, self._catch_up
-            ),
+            lambda loop: ConnectionTerms(key, frame_bytes, loop.attend, self._sender.on_drained, self._catch_up),
         )
         self._thread = threading.Thread(target=self._run, name=f"transfer-{worker_id}-{epoch}", daemon=True)
         self._thread.start()
@@ -110,8 +121,8 @@ class TransferEngine:
         """Stop accepting; answered by `IncomingClosed` unless another final event was already on its way."""
         self._submit(lambda: self._receiver.forget(session_id))
 
-    def start(self, grant: Grant) -> None:
-        """Open a session towards the granter, whose lease is renewed from now on."""
+    def start(self, grant: Grant, bank: int = 0) -> None:
+        """Open a session towards the granter, whose lease is renewed from now on. One rank has one bank."""
 
         def command() -> None:
             self._sender.start(grant)

@@ -1,11 +1,14 @@
-"""One granted session as the receiving worker sees it: which fragments are here, until when, and from whom.
+"""One granted session as a receiving rank sees it: which fragments are here, until when, and from whom.
 
-    WAITING (granted) -> bound to a connection (Open) -> fragments land -> Finish -> whole
+    WAITING (granted) -> opened by each sender (Open) -> fragments land -> Finish from each -> whole
 
-Used by `receiver.py`, which does the bytes and the talking; pure apart from that, the clock's reading comes in.
+A sending group that is wider than ours has several ranks with heads for us: each delivers its slice of every fragment
+over a connection of its own. Used by `receiver.py`, which does the bytes and the talking; pure apart from that, the
+clock's reading comes in.
 
-Invariants: a fragment that is marked here is never landed again; a session that has ended names no target; only the
-connection that opened the session can change it, and only with the session's epoch.
+Invariants: a fragment that is marked in a delivery is never landed again by it; a session that has ended names no
+target; only a connection that opened the session can change it, only with the session's epoch, and no two of them
+deliver the same head; the session is whole once its deliveries are, and carry all heads of this rank.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from numpy.typing import NDArray
 from penstock.workers.errors import PenstockError
 from penstock.workers.protocol import Tokens
 from penstock.workers.transfer.endpoint import Channel
+from penstock.workers.transfer.head_slices import ALONE, HeadRange
 from penstock.workers.transfer.messages import Offer
 from penstock.workers.transfer.port import Incoming
 
@@ -29,49 +33,85 @@ class SessionError(PenstockError):
 
 
 class IncomingSession:
-    """Book-keeping of one expected session."""
+    """Book-keeping of one expected session; `own` are the heads in this rank's blocks."""
 
-    __slots__ = (
-        "_blocks",
-        "_generations",
-        "_have",
-        "_lacking",
-        "_rounds",
-        "channel",
-        "expires",
-        "granted",
-        "open",
-        "tokens",
-    )
+    __slots__ = ("_deliveries", "_own", "_unopened_until", "blocks", "generations", "granted", "open", "tokens")
 
-    def __init__(self, granted: Incoming, now: float) -> None:
+    def __init__(self, granted: Incoming, now: float, own: HeadRange = ALONE.heads) -> None:
         self.granted = granted
-        self.expires = now + granted.lease_s
         self.open = True
-        self.channel: Channel | None = None
-        self.tokens: Tokens | None = None  # from Finish
-        self._have = bytearray(len(granted.blocks))
-        self._lacking = len(granted.blocks)
+        self.tokens: Tokens | None = None  # from the first Finish
+        self.blocks = np.asarray(granted.blocks, np.int64)
+        self.generations = np.asarray(granted.generations, np.uint64)
+        self._own = own
+        self._unopened_until = now + granted.lease_s  # by then every head has a sender
+        self._deliveries: dict[Channel, Delivery] = {}
+
+    @property
+    def channels(self) -> list[Channel]:
+        """Connections that have opened the session."""
+        return list(self._deliveries)
+
+    @property
+    def expires(self) -> float:
+        """The lease ends then: one sender gave no sign of life, or never came."""
+        leases = [delivery.expires for delivery in self._deliveries.values()]
+        return min(leases if self._covered else [self._unopened_until, *leases])
+
+    @property
+    def whole(self) -> bool:
+        """Every fragment of every sender, and the tail, are here."""
+        return self._covered and all(delivery.whole for delivery in self._deliveries.values())
+
+    def delivery(self, channel: Channel, epoch: int, heads: HeadRange, now: float) -> Delivery | None:
+        """What this connection delivers, renewed; opened with its first sign. None: the session is not for it."""
+        if not self.open or epoch != self.granted.epoch:
+            return None
+        found = self._deliveries.get(channel)
+        if found is None:
+            if any(other.heads.meets(heads) for other in self._deliveries.values()):
+                return None
+            found = self._deliveries[channel] = Delivery(self, channel, heads)
+        found.renew(now)
+        return found
+
+    def delivered_by(self, channel: Channel) -> Delivery | None:
+        """What this connection delivers, if it has opened the session."""
+        return self._deliveries.get(channel)
+
+    @property
+    def _covered(self) -> bool:
+        return sum(delivery.heads.count for delivery in self._deliveries.values()) == self._own.count
+
+
+class Delivery:
+    """One sender's part of a session: the same heads of every fragment."""
+
+    __slots__ = ("_finished", "_have", "_lacking", "_rounds", "channel", "expires", "heads", "session")
+
+    def __init__(self, session: IncomingSession, channel: Channel, heads: HeadRange) -> None:
+        self.session = session
+        self.channel = channel
+        self.heads = heads
+        self.expires = 0.0
+        self._have = bytearray(len(session.blocks))
+        self._lacking = len(session.blocks)
         self._rounds = 0
-        self._blocks = np.asarray(granted.blocks, np.int64)
-        self._generations = np.asarray(granted.generations, np.uint64)
+        self._finished = False
+
+    @property
+    def open(self) -> bool:
+        """The session lives: its blocks may be written."""
+        return self.session.open
 
     @property
     def whole(self) -> bool:
         """Every fragment and the tail are here."""
-        return self._lacking == 0 and self.tokens is not None
-
-    def bind(self, channel: Channel, epoch: int) -> bool:
-        """Tie the session to the first connection that opens it. False: this is not that connection, or not ours."""
-        if not self.open or epoch != self.granted.epoch:
-            return False
-        if self.channel is None:
-            self.channel = channel
-        return self.channel is channel
+        return self._lacking == 0 and self._finished
 
     def renew(self, now: float) -> None:
-        """The peer gave a sign of life."""
-        self.expires = now + self.granted.lease_s
+        """The sender gave a sign of life."""
+        self.expires = now + self.session.granted.lease_s
 
     def targets(self, offer: Offer, generations: NDArray[np.uint64]) -> list[int | None]:
         """Block for each entry of the offer; None for one that is here already.
@@ -79,12 +119,13 @@ class IncomingSession:
         `generations` is the pool's current one for every block. Raises SessionError for a fragment outside the grant
         or a block that no longer is the one granted.
         """
+        granted = self.session
         fragments, stated = offer.entries["fragment"], offer.entries["target_generation"]
-        outside = fragments >= len(self._blocks)
+        outside = fragments >= len(granted.blocks)
         if outside.any():
-            raise SessionError(f"fragment {fragments[outside][0]} of a session of {len(self._blocks)}")
-        blocks = self._blocks[fragments]
-        reused = (stated != self._generations[fragments]) | (stated != generations[blocks])
+            raise SessionError(f"fragment {fragments[outside][0]} of a session of {len(granted.blocks)}")
+        blocks = granted.blocks[fragments]
+        reused = (stated != granted.generations[fragments]) | (stated != generations[blocks])
         if reused.any():
             raise SessionError(f"fragment {fragments[reused][0]}: the granted block has been reused")
         targets: list[int | None] = []
@@ -101,12 +142,15 @@ class IncomingSession:
             self._lacking -= 1
 
     def finish(self, tokens: Tokens) -> Tokens:
-        """The peer has sent everything. Returns the fragments to ask for again, none when whole.
+        """The sender has sent everything. Returns the fragments to ask for again, none when whole.
 
-        Raises SessionError when asking again has not helped.
+        Raises SessionError when asking again has not helped, or when senders disagree about the tokens.
         """
-        if self.tokens is None:
-            self.tokens = tokens
+        if self.session.tokens is None:
+            self.session.tokens = tokens
+        if not self._finished and self.session.tokens != tokens:
+            raise SessionError("the sending ranks have sampled different tokens")
+        self._finished = True
         if self._lacking == 0:
             return ()
         if self._rounds == MAX_RESEND_ROUNDS:

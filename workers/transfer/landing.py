@@ -10,10 +10,12 @@ import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from penstock.workers.errors import WireError
+from penstock.workers.kv.sliced_pool import HeadSlice, SlicedPool
 from penstock.workers.transfer.endpoint import Endpoint
-from penstock.workers.transfer.incoming import IncomingSession
+from penstock.workers.transfer.incoming import Delivery
 from penstock.workers.transfer.messages import Hello, Offer
 from penstock.workers.transfer.port import DirectPeerPool, HostBlocks, HostPeerPool
 
@@ -27,21 +29,22 @@ _log = logging.getLogger(__name__)
 class BlockLanding:
     """Where the blocks of one offer go. `host`: memory for the wanted ones, None where no bytes are wanted at all.
 
-    `targets`: the block for each entry, None for one that is here already.
+    `delivery`: whose blocks they are; None where nobody here expects them. `targets`: the block for each entry, None
+    for one that is here already.
     """
 
-    __slots__ = ("_scratch", "host", "intact", "offer", "rows", "session", "targets", "wanted")
+    __slots__ = ("_scratch", "delivery", "host", "intact", "offer", "rows", "targets", "wanted")
 
     def __init__(
         self,
         offer: Offer,
-        session: IncomingSession | None,
+        delivery: Delivery | None,
         targets: Sequence[int | None] = (),
         host: HostBlocks | None = None,
         scratch: memoryview = _NOTHING,
     ) -> None:
         self.offer = offer
-        self.session = session
+        self.delivery = delivery
         self.targets = targets
         self.wanted = [place for place, target in enumerate(targets) if target is not None]  # places of the offer
         self.rows: list[Entry] = offer.entries[self.wanted].tolist()  # of the wanted entries
@@ -52,7 +55,7 @@ class BlockLanding:
     @property
     def open(self) -> bool:
         """The session lives: its blocks may be written."""
-        return self.session is not None and self.session.open
+        return self.delivery is not None and self.delivery.open
 
     def views(self) -> list[memoryview]:
         """Writable views for the offer's blocks in order; of a block that is here already, a scratch block."""
@@ -81,8 +84,35 @@ class BlockLanding:
             self.host.release()
 
 
+class SlicedPeer:
+    """`HostPeerPool` of which a connection carries some heads only."""
+
+    def __init__(self, peer: HostPeerPool, part: HeadSlice) -> None:
+        self._peer = peer
+        self._pool = peer.slice_pool(part)
+        self.num_blocks = self._pool.num_blocks
+        self.block_bytes = self._pool.block_bytes
+
+    @property
+    def generations(self) -> NDArray[np.uint64]:
+        """The owner's, as they are now."""
+        return self._pool.generations
+
+    def read(self, blocks: Sequence[int]) -> HostBlocks:
+        """The slices of these blocks, as they are now."""
+        return self._pool.read(blocks)
+
+    def slice_pool(self, part: HeadSlice) -> SlicedPool:
+        """Of the whole blocks."""
+        return self._peer.slice_pool(part)
+
+    def close(self) -> None:
+        """Let go of the peer's pool."""
+        self._peer.close()
+
+
 def attach_segment(endpoint: Endpoint, hello: Hello) -> HostPeerPool | DirectPeerPool | None:
-    """The peer's storage, read-only; None where it offers none or this process cannot see it.
+    """The peer's storage as this connection carries it, read-only; None where it offers none or we cannot see it.
 
     Raises WireError when what is there is not what the peer says.
     """
@@ -98,7 +128,15 @@ def attach_segment(endpoint: Endpoint, hello: Hello) -> HostPeerPool | DirectPee
     if (segment.num_blocks, segment.block_bytes) != (hello.num_blocks, hello.block_bytes):
         segment.close()
         raise WireError("transfer: the peer's KV storage is not what it says")
-    return segment
+    if hello.sent == hello.held == endpoint.share.heads:
+        return segment
+    if isinstance(segment, DirectPeerPool):  # devices copy whole blocks only
+        segment.close()
+        return None
+    if hello.sent == hello.held:
+        return segment
+    first = hello.sent.first - hello.held.first
+    return SlicedPeer(segment, HeadSlice(endpoint.pieces, hello.held.count, first, hello.sent.count))
 
 
 def copy_blocks(landing: BlockLanding, segment: HostPeerPool | DirectPeerPool, verify: Verify) -> bool:

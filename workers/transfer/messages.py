@@ -20,12 +20,15 @@ from numpy.typing import NDArray
 
 from penstock.workers.errors import WireError
 from penstock.workers.protocol import Tokens
+from penstock.workers.transfer.head_slices import ALONE, HeadRange
 
 SESSION_BYTES = 16
 NO_SESSION = b"\0" * SESSION_BYTES
 MAX_BODY_BYTES = 1 << 20
 MAX_TEXT = 4096
 MAX_OFFER_ENTRIES = 1024
+MAX_HEADS = 1 << 16
+_MAX_FIELDS = 10
 
 # One row per block: `digest` is xxh3_64 of its bytes where `checked` is 1; `source_block` and `source_generation`
 # name it in P's pool, `target_generation` repeats the grant's number for the block of D it is meant for.
@@ -43,7 +46,10 @@ OFFER_DTYPE = np.dtype(
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """P's first message. `segment` is the path of its KV storage for readers on the same host; empty = TCP only."""
+    """P's first message. `segment` is the path of its KV storage for readers on the same host; empty = TCP only.
+
+    `held` are the KV heads in P's blocks of `block_bytes`, `sent` those of them that this connection carries.
+    """
 
     worker_id: str
     compatibility: str
@@ -51,6 +57,8 @@ class Hello:
     segment: str
     num_blocks: int
     block_bytes: int
+    held: HeadRange = ALONE.heads
+    sent: HeadRange = ALONE.heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +178,9 @@ def session_of(message: Message) -> tuple[bytes, int]:
 def encode_body(message: Message) -> bytes:
     """The fields beside session id and epoch; empty for messages that have none."""
     match message:
-        case Hello(worker_id, compatibility, host_id, segment, num_blocks, block_bytes):
+        case Hello(worker_id, compatibility, host_id, segment, num_blocks, block_bytes, held, sent):
             fields: list[object] = [worker_id, compatibility, host_id, segment, num_blocks, block_bytes]
+            fields += [held.first, held.count, sent.first, sent.count]
         case Welcome(shared_memory, frame_bytes):
             fields = [shared_memory, frame_bytes]
         case Goodbye(reason) | Abandon(reason=reason) | Reject(reason=reason):
@@ -190,7 +199,9 @@ def decode_body(code: int, session_id: bytes, epoch: int, body: bytes | bytearra
     """Inverse of `encode_body`; checks every type and length. Raises WireError."""
     try:
         fields = (
-            msgpack.unpackb(body, use_list=False, max_str_len=MAX_TEXT, max_array_len=8, max_map_len=0) if body else ()
+            msgpack.unpackb(body, use_list=False, max_str_len=MAX_TEXT, max_array_len=_MAX_FIELDS, max_map_len=0)
+            if body
+            else ()
         )
     except (ValueError, msgpack.UnpackException) as error:
         raise WireError(f"transfer message {code}: {error}") from error
@@ -203,7 +214,8 @@ def decode_body(code: int, session_id: bytes, epoch: int, body: bytes | bytearra
 def _build(code: int, session_id: bytes, epoch: int, read: _Fields) -> Message:
     match code:
         case 1:
-            return Hello(read.text(), read.text(), read.text(), read.text(), read.integer(), read.integer())
+            names = read.text(), read.text(), read.text(), read.text()
+            return Hello(*names, read.integer(), read.integer(), read.heads(), read.heads())
         case 2:
             return Welcome(read.flag(), read.integer())
         case 3:
@@ -257,6 +269,12 @@ class _Fields:
         if not isinstance(value, int) or value < 0:
             raise WireError(f"transfer message {self._code}: negative number")
         return value
+
+    def heads(self) -> HeadRange:
+        first, count = self.integer(), self.integer()
+        if max(first, count) > MAX_HEADS or count == 0:
+            raise WireError(f"transfer message {self._code}: {count} heads from {first} on")
+        return HeadRange(first, count)
 
     def numbers(self) -> Tokens:
         return tuple(np.frombuffer(self._bytes(4), "<i4").tolist())

@@ -13,6 +13,7 @@ from penstock.workers.transfer.digests import state_digests, stride_of
 from penstock.workers.transfer.endpoint import Endpoint
 from penstock.workers.transfer.messages import MAX_OFFER_ENTRIES, OFFER_DTYPE, Offer
 from penstock.workers.transfer.outgoing import OutgoingSession, Reading
+from penstock.workers.transfer.port import BlockSource
 
 # Blocks of a frame are read and digested before it leaves, and checked when all of it is there. With full digests that
 # takes a while, so frames are small and one is checked while the next is made; else larger ones spare both sides work.
@@ -21,14 +22,15 @@ FRAME_BYTES = 16 << 20
 
 
 class OfferMaker:
-    """Frames of one worker's blocks."""
+    """Frames of one pool's blocks, or of slices of them."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint, pool: BlockSource) -> None:
         self._endpoint = endpoint
-        self._storage = endpoint.storage
+        self._storage = pool
+        self.block_bytes = pool.block_bytes
         self._reads_ahead = self._storage.frame_bytes is not None and endpoint.faults is None  # faults count frames
         self._strides = {inline: stride_of(endpoint.settings, inline=inline) for inline in (True, False)}  # by `inline`
-        if self._storage.frame_bytes is not None:
+        if pool.copies_on_device:
             self._strides[False] = 0  # who maps a device's pool copies on the device, where no digest is taken
         self.blocks_per_frame = {inline: self._room(stride) for inline, stride in self._strides.items()}
 

@@ -15,13 +15,14 @@ Invariants the engine relies on:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from penstock.workers.kv.sliced_pool import HeadSlice, SlicedPool
 from penstock.workers.protocol import Grant, Tokens
 from penstock.workers.totals import TransferCause
 
@@ -42,6 +43,7 @@ class Incoming:
     blocks: Tokens
     generations: tuple[int, ...]
     lease_s: float
+    bank: int = 0  # in which all of `blocks` lie (`kv/banks.py`)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +105,8 @@ class TransferPort(Protocol):
         """Stop accepting; answered by `IncomingClosed` unless another final event was already on its way."""
         ...
 
-    def start(self, grant: Grant) -> None:
-        """Open a session towards the granter."""
+    def start(self, grant: Grant, bank: int = 0) -> None:
+        """Open a session towards the granter; all blocks that will be offered lie in this bank."""
         ...
 
     def offer(self, session_id: bytes, fragments: Sequence[tuple[int, int]]) -> None:
@@ -174,6 +176,11 @@ class BlockSource(Protocol):
         """Most bytes that one `read` or `land` may ask for; None = any number."""
         ...
 
+    @property
+    def copies_on_device(self) -> bool:
+        """Who maps `segment` lets a device copy the blocks: no digest of theirs is ever checked."""
+        ...
+
     def read(self, blocks: Sequence[int]) -> HostBlocks | None:
         """The content of these blocks, which stay untouched until `release`. None: no room now, ask after a release."""
         ...
@@ -218,6 +225,10 @@ class HostPeerPool(PeerPool, Protocol):
         """The content of these blocks, as it is now."""
         ...
 
+    def slice_pool(self, part: HeadSlice) -> SlicedPool:
+        """The same blocks, of which some of the heads are wanted; not after `close`."""
+        ...
+
 
 class BlockSink(Protocol):
     """A pool that blocks arrive in. Called on the transfer thread only."""
@@ -231,5 +242,37 @@ class BlockSink(Protocol):
         ...
 
 
-class BlockStorage(BlockSource, BlockSink, Protocol):
-    """A worker's pool: both."""
+class DevicePool(Protocol):
+    """A pool of blocks in a device's memory. Host buffers are those of `StagedStorage`, page-locked if possible."""
+
+    @property
+    def num_blocks(self) -> int: ...
+
+    @property
+    def block_bytes(self) -> int: ...
+
+    @property
+    def generations(self) -> NDArray[np.uint64]: ...
+
+    def gather(self, blocks: Sequence[int], buffer: memoryview) -> Callable[[], None]:
+        """Begin to copy these blocks to the buffer, one after the other; the call returned waits until they are there.
+
+        Blocks are read as they are when all device work submitted so far is done.
+        """
+        ...
+
+    def scatter(self, buffer: memoryview, places: Sequence[int], blocks: Sequence[int]) -> None:
+        """Copy place `places[i]` of the buffer to `blocks[i]`; on return, device work submitted later sees it."""
+        ...
+
+
+class BlockMover(BlockSource, BlockSink, Protocol):
+    """Blocks, or slices of them, that come and go."""
+
+
+class BlockStorage(BlockMover, Protocol):
+    """A worker's pool."""
+
+    def slice_pool(self, part: HeadSlice) -> DevicePool:
+        """The same blocks, of which a peer whose group has another width sees some of the heads only."""
+        ...

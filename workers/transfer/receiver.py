@@ -11,14 +11,14 @@ removal from `_sessions`; from then on every frame for it is rejected and its pa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from penstock.workers.errors import WireError
 from penstock.workers.totals import TransferCause
 from penstock.workers.transfer.connection import Landing
 from penstock.workers.transfer.digests import block_digest
 from penstock.workers.transfer.endpoint import Channel, Endpoint
-from penstock.workers.transfer.incoming import IncomingSession, SessionError
+from penstock.workers.transfer.incoming import Delivery, IncomingSession, SessionError
 from penstock.workers.transfer.landing import BlockLanding, Entry, Verify, attach_segment, copy_blocks
 from penstock.workers.transfer.messages import (
     Abandon,
@@ -37,6 +37,7 @@ from penstock.workers.transfer.messages import (
 )
 from penstock.workers.transfer.port import (
     Arrived,
+    BlockMover,
     DirectPeerPool,
     HostPeerPool,
     Incoming,
@@ -50,9 +51,11 @@ HANDSHAKE_TIMEOUT_S = 5.0
 
 @dataclass(slots=True)
 class _Peer:
-    """An accepted connection; `segment` is the peer's storage where it shares memory."""
+    """An accepted connection; `segment` is the peer's storage where it shares memory, `pool` ours as it sees it."""
 
     since: float
+    pool: BlockMover
+    scratch: memoryview = field(default_factory=lambda: memoryview(b""))  # a block that nobody needs
     hello: Hello | None = None
     segment: HostPeerPool | DirectPeerPool | None = None
 
@@ -67,14 +70,14 @@ class Receiver:
         self._peers: dict[Channel, _Peer] = {}
         self._landings: dict[Channel, BlockLanding] = {}  # payload that is being read
         self._waiting: dict[Channel, None] = {}  # whose payload there was no room for
-        self._scratch = memoryview(bytearray(endpoint.storage.block_bytes))
 
     # --- the engine's side ----------------------------------------------------------------------------------------
 
     def expect(self, granted: Incoming) -> None:
         """Accept a session; its lease starts now."""
         self._counters.incoming_started += 1
-        self._sessions[granted.session_id] = IncomingSession(granted, self._endpoint.clock())
+        own = self._endpoint.share.heads
+        self._sessions[granted.session_id] = IncomingSession(granted, self._endpoint.clock(), own)
 
     def forget(self, session_id: bytes) -> None:
         """End a session without a verdict."""
@@ -108,14 +111,14 @@ class Receiver:
 
     def on_opened(self, channel: Channel) -> None:
         """The connection is ready for the peer's Hello."""
-        self._peers[channel] = _Peer(self._endpoint.clock())
+        self._peers[channel] = _Peer(self._endpoint.clock(), self._endpoint.storage)
 
     def on_closed(self, channel: Channel, reason: str) -> None:
         """The peer is gone and its unfinished sessions with it."""
         peer = self._peers.pop(channel, None)
         self._waiting.pop(channel, None)
         for session in list(self._sessions.values()):
-            if session.channel is channel:
+            if channel in session.channels:
                 self._fail(session, f"sender lost: {reason}", TransferCause.PEER_LOST)
         self._landings.pop(channel, None)  # released with its session
         if peer is not None and peer.segment is not None:
@@ -139,17 +142,20 @@ class Receiver:
             case Finish(session_id, epoch, tokens):
                 self._finish(channel, self._find(channel, session_id, epoch), tokens)
             case Abandon(session_id, epoch, reason):
-                session = self._find(channel, session_id, epoch)
-                if session is not None:
-                    self._fail(session, f"given up by the sender: {reason}", TransferCause.ABANDONED)
+                delivery = self._find(channel, session_id, epoch)
+                if delivery is not None:
+                    self._fail(delivery.session, f"given up by the sender: {reason}", TransferCause.ABANDONED)
             case _:
                 raise WireError(f"transfer: {type(message).__name__} from a sender")
 
-    def on_payload(self, channel: Channel, offer: Offer) -> BlockLanding | None:
+    def on_payload(self, channel: Channel, offer: Offer, size: int) -> BlockLanding | None:
         """Say where the bytes that follow an inline offer go. None: no room now; the channel will be resumed."""
-        if self._peers[channel].hello is None:
+        peer = self._peers[channel]
+        if peer.hello is None:
             raise WireError("transfer: the peer did not say hello first")
-        landing = self._plan(channel, offer)
+        if size != len(offer.entries) * peer.pool.block_bytes:
+            raise WireError(f"transfer: payload of {size} bytes for {len(offer.entries)} blocks")
+        landing = self._plan(channel, peer, offer)
         if landing is None:
             self._waiting[channel] = None
         else:
@@ -160,65 +166,74 @@ class Receiver:
         """The bytes are there."""
         self._landings.pop(channel, None)
         if isinstance(landing, BlockLanding):
-            if landing.session is not None and landing.open:
-                self._settle(landing, landing.session)
+            if landing.delivery is not None and landing.open:
+                self._settle(landing, landing.delivery)
             self._release(landing)
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
     def _welcome(self, channel: Channel, peer: _Peer, hello: Hello) -> None:
-        storage, ours = self._endpoint.storage, self._endpoint.compatibility
-        if hello.compatibility != ours or hello.block_bytes != storage.block_bytes:
-            self._counters.connections_refused += 1
-            channel.send(Goodbye("incompatible: KV layout, model revision or codec differ"))
-            channel.fail("incompatible peer")
+        endpoint, own = self._endpoint, self._endpoint.share.heads
+        head_bytes = endpoint.storage.block_bytes // own.count
+        fits = own.holds(hello.sent) and hello.held.holds(hello.sent)
+        if hello.compatibility != endpoint.compatibility or hello.block_bytes != head_bytes * hello.held.count:
+            self._refuse(channel, "incompatible: KV layout, model revision or codec differ")
+            return
+        if not fits:
+            self._refuse(channel, f"incompatible: KV heads {hello.sent} are not among the {own} of this rank")
             return
         peer.hello = hello
+        peer.pool = endpoint.pool_of(hello.sent)
+        peer.scratch = memoryview(bytearray(peer.pool.block_bytes))
         peer.segment = attach_segment(self._endpoint, hello)
         if peer.segment is None and self._endpoint.settings.transport == "shared_memory":
-            self._counters.connections_refused += 1
-            channel.send(Goodbye("this worker takes blocks over shared memory only, and cannot see the sender's"))
-            channel.fail("no shared memory with the peer")
+            self._refuse(channel, "this worker takes blocks over shared memory only, and cannot see the sender's")
             return
-        channel.send(Welcome(peer.segment is not None, storage.frame_bytes or 0))
+        channel.send(Welcome(peer.segment is not None, peer.pool.frame_bytes or 0))
 
-    def _find(self, channel: Channel, session_id: bytes, epoch: int) -> IncomingSession | None:
-        """The live session this connection may change, renewed; otherwise the peer is told that it is none."""
-        session = self._sessions.get(session_id)
-        if session is None or not session.bind(channel, epoch):
+    def _refuse(self, channel: Channel, reason: str) -> None:
+        self._counters.connections_refused += 1
+        channel.send(Goodbye(reason))
+        channel.fail(reason)
+
+    def _find(self, channel: Channel, session_id: bytes, epoch: int) -> Delivery | None:
+        """What this connection delivers of a live session, renewed; otherwise the peer is told that it is none."""
+        session, hello = self._sessions.get(session_id), self._peers[channel].hello
+        found = None
+        if session is not None and hello is not None:
+            found = session.delivery(channel, epoch, hello.sent, self._endpoint.clock())
+        if found is None:
             self._counters.rejected += 1
             channel.send(Reject(session_id, epoch, "unknown session, or it has ended"))
-            return None
-        session.renew(self._endpoint.clock())
-        return session
+        return found
 
     def _renew_all(self, channel: Channel) -> None:
         now = self._endpoint.clock()
         for session in self._sessions.values():
-            if session.channel is channel:
-                session.renew(now)
+            delivery = session.delivered_by(channel)
+            if delivery is not None:
+                delivery.renew(now)
         channel.send(Pong())
 
-    def _plan(self, channel: Channel, offer: Offer) -> BlockLanding | None:
-        session = self._find(channel, offer.session_id, offer.epoch)
-        if session is None:
+    def _plan(self, channel: Channel, peer: _Peer, offer: Offer) -> BlockLanding | None:
+        delivery = self._find(channel, offer.session_id, offer.epoch)
+        if delivery is None:
             return BlockLanding(offer, None)
-        storage = self._endpoint.storage
         try:
-            targets = session.targets(offer, storage.generations)
+            targets = delivery.targets(offer, peer.pool.generations)
         except SessionError as error:
             self._counters.generation_failures += 1
-            self._fail(session, str(error), TransferCause.DAMAGED)
-            return BlockLanding(offer, session)
+            self._fail(delivery.session, str(error), TransferCause.DAMAGED)
+            return BlockLanding(offer, delivery)
         blocks = [target for target in targets if target is not None]
-        host = storage.land(blocks) if blocks else None
+        host = peer.pool.land(blocks) if blocks else None
         if blocks and host is None:
             return None
-        return BlockLanding(offer, session, targets, host, self._scratch)
+        return BlockLanding(offer, delivery, targets, host, peer.scratch)
 
     def _fetch(self, channel: Channel, peer: _Peer, offer: Offer) -> None:
         """Copy offered blocks out of the peer's segment."""
-        segment, limit = peer.segment, self._endpoint.storage.frame_bytes
+        segment, limit = peer.segment, peer.pool.frame_bytes
         if segment is None:
             raise WireError("transfer: blocks offered in shared memory on a TCP connection")
         sources = offer.entries["source_block"]
@@ -228,15 +243,15 @@ class Receiver:
             raise WireError(f"transfer: {len(sources)} blocks at once are over the limit")
         if self._endpoint.faults is not None:
             self._endpoint.faults.stall(self._endpoint.faults.delay_landing_s)
-        landing = self._plan(channel, offer)
+        landing = self._plan(channel, peer, offer)
         # No room for them (all of it lent to other peers): they stay missing, and are asked for again at Finish.
-        if landing is None or landing.session is None or not landing.open:
+        if landing is None or landing.delivery is None or not landing.open:
             return
         if copy_blocks(landing, segment, self._verify(offer.session_id)):
-            self._settle(landing, landing.session)
+            self._settle(landing, landing.delivery)
         else:
             self._counters.generation_failures += 1
-            self._fail(landing.session, "the sender has reused an offered block", TransferCause.DAMAGED)
+            self._fail(landing.delivery.session, "the sender has reused an offered block", TransferCause.DAMAGED)
         self._release(landing)
 
     def _verify(self, session_id: bytes) -> Verify:
@@ -251,7 +266,7 @@ class Receiver:
 
         return verify
 
-    def _settle(self, landing: BlockLanding, session: IncomingSession) -> None:
+    def _settle(self, landing: BlockLanding, delivery: Delivery) -> None:
         """Count what has arrived intact; a damaged block stays missing and is asked for again at Finish."""
         counters = self._counters
         if not landing.intact:
@@ -261,13 +276,13 @@ class Receiver:
             landing.host.commit([place for place, good in enumerate(intact) if good])
         for (fragment, *_), good in zip(landing.rows, intact, strict=True):
             if good:
-                session.mark(fragment)
+                delivery.mark(fragment)
         landed = sum(intact)
         counters.fragments_landed += landed
-        counters.bytes_landed += landed * self._endpoint.storage.block_bytes
+        counters.bytes_landed += landed * self._peers[delivery.channel].pool.block_bytes
         counters.digest_failures += len(intact) - landed
         counters.duplicates += len(landing.targets) - len(intact)
-        self._complete(session)
+        self._complete(delivery.session)
 
     def _release(self, landing: BlockLanding) -> None:
         """Give the landing's memory back, and to who waits for it."""
@@ -276,11 +291,12 @@ class Receiver:
         for channel in waiting:
             channel.resume()
 
-    def _finish(self, channel: Channel, session: IncomingSession | None, tokens: tuple[int, ...]) -> None:
-        if session is None:
+    def _finish(self, channel: Channel, delivery: Delivery | None, tokens: tuple[int, ...]) -> None:
+        if delivery is None:
             return
+        session = delivery.session
         try:
-            lacking = session.finish(tokens)
+            lacking = delivery.finish(tokens)
         except SessionError as error:
             self._fail(session, str(error), TransferCause.DAMAGED)
             return
@@ -294,8 +310,7 @@ class Receiver:
             self._end(session)
             self._counters.incoming_arrived += 1
             self._endpoint.emit(Arrived(session.granted.session_id, Tail(session.tokens)))
-            if session.channel is not None and session.channel in self._peers:
-                session.channel.send(Ack(session.granted.session_id, session.granted.epoch))
+            self._send_all(session, Ack(session.granted.session_id, session.granted.epoch))
 
     def _fail(self, session: IncomingSession, reason: str, cause: TransferCause) -> None:
         self._end(session)
@@ -307,10 +322,14 @@ class Receiver:
         session.open = False
         del self._sessions[session.granted.session_id]
         for landing in list(self._landings.values()):
-            if landing.session is session:
+            if landing.delivery is not None and landing.delivery.session is session:
                 self._release(landing)
 
     def _tell(self, session: IncomingSession, reason: str) -> None:
-        """Let the sender free its blocks at once."""
-        if session.channel is not None and session.channel in self._peers:
-            session.channel.send(Reject(session.granted.session_id, session.granted.epoch, reason))
+        """Let the senders free their blocks at once."""
+        self._send_all(session, Reject(session.granted.session_id, session.granted.epoch, reason))
+
+    def _send_all(self, session: IncomingSession, message: Message) -> None:
+        for channel in session.channels:
+            if channel in self._peers:
+                channel.send(message)

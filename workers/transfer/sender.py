@@ -1,4 +1,7 @@
-"""The sending half: sessions this worker started towards the granters, and one connection to each of them.
+"""The sending half: sessions this rank started towards the granters, and one connection to each of their ranks.
+
+A granting group may have several ranks that need heads of ours, or none; a session is over when the last of them has
+acknowledged it, and with the first that fails.
 
 Runs on the transfer thread, called by `engine.py` (commands, sweep) and `connection.py` (messages). Opens connections
 through the function it is given and reads blocks of its own storage; otherwise it does no I/O.
@@ -17,6 +20,7 @@ from penstock.workers.protocol import Grant
 from penstock.workers.totals import TransferCause
 from penstock.workers.transfer.connection import Landing
 from penstock.workers.transfer.endpoint import Channel, Endpoint
+from penstock.workers.transfer.head_slices import HeadRange, reason_against
 from penstock.workers.transfer.incoming import SessionError
 from penstock.workers.transfer.messages import (
     Abandon,
@@ -43,9 +47,14 @@ PINGS_PER_LEASE = 4
 
 @dataclass(slots=True)
 class _Peer:
-    """A granter. `shared_memory` is None until it has welcomed us; sessions in `ready` have something to send."""
+    """A granting rank and the `heads` it gets.
+
+    `shared_memory` is None until it has welcomed us; sessions in `ready` have something to send.
+    """
 
     channel: Channel
+    heads: HeadRange
+    offers: OfferMaker
     heard: float
     pinged: float
     shared_memory: bool | None = None
@@ -62,8 +71,8 @@ class Sender:
         self._connect = connect
         self._counters = endpoint.counters
         self._peers: dict[str, _Peer] = {}  # by address
-        self._homes: dict[bytes, str] = {}  # session id -> its peer's address
-        self._offers = OfferMaker(endpoint)
+        self._homes: dict[bytes, list[str]] = {}  # session id -> the addresses of its peers that are not done
+        self._makers: dict[HeadRange, OfferMaker] = {}
         self._starved: dict[str, None] = {}  # addresses of peers that wait for room to stage blocks in
 
     # --- the engine's side ----------------------------------------------------------------------------------------
@@ -77,17 +86,17 @@ class Sender:
             reason = "incompatible: KV layout, model revision or codec differ"
             self._lose(grant.session_id, reason, TransferCause.INCOMPATIBLE)
             return
-        now = self._endpoint.clock()
-        try:
-            peer = self._peers.get(grant.address) or self._new_peer(grant.address, now)
-        except (OSError, ValueError) as error:
-            self._lose(grant.session_id, f"cannot reach {grant.worker_id}: {error}", TransferCause.UNREACHABLE)
+        addresses = grant.addresses
+        mismatch = reason_against(self._endpoint.share.width, len(addresses))
+        if mismatch is not None:
+            self._lose(grant.session_id, mismatch, TransferCause.INCOMPATIBLE)
             return
-        if not peer.sessions:
-            peer.heard = now  # an idle peer owes no answer; silence counts from here
-        peer.sessions[grant.session_id] = OutgoingSession(grant)
-        self._homes[grant.session_id] = grant.address
-        self._push(peer, grant.session_id)
+        self._homes[grant.session_id] = []
+        for rank, heads in self._endpoint.share.deliveries(len(addresses)):
+            if not self._begin(grant, addresses[rank], heads):
+                return
+        for address in list(self._homes.get(grant.session_id, ())):
+            self._push(self._peers[address], grant.session_id)
 
     def offer(self, session_id: bytes, fragments: Sequence[tuple[int, int]]) -> None:
         """Send these blocks."""
@@ -96,11 +105,13 @@ class Sender:
     def finish(self, session_id: bytes, tail: Tail) -> None:
         """All blocks are offered."""
         self._change(session_id, lambda session: session.finish(tail))
+        if self._homes.get(session_id) == []:  # no rank of the granter needs anything of ours
+            self._done(session_id)
 
     def abandon(self, session_id: bytes, reason: str, cause: TransferCause = TransferCause.ABANDONED) -> None:
         """Give a session up and tell the peer."""
         if session_id in self._homes:
-            self._fail(self._peers[self._homes[session_id]], session_id, reason, cause, tell=True)
+            self._fail(session_id, reason, cause)
             self._feed()
 
     def fail_all(self, reason: str) -> None:
@@ -117,7 +128,7 @@ class Sender:
                 lease, finished = session.grant.lease_s, session.finished_at
                 if now - peer.heard >= lease or (finished is not None and now - finished >= lease):
                     reason = f"no answer from the receiver for {lease:g} s"
-                    self._fail(peer, session_id, reason, TransferCause.LEASE_EXPIRED, tell=True)
+                    self._fail(session_id, reason, TransferCause.LEASE_EXPIRED)
             if not peer.sessions:
                 if silent and now - peer.heard >= lease:
                     peer.channel.fail("the receiver is silent")
@@ -134,11 +145,14 @@ class Sender:
 
     def on_opened(self, channel: Channel) -> None:
         """Introduce this worker."""
-        endpoint = self._endpoint
-        storage = endpoint.storage
-        segment = "" if endpoint.settings.transport == "tcp" else storage.segment
+        peer, endpoint = self._peer_of(channel), self._endpoint
+        if peer is None:
+            return
+        storage, held = endpoint.storage, endpoint.share.heads
+        whole_only = storage.copies_on_device and peer.heads != held
+        segment = "" if endpoint.settings.transport == "tcp" or whole_only else storage.segment
         who = (endpoint.worker_id, endpoint.compatibility, endpoint.host_id)
-        channel.send(Hello(*who, segment, storage.num_blocks, storage.block_bytes))
+        channel.send(Hello(*who, segment, storage.num_blocks, storage.block_bytes, held, peer.heads))
 
     def on_message(self, channel: Channel, message: Message) -> None:
         """Act on one answer of the peer. Raises WireError for a message that has no place here."""
@@ -149,7 +163,7 @@ class Sender:
         match message:
             case Welcome(shared_memory, frame_bytes):
                 peer.shared_memory = shared_memory
-                peer.most_blocks = max(1, frame_bytes // self._endpoint.storage.block_bytes) if frame_bytes else None
+                peer.most_blocks = max(1, frame_bytes // peer.offers.block_bytes) if frame_bytes else None
                 self._pump(peer)
             case Goodbye(reason):
                 channel.fail(f"refused: {reason}")
@@ -158,17 +172,17 @@ class Sender:
             case Missing(session_id, epoch, fragments):
                 if self._owns(peer, session_id, epoch):
                     self._counters.resends += 1
-                    self._change(session_id, lambda session: session.resend(fragments))
+                    self._change_at(peer, session_id, lambda session: session.resend(fragments))
             case Reject(session_id, epoch, reason):
                 if self._owns(peer, session_id, epoch):
                     said = f"refused by the receiver: {reason}"
-                    self._fail(peer, session_id, said, TransferCause.REFUSED, tell=False)
+                    self._fail(session_id, said, TransferCause.REFUSED, knows=peer)
             case Pong():
                 pass
             case _:
                 raise WireError(f"transfer: {type(message).__name__} from a receiver")
 
-    def on_payload(self, channel: Channel, offer: Offer) -> Landing:
+    def on_payload(self, channel: Channel, offer: Offer, size: int) -> Landing:
         """Receivers send no blocks."""
         raise WireError("transfer: blocks from a receiver")
 
@@ -189,32 +203,53 @@ class Sender:
         if peer is None:
             return
         for session_id in list(peer.sessions):
-            self._fail(peer, session_id, f"receiver lost: {reason}", TransferCause.PEER_LOST, tell=False)
+            self._fail(session_id, f"receiver lost: {reason}", TransferCause.PEER_LOST, knows=peer)
         self._peers = {address: other for address, other in self._peers.items() if other is not peer}
         self._feed()
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
-    def _new_peer(self, address: str, now: float) -> _Peer:
-        self._peers[address] = _Peer(self._connect(address), now, now)
+    def _begin(self, grant: Grant, address: str, heads: HeadRange) -> bool:
+        """Open the session towards one rank. False: it cannot be reached, and the session has failed."""
+        now = self._endpoint.clock()
+        try:
+            peer = self._peers.get(address) or self._new_peer(address, heads, now)
+        except (OSError, ValueError) as error:
+            self._fail(grant.session_id, f"cannot reach {grant.worker_id}: {error}", TransferCause.UNREACHABLE)
+            return False
+        if not peer.sessions:
+            peer.heard = now  # an idle peer owes no answer; silence counts from here
+        peer.sessions[grant.session_id] = OutgoingSession(grant)
+        self._homes[grant.session_id].append(address)
+        return True
+
+    def _new_peer(self, address: str, heads: HeadRange, now: float) -> _Peer:
+        maker = self._makers.get(heads)
+        if maker is None:
+            maker = self._makers[heads] = OfferMaker(self._endpoint, self._endpoint.pool_of(heads))
+        self._peers[address] = _Peer(self._connect(address), heads, maker, now, now)
         return self._peers[address]
 
     def _peer_of(self, channel: Channel) -> _Peer | None:
         return next((peer for peer in self._peers.values() if peer.channel is channel), None)
+
+    def _address_of(self, peer: _Peer) -> str:
+        return next(address for address, other in self._peers.items() if other is peer)
 
     def _owns(self, peer: _Peer, session_id: bytes, epoch: int) -> bool:
         session = peer.sessions.get(session_id)
         return session is not None and session.grant.epoch == epoch
 
     def _change(self, session_id: bytes, change: Callable[[OutgoingSession], None]) -> None:
-        address = self._homes.get(session_id)
-        if address is None:
-            return
-        peer = self._peers[address]
+        for address in tuple(self._homes.get(session_id, ())):
+            if address in self._homes.get(session_id, ()):  # a change before may have ended the session
+                self._change_at(self._peers[address], session_id, change)
+
+    def _change_at(self, peer: _Peer, session_id: bytes, change: Callable[[OutgoingSession], None]) -> None:
         try:
             change(peer.sessions[session_id])
         except SessionError as error:
-            self._fail(peer, session_id, str(error), TransferCause.DAMAGED, tell=True)
+            self._fail(session_id, str(error), TransferCause.DAMAGED)
         else:
             self._push(peer, session_id)
 
@@ -229,7 +264,7 @@ class Sender:
             session_id = next(iter(peer.ready))
             session = peer.sessions[session_id]
             if not self._send_next(peer, session):
-                self._starved[session.grant.address] = None
+                self._starved[self._address_of(peer)] = None
                 return
             del peer.ready[session_id]
             if session.ready:
@@ -249,13 +284,13 @@ class Sender:
             session.opened = True
             channel.send(Open(grant.session_id, grant.epoch))
         faults, inline = self._endpoint.faults, not peer.shared_memory
-        reading = self._offers.next_reading(session, inline=inline, most_blocks=peer.most_blocks)
+        reading = peer.offers.next_reading(session, inline=inline, most_blocks=peer.most_blocks)
         if reading is None:
             return False
         if faults is not None:
             faults.stall(faults.delay_send_s)
         if reading.batch:
-            self._send_blocks(channel, session, reading, inline=inline)
+            self._send_blocks(peer, session, reading, inline=inline)
         if faults is not None:
             faults.left(len(reading.batch))
         if session.finish_due and session.tail is not None:
@@ -263,26 +298,35 @@ class Sender:
             channel.send(Finish(grant.session_id, grant.epoch, session.tail.tokens))
         return True
 
-    def _send_blocks(self, channel: Channel, session: OutgoingSession, reading: Reading, *, inline: bool) -> None:
-        offer = self._offers.offer(session, reading, inline=inline)
+    def _send_blocks(self, peer: _Peer, session: OutgoingSession, reading: Reading, *, inline: bool) -> None:
+        offer = peer.offers.offer(session, reading, inline=inline)
         if inline and reading.host is not None:
-            channel.send(offer, reading.host.runs, reading.release)
+            peer.channel.send(offer, reading.host.runs, reading.release)
         else:
             reading.release()
-            channel.send(offer)
+            peer.channel.send(offer)
         self._counters.fragments_sent += len(reading.batch)
 
     def _acknowledge(self, peer: _Peer, session_id: bytes, epoch: int) -> None:
         if self._owns(peer, session_id, epoch) and peer.sessions[session_id].tail is not None:
             self._remove(peer, session_id)
-            self._counters.outgoing_done += 1
-            self._endpoint.emit(OutgoingDone(session_id))
+            self._homes[session_id].remove(self._address_of(peer))
+            if not self._homes[session_id]:
+                self._done(session_id)
 
-    def _fail(self, peer: _Peer, session_id: bytes, reason: str, cause: TransferCause, *, tell: bool) -> None:
-        session = peer.sessions[session_id]
-        self._remove(peer, session_id)
-        if tell and session.opened:
-            peer.channel.send(Abandon(session_id, session.grant.epoch, reason))
+    def _done(self, session_id: bytes) -> None:
+        del self._homes[session_id]
+        self._counters.outgoing_done += 1
+        self._endpoint.emit(OutgoingDone(session_id))
+
+    def _fail(self, session_id: bytes, reason: str, cause: TransferCause, knows: _Peer | None = None) -> None:
+        """End the session at all its peers; all but the one that `knows` are told."""
+        for address in self._homes.pop(session_id):
+            peer = self._peers[address]
+            session = peer.sessions[session_id]
+            self._remove(peer, session_id)
+            if peer is not knows and session.opened:
+                peer.channel.send(Abandon(session_id, session.grant.epoch, reason))
         self._lose(session_id, reason, cause)
 
     def _remove(self, peer: _Peer, session_id: bytes) -> None:
@@ -291,7 +335,6 @@ class Sender:
         reading = peer.sessions.pop(session_id).reading
         if reading is not None:
             reading.release()
-        del self._homes[session_id]
 
     def _lose(self, session_id: bytes, reason: str, cause: TransferCause) -> None:
         self._counters.outgoing_failed += 1

@@ -12,38 +12,16 @@ Invariants: a buffer is lent to one reading or landing at a time; blocks of a po
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from penstock.workers.errors import ConfigError
 from penstock.workers.kv.storage import KVStorage
-from penstock.workers.transfer.port import DirectPeerPool, HostPeerPool
+from penstock.workers.transfer.port import DevicePool, DirectPeerPool, HostPeerPool
 
-
-class DevicePool(Protocol):
-    """A pool of blocks in a device's memory. Host buffers are those of `StagedStorage`, page-locked if possible."""
-
-    @property
-    def num_blocks(self) -> int: ...
-
-    @property
-    def block_bytes(self) -> int: ...
-
-    @property
-    def generations(self) -> NDArray[np.uint64]: ...
-
-    def gather(self, blocks: Sequence[int], buffer: memoryview) -> Callable[[], None]:
-        """Begin to copy these blocks to the buffer, one after the other; the call returned waits until they are there.
-
-        Blocks are read as they are when all device work submitted so far is done.
-        """
-        ...
-
-    def scatter(self, buffer: memoryview, places: Sequence[int], blocks: Sequence[int]) -> None:
-        """Copy place `places[i]` of the buffer to `blocks[i]`; on return, device work submitted later sees it."""
-        ...
+_SLICE_BUFFER_BYTES = 4 << 20
+_NUM_OUTGOING, _NUM_INCOMING = 2, 4
 
 
 class StagedStorage:
@@ -72,6 +50,11 @@ class StagedStorage:
         """None: other processes cannot map this memory."""
         return ""
 
+    @property
+    def copies_on_device(self) -> bool:
+        """Nobody maps this memory."""
+        return False
+
     def attach(self, path: str) -> HostPeerPool | DirectPeerPool:
         """A peer's pool in host memory."""
         return KVStorage.attach(path)
@@ -88,6 +71,13 @@ class StagedStorage:
         if not self._incoming:
             return None
         return StagedBlocks(self._pool, self._incoming.pop(), blocks, self._incoming.append, None)
+
+
+def staged_slices(pool: DevicePool) -> StagedStorage:
+    """Slices of blocks for peers of another width, packed in buffers of ordinary memory."""
+    size = max(_SLICE_BUFFER_BYTES, pool.block_bytes)
+    buffers = [memoryview(bytearray(size)) for _ in range(_NUM_OUTGOING + _NUM_INCOMING)]
+    return StagedStorage(pool, buffers[:_NUM_OUTGOING], buffers[_NUM_OUTGOING:])
 
 
 class StagedBlocks:

@@ -44,7 +44,9 @@ class Recorder:
             raise WireError("not this one")
         self.log.append(message)
 
-    def on_payload(self, channel, offer):
+    def on_payload(self, channel, offer, size):
+        if size != len(offer.entries) * BLOCK:
+            raise WireError(f"payload of {size} bytes")
         self.log.append("payload")
         return self.sink
 
@@ -69,7 +71,7 @@ class Ends:
             Connection(
                 sock,
                 recorder,
-                ConnectionTerms(key, BLOCK, 8 << 20, lambda c: None, self.drained.append, self.catch_up),
+                ConnectionTerms(key, 8 << 20, lambda c: None, self.drained.append, self.catch_up),
                 connector=connector,
             )
             for sock, recorder, key, connector in zip(sockets, self.recorders, keys, (True, False), strict=True)

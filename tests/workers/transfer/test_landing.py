@@ -7,11 +7,13 @@ import os
 
 import numpy as np
 import pytest
+from fakes.hostile_link import HostileChannel
 from fakes.transfer_pair import BLOCK_BYTES, NUM_BLOCKS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.workers.errors import WireError
+from penstock.workers.transfer.head_slices import ALONE
 from penstock.workers.transfer.incoming import IncomingSession
 from penstock.workers.transfer.landing import BlockLanding, attach_segment, copy_blocks, copy_runs
 from penstock.workers.transfer.messages import OFFER_DTYPE, Hello, Offer
@@ -30,7 +32,8 @@ def landing_of(pair, sources, targets, checked=0) -> BlockLanding:
     session = IncomingSession(Incoming(b"s" * 16, 1, (0,) * len(targets), (0,) * len(targets), 1.0), 0.0)
     host = pair.target.land([target for target in targets if target is not None])
     offer = Offer(b"s" * 16, 1, False, entries)
-    return BlockLanding(offer, session, list(targets), host, memoryview(bytearray(BLOCK_BYTES)))
+    delivery = session.delivery(HostileChannel(), 1, ALONE.heads, 0.0)
+    return BlockLanding(offer, delivery, list(targets), host, memoryview(bytearray(BLOCK_BYTES)))
 
 
 def test_attach(make_pair):

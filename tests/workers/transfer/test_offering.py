@@ -24,19 +24,19 @@ def session(make_pair):
 
 def test_frames_are_bounded(session, monkeypatch):
     endpoint, _ = session
-    assert OfferMaker(endpoint).blocks_per_frame == {True: 1024, False: 1024}  # entries of an offer
+    assert OfferMaker(endpoint, endpoint.storage).blocks_per_frame == {True: 1024, False: 1024}  # entries of an offer
     monkeypatch.setattr(offering, "DIGESTED_FRAME_BYTES", 3 * BLOCK_BYTES)
     monkeypatch.setattr(offering, "FRAME_BYTES", 5 * BLOCK_BYTES)
     auto = dataclasses.replace(endpoint, settings=dataclasses.replace(endpoint.settings, digest="auto"))
-    assert OfferMaker(auto).blocks_per_frame == {True: 3, False: 5}
+    assert OfferMaker(auto, auto.storage).blocks_per_frame == {True: 3, False: 5}
     narrow = dataclasses.replace(endpoint, storage=staged(OpaquePool(NUM_BLOCKS, BLOCK_BYTES), blocks=2))
-    assert OfferMaker(narrow).blocks_per_frame == {True: 2, False: 2}
+    assert OfferMaker(narrow, narrow.storage).blocks_per_frame == {True: 2, False: 2}
 
 
 def test_a_pool_without_room_puts_the_blocks_back(session):
     endpoint, outgoing = session
     storage = staged(OpaquePool(NUM_BLOCKS, BLOCK_BYTES), outgoing=2, blocks=2)
-    offers = OfferMaker(dataclasses.replace(endpoint, storage=storage))
+    offers = OfferMaker(dataclasses.replace(endpoint, storage=storage), storage)
     first = offers.next_reading(outgoing, inline=True)
     assert first.batch == [(0, 20), (1, 19)]
     assert outgoing.reading.batch == [(2, 18), (3, 17)]  # begun ahead, in the second buffer
@@ -50,7 +50,7 @@ def test_a_pool_without_room_puts_the_blocks_back(session):
 def test_nothing_is_read_that_nobody_needs(session):
     endpoint, outgoing = session
     silent = dataclasses.replace(endpoint, settings=dataclasses.replace(endpoint.settings, digest="off"))
-    offers = OfferMaker(silent)
+    offers = OfferMaker(silent, silent.storage)
     reading = offers.next_reading(outgoing, inline=False)
     assert reading.host is None
     assert not offers.offer(outgoing, reading, inline=False).entries["checked"].any()

@@ -229,7 +229,7 @@ def test_bytes_that_land_after_the_end_are_dropped(make_pair):
 
 def test_that_notices_writes_after_the_end(monkeypatch, make_pair):
     """Two guards stand there: who asks sees that the session ended, and its memory is given back."""
-    _break(monkeypatch, "landing", "BlockLanding.open", property(lambda self: self.session is not None))
+    _break(monkeypatch, "landing", "BlockLanding.open", property(lambda self: self.delivery is not None))
     _break(monkeypatch, "landing", "BlockLanding.release", lambda self: None)
     with pytest.raises(AssertionError):
         land_after_the_end(make_pair(transport="tcp", digest="off"))

@@ -93,7 +93,7 @@ def test_hello_comes_first_and_once(pair):
         with pytest.raises(WireError, match="hello first"):
             pair.receiver.on_message(channel, message)
     with pytest.raises(WireError, match="hello first"):
-        pair.receiver.on_payload(channel, offer_of(pair, grant, [0], [0]))
+        pair.receiver.on_payload(channel, offer_of(pair, grant, [0], [0]), BLOCK_BYTES)
     greeted = greet(pair)
     with pytest.raises(WireError, match="Hello"):
         pair.receiver.on_message(greeted, Hello("p", "same", "here", "", 1, 1))

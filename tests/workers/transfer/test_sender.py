@@ -113,7 +113,8 @@ def test_finish_waits_for_room_and_comes_after_all_blocks(pair, monkeypatch):
     grant = begin(pair)
     welcome(pair, shared_memory=False)
     said(pair)
-    pair.sender._offers.blocks_per_frame[True] = 1
+    for peer in pair.sender._peers.values():
+        peer.offers.blocks_per_frame[True] = 1
     pair.sender.offer(grant.session_id, [(0, 5), (1, 6), (2, 7)])
     pair.sender.finish(grant.session_id, Tail((4,)))
     assert len(pair.link.sender_end.outbox) == 2  # the third waits in the session, not in the connection
@@ -245,5 +246,5 @@ def test_receivers_messages_only(pair):
         with pytest.raises(WireError):
             hear(pair, message)
     with pytest.raises(WireError):
-        pair.sender.on_payload(pair.link.sender_end, Offer(b"s" * 16, 1, True, np.zeros(1)))
+        pair.sender.on_payload(pair.link.sender_end, Offer(b"s" * 16, 1, True, np.zeros(1)), 256)
     pair.sender.on_message(HostileChannel(), Ping())  # a connection already given up

@@ -46,7 +46,7 @@ def make_loop():
             host,
             0,
             recorder,
-            lambda owner: ConnectionTerms(b"k", 64, 1 << 20, owner.attend, lambda c: None, lambda: None),
+            lambda owner: ConnectionTerms(b"k", 1 << 20, owner.attend, lambda c: None, lambda: None),
         )
         made.append(loop)
         return loop, recorder
