@@ -81,6 +81,10 @@ class Checkpoint:
             raise ModelError(f"{path}: {name}: dtype {entry.dtype} is not floating point", path)
         return self._files[self._places[name]].read(name)
 
+    def release(self, name: str) -> None:
+        """Give back the memory that reading this tensor took; see `SafetensorsFile.release`."""
+        self._files[self._places[name]].release(name)
+
 
 def _read_index(path: Path) -> dict[str, str]:
     try:

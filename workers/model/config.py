@@ -16,6 +16,8 @@ from penstock.workers.errors import ModelError
 from penstock.workers.model.expert_layers import ExpertLayers, read_experts
 from penstock.workers.model.families import FAMILIES, Family
 from penstock.workers.model.fields import FieldReader
+from penstock.workers.model.group_limited import read_group_limited
+from penstock.workers.model.latent_fields import LatentShape, latent_heads, latent_scale, read_latent
 from penstock.workers.model.layer_windows import layer_windows
 from penstock.workers.model.rope_fields import Rope, read_ropes
 
@@ -36,8 +38,8 @@ class DecoderConfig:
     intermediate_size: int  # of dense layers
     num_layers: int
     num_heads: int
-    num_kv_heads: int
-    head_dim: int
+    num_kv_heads: int  # 1 with `latent`: the row that all heads share
+    head_dim: int  # with `latent`, of the rotated part
     max_positions: int
     rope: Rope  # of all layers, or of the full ones where `local_rope` is given
     local_rope: Rope | None  # of the layers with a window
@@ -56,6 +58,7 @@ class DecoderConfig:
     embedding_scale: float
     tied_embeddings: bool
     experts: ExpertLayers | None  # None: all layers are dense
+    latent: LatentShape | None = None  # None: attention keeps keys and values
 
 
 def read_config(model_dir: Path) -> DecoderConfig:
@@ -87,7 +90,8 @@ def parse_config(raw: dict[str, Any], path: str) -> DecoderConfig:
     architecture = _architecture(fields)
     family = FAMILIES[architecture]
     _refuse_unsupported(fields, family)
-    hidden, (heads, kv_heads, head_dim) = fields.integer("hidden_size", 1, 1 << 17), _heads(fields, family)
+    hidden, latent = fields.integer("hidden_size", 1, 1 << 17), read_latent(fields, family)
+    heads, kv_heads, head_dim = _heads(fields, family) if latent is None else latent_heads(fields, latent)
     num_layers = fields.integer("num_hidden_layers", 1, 1 << 10)
     max_positions = fields.integer("max_position_embeddings", 1, 1 << 26)
     rope, local_rope = read_ropes(fields, family, max_positions)
@@ -106,7 +110,7 @@ def parse_config(raw: dict[str, Any], path: str) -> DecoderConfig:
         rope=rope,
         local_rope=local_rope,
         windows=layer_windows(fields, family, num_layers),
-        attention_scale=_attention_scale(fields, family, head_dim),
+        attention_scale=_attention_scale(fields, family, head_dim) if latent is None else latent_scale(fields, latent),
         attention_cap=_cap(fields, "attn_logit_softcapping", family.attention_cap) if family.gemma else 0.0,
         logit_cap=_cap(fields, "final_logit_softcapping", family.logit_cap) if family.gemma else 0.0,
         rms_eps=fields.number("rms_norm_eps", 0.0, 1.0, default=family.rms_eps),
@@ -119,7 +123,8 @@ def parse_config(raw: dict[str, Any], path: str) -> DecoderConfig:
         activation=_activation(fields, family),
         embedding_scale=hidden**0.5 if family.gemma else 1.0,
         tied_embeddings=fields.boolean("tie_word_embeddings", default=family.tied_embeddings),
-        experts=read_experts(fields, family, num_layers),
+        experts=_experts(fields, family, num_layers),
+        latent=latent,
     )
 
 
@@ -144,7 +149,7 @@ def _architecture(fields: FieldReader) -> str:
 
 def _refuse_unsupported(fields: FieldReader, family: Family) -> None:
     raw = fields.raw
-    if raw.get("auto_map") is not None:
+    if raw.get("auto_map") is not None and not _superseded(raw["auto_map"], family):
         raise fields.error("auto_map", "model directories with their own code are not run")
     if raw.get("quantization_config") is not None:
         raise fields.error("quantization_config", "quantised checkpoints are not supported")
@@ -154,6 +159,13 @@ def _refuse_unsupported(fields: FieldReader, family: Family) -> None:
         raise fields.error("attention_bias", "this architecture has none")
     if family.gemma and not family.attention_cap_heeded and raw.get("attn_logit_softcapping") is not None:
         raise fields.error("attn_logit_softcapping", "not supported with this architecture")
+
+
+def _superseded(auto_map: object, family: Family) -> bool:
+    """Whether all code that the directory brings along is what the architecture has been defined by since."""
+    if not isinstance(auto_map, dict) or not family.superseded_code:
+        return False
+    return all(isinstance(name, str) and name.split(".")[0] in family.superseded_code for name in auto_map.values())
 
 
 def _heads(fields: FieldReader, family: Family) -> tuple[int, int, int]:
@@ -178,6 +190,14 @@ def _attention_biases(fields: FieldReader, family: Family) -> tuple[bool, bool]:
     if family.qkv_bias_key is not None:
         return fields.boolean(family.qkv_bias_key, default=family.qkv_bias), False
     return family.qkv_bias, False
+
+
+def _experts(fields: FieldReader, family: Family, num_layers: int) -> ExpertLayers | None:
+    how = family.experts
+    if how is None or how.group_limited is None:
+        return read_experts(fields, family, num_layers)
+    mlp_bias = fields.boolean("mlp_bias", default=False)
+    return read_group_limited(fields, how, how.group_limited, num_layers, mlp_bias)
 
 
 def _attention_scale(fields: FieldReader, family: Family, head_dim: int) -> float:

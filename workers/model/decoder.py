@@ -3,7 +3,9 @@
 Each family's differences are data: windows and rotary embedding per layer, norms of query and key heads, norms after
 the blocks, soft caps, the gate's activation, experts in place of a dense block, the embedding's scale. Called by
 `workers/runner.py` once per step with all rows' tokens packed together. It does not know requests, blocks' owners or
-sampling. One linear serves query, key and value, one gate and up.
+sampling. One linear serves query, key and value, one gate and up. A rank of a group holds the part of every weight that
+`parallel/shards.py` tells, and ranks add up their terms after each block (Shoeybi et al. 2019, "Megatron-LM", section
+3); what is said below of heads, widths and vocabulary is the rank's.
 Legend: T packed tokens, S wanted tokens, E hidden size, D head dim, Hq query heads, H kv heads, F feed-forward width,
 V vocabulary, B blocks, L layers, C = 2 (key, value), P slots of a block, X experts.
 """
@@ -11,6 +13,7 @@ V vocabulary, B blocks, L layers, C = 2 (key, value), P slots of a block, X expe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +23,12 @@ from penstock.kernels import ops
 from penstock.kernels.packing import PackedExperts, PackedWeight
 from penstock.kernels.ragged import AttentionPlan
 from penstock.workers.model.config import DecoderConfig
+from penstock.workers.model.latent_attention import LatentProjections, attend_latent
+from penstock.workers.model.port import KVExchange
+from penstock.workers.parallel.collectives import Alone, Collectives
+from penstock.workers.parallel.shards import TensorShard
 
+ALONE = Alone()
 RopeTables = tuple[Tensor, Tensor]  # cosine and sine, each [positions or T, D / 2]
 EXPERT_ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu"}  # the config's name -> that of `ops.fused_moe`
 
@@ -35,9 +43,9 @@ class DenseMlp:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SharedExpert:
-    """An expert that serves every token, weighted by the sigmoid of its gate."""
+    """An expert that serves every token, weighted by the sigmoid of its gate where it has one."""
 
-    gate: PackedWeight  # [1, E]
+    gate: PackedWeight | None  # [1, E]
     mlp: DenseMlp
 
 
@@ -45,9 +53,11 @@ class SharedExpert:
 class ExpertMlp:
     """The feed-forward block of a layer with experts."""
 
+    number: int  # among the layers with experts
     router: PackedWeight  # [X, E]
-    experts: PackedExperts
+    experts: PackedExperts | None  # None: the ranks that `Decoder.spread` speaks for have them
     shared: SharedExpert | None
+    selection_bias: Tensor | None = None  # [X] float32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,7 +65,7 @@ class LayerWeights:
     """One decoder layer."""
 
     input_norm: Tensor  # [E]
-    qkv: PackedWeight  # [(Hq + 2 H) D, E]: query heads, key heads, value heads
+    qkv: PackedWeight | LatentProjections  # [(Hq + 2 H) D, E]: query heads, key heads, value heads
     qk_norm: Tensor | None  # [Hq + H, D] float32
     output: PackedWeight  # [E, Hq D]
     attended_norm: Tensor | None  # [E], after the output projection
@@ -74,14 +84,33 @@ class DecoderWeights:
     head: PackedWeight  # [V, E]
 
 
+class SpreadExperts(Protocol):
+    """Experts that several ranks hold (`parallel/expert_parallel.py`). All ranks call it, layer by layer."""
+
+    def forward(self, layer: int, x_TK: Tensor, ids_Tk: Tensor, weights_Tk: Tensor, activation: str = "silu") -> Tensor:
+        """`ops.fused_moe` over all experts of a layer (numbered among those with experts), [T, K]; T may be 0."""
+        ...
+
+
 class Decoder:
     """Weights and rotary tables; stateless between calls but for the KV blocks that it is handed."""
 
     def __init__(
-        self, config: DecoderConfig, weights: DecoderWeights, rope: RopeTables, local_rope: RopeTables | None
+        self,
+        config: DecoderConfig,
+        weights: DecoderWeights,
+        rope: RopeTables,
+        local_rope: RopeTables | None,
+        group: Collectives = ALONE,
+        spread: SpreadExperts | None = None,
     ) -> None:
-        """`local_rope` serves the layers with a window, where it is given; `rope` all others."""
+        """`config` is the whole model's. `local_rope` serves the layers with a window, where given; `rope` others."""
         self.config = config
+        self._group = group
+        self._spread = spread
+        shard = TensorShard(group.rank, group.width)
+        self._heads, self._kv_heads = len(shard.heads(config.num_heads)), len(shard.kv_heads(config.num_kv_heads))
+        self._token_ids = shard.vocabulary(config.vocab_size)
         self._weights = weights
         self._ropes = (rope,) if local_rope is None else (rope, local_rope)
         self._rope_of_layer = tuple(int(local_rope is not None and window > 0) for window in config.windows)
@@ -90,7 +119,13 @@ class Decoder:
         self._embedding_scale = float(torch.tensor(config.embedding_scale).to(weights.embedding.dtype))
 
     def forward(
-        self, token_ids: Tensor, positions: Tensor, kv_BLCHPD: Tensor, plan: AttentionPlan, wanted: Tensor
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        kv_BLCHPD: Tensor,
+        plan: AttentionPlan,
+        wanted: Tensor,
+        exchange: KVExchange | None = None,
     ) -> Tensor:
         """See `DecoderModel.forward`."""
         eps, layers = self.config.rms_eps, self._weights.layers
@@ -98,61 +133,99 @@ class Decoder:
         residual = self._embed(token_ids)
         hidden = ops.rms_norm(residual, layers[0].input_norm, eps)
         for number, layer in enumerate(layers):
-            attended = self._attend(number, hidden, angles[self._rope_of_layer[number]], kv_BLCHPD, plan)
+            turned = angles[self._rope_of_layer[number]]
+            attended = self._attend(number, hidden, turned, kv_BLCHPD, plan, exchange)
             if number == len(layers) - 1:
                 # Above the last keys and values only wanted tokens matter.
-                if len(wanted) == 0:
+                if len(wanted) == 0 and self._spread is None:  # else others' tokens may need the experts here
                     return residual[:0]
                 attended, residual = attended.index_select(0, wanted), residual.index_select(0, wanted)
-            projected = ops.linear(attended, layer.output)
+            projected = self._group.all_reduce(ops.linear(attended, layer.output))
             if layer.attended_norm is not None:
                 projected = ops.rms_norm(projected, layer.attended_norm, eps)
             hidden, residual = ops.add_rms_norm(projected, residual, layer.mlp_norm, eps)
-            expanded = self._expand(hidden, layer.mlp)
+            expanded = self._group.all_reduce(self._expand(hidden, layer.mlp))
             if layer.expanded_norm is not None:
                 expanded = ops.rms_norm(expanded, layer.expanded_norm, eps)
             following = layers[number + 1].input_norm if number + 1 < len(layers) else self._weights.final_norm
             hidden, residual = ops.add_rms_norm(expanded, residual, following, eps)
         return hidden
 
-    def logits(self, hidden_SE: Tensor) -> Tensor:
+    def logits(self, hidden_SE: Tensor) -> Tensor | None:
         """See `DecoderModel.logits`."""
         if len(hidden_SE) == 0:
-            return torch.empty(0, self.config.vocab_size, device=hidden_SE.device)
-        logits, cap = ops.linear(hidden_SE, self._weights.head).float(), self.config.logit_cap
+            return torch.empty(0, self.config.vocab_size, device=hidden_SE.device) if self._group.rank == 0 else None
+        gathered = self._group.gather_columns(ops.linear(hidden_SE, self._weights.head))
+        if gathered is None:
+            return None
+        logits, cap = gathered[:, : self.config.vocab_size].float().contiguous(), self.config.logit_cap
         return logits.div_(cap).tanh_().mul_(cap) if cap else logits
 
     def _embed(self, token_ids: Tensor) -> Tensor:
-        embedded = F.embedding(token_ids, self._weights.embedding)
+        if self._group.width == 1:
+            embedded = F.embedding(token_ids, self._weights.embedding)
+        else:  # one rank has a token's row, the others add zeros
+            others = (token_ids < self._token_ids.start) | (token_ids >= self._token_ids.stop)
+            rows = (token_ids - self._token_ids.start).masked_fill_(others, 0)
+            embedded = F.embedding(rows, self._weights.embedding).masked_fill_(others[:, None], 0)
+            embedded = self._group.all_reduce(embedded)
         return embedded.mul_(self._embedding_scale) if self._embedding_scale != 1.0 else embedded
 
     def _expand(self, hidden_TE: Tensor, mlp: DenseMlp | ExpertMlp) -> Tensor:
-        """The feed-forward block, [T, E]."""
+        """The feed-forward block, or the rank's term of it, [T, E]."""
         if isinstance(mlp, DenseMlp):
             return ops.linear(self._gated(ops.linear(hidden_TE, mlp.gate_up)), mlp.down)
         chosen = self._consult(hidden_TE, mlp)
         if mlp.shared is None:
             return chosen
-        share = ops.linear(hidden_TE, mlp.shared.gate).sigmoid_()
-        return chosen.add_(self._expand(hidden_TE, mlp.shared.mlp).mul_(share))
+        common = self._expand(hidden_TE, mlp.shared.mlp)
+        if mlp.shared.gate is not None:
+            common.mul_(ops.linear(hidden_TE, mlp.shared.gate).sigmoid_())
+        return chosen.add_(common)
 
     def _consult(self, hidden_TE: Tensor, mlp: ExpertMlp) -> Tensor:
-        """What each token's own experts say, [T, E]. Logits are of the model's dtype, probabilities float32."""
+        """What each token's own experts say, [T, E]. Logits are of the router's dtype, probabilities float32."""
         how = self.config.experts
         if how is None:
             raise TypeError("weights with experts, but a configuration without")
-        ids, weights = ops.route_experts(ops.linear(hidden_TE, mlp.router), how.top_k, renormalize=how.renormalize)
-        return ops.fused_moe(hidden_TE, mlp.experts, ids, weights, EXPERT_ACTIVATIONS[self.config.activation])
+        ids, weights = ops.route_experts(
+            ops.linear(hidden_TE.float() if how.exact_router else hidden_TE, mlp.router),
+            how.top_k,
+            scoring=how.scoring,
+            renormalize=how.renormalize,
+            selection_bias=mlp.selection_bias,
+            groups=how.groups,
+            top_groups=how.top_groups,
+            scaling=how.scaling,
+        )
+        activation = EXPERT_ACTIVATIONS[self.config.activation]
+        if mlp.experts is not None:
+            return ops.fused_moe(hidden_TE, mlp.experts, ids, weights, activation)
+        if self._spread is None:
+            raise TypeError("a layer without its experts, and nobody who has them")
+        return self._spread.forward(mlp.number, hidden_TE, ids, weights, activation)
 
     def _attend(
-        self, number: int, hidden_TE: Tensor, angles: RopeTables, kv_BLCHPD: Tensor, plan: AttentionPlan
+        self,
+        number: int,
+        hidden_TE: Tensor,
+        angles: RopeTables,
+        kv_BLCHPD: Tensor,
+        plan: AttentionPlan,
+        exchange: KVExchange | None,
     ) -> Tensor:
         """Attention before the output projection, [T, Hq D]. Norm and rotation of the heads run in float32."""
         config, layer = self.config, self._weights.layers[number]
-        heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+        if isinstance(layer.qkv, LatentProjections):
+            return attend_latent(
+                layer.qkv, hidden_TE, angles, kv_BLCHPD, number, plan, config.attention_scale, exchange
+            )
+        heads, kv_heads, dim = self._heads, self._kv_heads, config.head_dim
         tokens = hidden_TE.shape[0]
         qkv = ops.linear(hidden_TE, layer.qkv).view(tokens, heads + 2 * kv_heads, dim)
         q_THD = ops.rotate_and_store(qkv, layer.qk_norm, config.rms_eps, *angles, kv_BLCHPD, number, plan)
+        if exchange is not None:
+            exchange.share(kv_BLCHPD, number)
         attended = ops.paged_attention(
             q_THD,
             kv_BLCHPD,

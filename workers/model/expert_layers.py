@@ -25,6 +25,14 @@ class ExpertLayers:
     renormalize: bool  # the chosen experts' probabilities are divided by their sum
     shared_width: int  # of the expert that serves every token; 0 = there is none
     names: ExpertNames
+    scoring: str = "softmax"  # or "sigmoid"
+    scaling: float = 1.0  # of the chosen experts' weights
+    groups: int = 0  # equal runs of experts; 0 = there are none
+    top_groups: int = 0  # of them that a token may use
+    selection_bias: bool = False  # a number for each expert is added to its score for the choice only
+    exact_router: bool = False  # logits are float32, whatever the model's dtype
+    shared_gate: bool = True  # the shared expert is weighted by a gate of its own
+    shared_bias: bool = False  # its projections have biases
 
 
 def read_experts(fields: FieldReader, family: Family, num_layers: int) -> ExpertLayers | None:
@@ -32,7 +40,7 @@ def read_experts(fields: FieldReader, family: Family, num_layers: int) -> Expert
     how = family.experts
     if how is None:
         return None
-    count = _count(fields, how.count_keys)
+    count = expert_count(fields, how.count_keys)
     shared = fields.integer("shared_expert_intermediate_size", 1, MOST_WIDTH) if how.shared else 0
     renormalize = how.renormalize
     return ExpertLayers(
@@ -46,9 +54,10 @@ def read_experts(fields: FieldReader, family: Family, num_layers: int) -> Expert
     )
 
 
-def _count(fields: FieldReader, keys: tuple[str, ...]) -> int:
+def expert_count(fields: FieldReader, keys: tuple[str, ...], default: int | None = None) -> int:
+    """The one number that every given key says."""
     given = [key for key in keys if fields.raw.get(key) is not None]
-    counts = {key: fields.integer(key, 1, MOST_EXPERTS) for key in given or keys[:1]}
+    counts = {key: fields.integer(key, 1, MOST_EXPERTS, default) for key in given or keys[:1]}
     first, *others = counts
     for key in others:
         if counts[key] != counts[first]:

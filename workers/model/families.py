@@ -32,6 +32,28 @@ class ExpertNames:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupLimited:
+    """DeepSeek's way with experts: `group_limited.py` reads it. What is a number is a default."""
+
+    biased: bool  # sigmoid scores and a bias for the choice (V3), else softmax scores
+    count: int
+    width: int
+    shared: int  # experts that serve every token, without a gate
+    scaling: float
+    first_dense: int
+    top_k: int | None = None
+    groups: int | None = None
+    top_groups: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LatentFamily:
+    """Attention over one latent row per token: `latent_fields.py` reads its sizes."""
+
+    interleave_key: str | None = None  # says whether rotated pairs are neighbours; None: they are
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertFamily:
     """How a family says which of its layers have which experts."""
 
@@ -41,6 +63,7 @@ class ExpertFamily:
     some_dense: bool = True  # `decoder_sparse_step` and `mlp_only_layers` leave layers without experts
     shared: bool = False  # one expert more that serves every token, behind a gate of its own
     names: ExpertNames = ExpertNames()
+    group_limited: GroupLimited | None = None  # reads what the other fields leave out in its own way
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +92,12 @@ class Family:
     rms_eps: float = 1e-6
     rope_theta: float = 10000.0
     experts: ExpertFamily | None = None
+    latent: LatentFamily | None = None  # None: keys and values are kept
+    # Modules that published checkpoints name in `auto_map` though transformers has the same classes: never run.
+    superseded_code: tuple[str, ...] = ()
 
 
+_DEEPSEEK_CODE = ("configuration_deepseek", "modeling_deepseek")
 FAMILIES = {
     "LlamaForCausalLM": Family(mlp_bias=True),
     "MistralForCausalLM": Family(qkv_bias=False, sliding=Sliding.ALWAYS),
@@ -117,5 +144,32 @@ FAMILIES = {
         activation_key="hidden_activation",
         activation="gelu_pytorch_tanh",
         tied_embeddings=True,
+    ),
+    "DeepseekV2ForCausalLM": Family(
+        mlp_bias=True,
+        experts=ExpertFamily(
+            count_keys=("n_routed_experts", "num_experts"),
+            group_limited=GroupLimited(biased=False, count=64, width=1407, shared=2, scaling=1.0, first_dense=0),
+        ),
+        latent=LatentFamily(),
+        superseded_code=_DEEPSEEK_CODE,
+    ),
+    "DeepseekV3ForCausalLM": Family(
+        experts=ExpertFamily(
+            count_keys=("n_routed_experts", "num_local_experts"),
+            group_limited=GroupLimited(
+                biased=True,
+                count=256,
+                width=2048,
+                shared=1,
+                scaling=2.5,
+                first_dense=3,
+                top_k=8,
+                groups=8,
+                top_groups=4,
+            ),
+        ),
+        latent=LatentFamily("rope_interleave"),
+        superseded_code=_DEEPSEEK_CODE,
     ),
 }

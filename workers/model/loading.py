@@ -1,7 +1,7 @@
 """From a model directory to a decoder: which tensors a family has, how they are fused, and in which dtype they end up.
 
-Called by `workers/runner.py` at start. Reads each tensor once from the mapped file straight into its fused place; tells
-`progress` after each. Raises ModelError naming file and tensor.
+Called by `workers/model_build.py` at start. Of each tensor the rank's part goes from the mapped file straight into its
+fused place (`weight_reader.py`); `progress` hears of each. Raises ModelError naming file and tensor.
 Experts' tensors are read in either form that there is: one for each expert and projection under the family's own
 names, as checkpoints are published and as transformers saves them; or one for all of a layer, as transformers holds
 them and saves them when asked to.
@@ -10,9 +10,6 @@ V vocabulary, X experts.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,16 +26,20 @@ from penstock.workers.model.decoder import (
     LayerWeights,
     RopeTables,
     SharedExpert,
+    SpreadExperts,
 )
 from penstock.workers.model.expert_layers import ExpertLayers
+from penstock.workers.model.latent_loading import load_latent, num_latent_tensors
 from penstock.workers.model.rope import rope_tables
 from penstock.workers.model.rope_fields import Rope
+from penstock.workers.model.weight_reader import Cut, Progress, WeightReader
+from penstock.workers.parallel.collectives import Alone, Collectives
+from penstock.workers.parallel.shards import TensorShard
 
 STACKED_BLOCK = "mlp."  # where a layer's experts are one tensor, whatever the family
 STACKED_GATE_UP, STACKED_DOWN = "experts.gate_up_proj", "experts.down_proj"
-Progress = Callable[[int, int], None]  # tensors read, tensors in all
-
 CPU = torch.device("cpu")
+ALONE = Alone()
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -49,16 +50,41 @@ def load_decoder(
     num_positions: int,
     progress: Progress | None = None,
     device: torch.device = CPU,
+    group: Collectives = ALONE,
+    spread: SpreadExperts | None = None,
 ) -> Decoder:
-    """Load all weights in `dtype` onto `device`, with rotary tables for `num_positions`."""
-    reader = _WeightReader(checkpoint, TORCH_DTYPES[dtype], _num_tensors(config, checkpoint), progress, device)
-    hidden, vocab = config.hidden_size, config.vocab_size
-    embedding = reader.fused(["model.embed_tokens.weight"], [(vocab, hidden)])
-    layers = tuple(_load_layer(config, reader, number) for number in range(config.num_layers))
-    final_norm = reader.norm("model.norm.weight", hidden, config.norm_offset)
-    head = embedding if config.tied_embeddings else reader.fused(["lm_head.weight"], [(vocab, hidden)])
-    weights = DecoderWeights(embedding, layers, final_norm, ops.pack_weight(head))
-    return Decoder(config, weights, *decoder_ropes(config, num_positions, device))
+    """Load the rank's weights in `dtype` onto `device`, with rotary tables for `num_positions`.
+
+    Experts are left out where they are `spread` over several ranks.
+    """
+    total = _num_tensors(config, checkpoint)
+    shard = TensorShard(group.rank, group.width)
+    reader = WeightReader(checkpoint, TORCH_DTYPES[dtype], total, progress, device, shard)
+    embedding = _load_embedding(config, reader)
+    head = ops.pack_weight(embedding) if config.tied_embeddings else _load_head(config, reader)
+    layers = tuple(_load_layer(config, reader, number, spread) for number in range(config.num_layers))
+    final_norm = reader.norm("model.norm.weight", config.hidden_size, config.norm_offset)
+    weights = DecoderWeights(embedding, layers, final_norm, head)
+    return Decoder(config, weights, *decoder_ropes(config, num_positions, device), group, spread)
+
+
+def _load_embedding(config: DecoderConfig, reader: WeightReader) -> Tensor:
+    """The rank's rows, and zeros for those beyond the vocabulary."""
+    own = Cut(config.vocab_size, reader.shard.vocabulary(config.vocab_size))
+    rows = reader.empty(reader.shard.vocabulary_size(config.vocab_size), config.hidden_size)
+    rows[len(own) :] = 0
+    reader.copy("model.embed_tokens.weight", rows[: len(own)], (own, Cut.whole(config.hidden_size)))
+    return rows
+
+
+def _load_head(config: DecoderConfig, reader: WeightReader) -> PackedWeight:
+    """The same of a head that is not the embedding."""
+    own = Cut(config.vocab_size, reader.shard.vocabulary(config.vocab_size))
+    size = reader.shard.vocabulary_size(config.vocab_size)
+    packing = reader.packing(size, config.hidden_size)
+    reader.put("lm_head.weight", (own, Cut.whole(config.hidden_size)), packing.rows)
+    packing.rows.put(reader.empty(size - len(own), config.hidden_size).zero_())
+    return packing.finish()
 
 
 def decoder_ropes(
@@ -76,134 +102,146 @@ def decoder_ropes(
 def _num_tensors(config: DecoderConfig, checkpoint: Checkpoint) -> int:
     norms = 2 + 2 * config.qk_norm + 2 * config.post_norms
     attention = 4 + 3 * config.qkv_bias + config.output_bias
+    if config.latent is not None:
+        attention = 1 + num_latent_tensors(config.latent, config.qkv_bias) + config.output_bias
     blocks = 0
     for number in range(config.num_layers):
         how = config.experts
         if how is None or not how.layers[number]:
             blocks += 3 + 3 * config.mlp_bias
         else:
-            stacked = _stacked(checkpoint, _layer_prefix(number))
-            blocks += 1 + (2 if stacked else 3 * how.count) + 4 * bool(how.shared_width)
+            stacked = stacked_experts(checkpoint, layer_prefix(number))
+            shared = 3 + how.shared_gate + 3 * how.shared_bias if how.shared_width else 0
+            blocks += 1 + (2 if stacked else 3 * how.count) + shared + how.selection_bias
     return 3 - config.tied_embeddings + config.num_layers * (norms + attention) + blocks
 
 
-def _layer_prefix(number: int) -> str:
+def layer_prefix(number: int) -> str:
+    """Of the names of a layer's tensors."""
     return f"model.layers.{number}."
 
 
-def _load_layer(config: DecoderConfig, reader: _WeightReader, number: int) -> LayerWeights:
-    prefix, hidden, dim = _layer_prefix(number), config.hidden_size, config.head_dim
-    heads, kv_heads = config.num_heads, config.num_kv_heads
-    qkv = {"q_proj": heads * dim, "k_proj": kv_heads * dim, "v_proj": kv_heads * dim}
-    attention = prefix + "self_attn."
+def _load_layer(config: DecoderConfig, reader: WeightReader, number: int, spread: SpreadExperts | None) -> LayerWeights:
+    prefix, hidden, dim = layer_prefix(number), config.hidden_size, config.head_dim
+    own_heads = Cut(config.num_heads, reader.shard.heads(config.num_heads))
+    heads = own_heads.heads(dim)
+    kv_heads = Cut(config.num_kv_heads, reader.shard.kv_heads(config.num_kv_heads)).heads(dim)
+    qkv = {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}
+    attention, latent = prefix + "self_attn.", config.latent
 
     def norm(name: str) -> Tensor:
         return reader.norm(f"{prefix}{name}_layernorm.weight", hidden, config.norm_offset)
 
     return LayerWeights(
         input_norm=norm("input"),
-        qkv=reader.linear(attention, qkv, hidden, config.qkv_bias),
+        qkv=reader.column_linear(attention, qkv, hidden, config.qkv_bias)
+        if latent is None
+        else load_latent(config, latent, reader, attention),
         qk_norm=_load_qk_norm(config, reader, attention) if config.qk_norm else None,
-        output=reader.linear(attention, {"o_proj": hidden}, heads * dim, config.output_bias),
+        output=reader.row_linear(
+            attention + "o_proj",
+            hidden,
+            heads if latent is None else own_heads.heads(latent.value_dim),
+            config.output_bias,
+        ),
         # With norms after the blocks, `post_attention` is one of those; without, it is the one before the second block.
         attended_norm=norm("post_attention") if config.post_norms else None,
         mlp_norm=norm("pre_feedforward" if config.post_norms else "post_attention"),
-        mlp=_load_mlp(config, reader, number),
+        mlp=_load_mlp(config, reader, number, spread),
         expanded_norm=norm("post_feedforward") if config.post_norms else None,
     )
 
 
-def _load_mlp(config: DecoderConfig, reader: _WeightReader, number: int) -> DenseMlp | ExpertMlp:
-    prefix, hidden, how = _layer_prefix(number), config.hidden_size, config.experts
+def _load_mlp(
+    config: DecoderConfig, reader: WeightReader, number: int, spread: SpreadExperts | None
+) -> DenseMlp | ExpertMlp:
+    prefix, hidden, how = layer_prefix(number), config.hidden_size, config.experts
     if how is None or not how.layers[number]:
         return _load_dense(reader, prefix + "mlp.", hidden, config.intermediate_size, config.mlp_bias)
-    stacked = _stacked(reader.checkpoint, prefix)
+    stacked = stacked_experts(reader.checkpoint, prefix)
     block = prefix + (STACKED_BLOCK if stacked else how.names.block)
-    router = reader.linear(block, {"gate": how.count}, hidden, with_bias=False)
-    experts = (_load_stacked if stacked else _load_one_by_one)(how, reader, block, hidden)
-    shared = None
-    if how.shared_width:
-        gate = reader.linear(block, {"shared_expert_gate": 1}, hidden, with_bias=False)
-        shared = SharedExpert(gate, _load_dense(reader, block + "shared_expert.", hidden, how.shared_width, False))
-    return ExpertMlp(router, experts, shared)
+    router, bias = _load_router(how, reader, block, hidden)
+    experts = None
+    if spread is None:
+        experts = (_load_stacked if stacked else _load_one_by_one)(how, reader, block, hidden)
+    else:
+        reader.count(2 if stacked else 3 * how.count)
+    return ExpertMlp(sum(how.layers[:number]), router, experts, _load_shared(how, reader, block, hidden), bias)
 
 
-def _load_dense(reader: _WeightReader, prefix: str, hidden: int, width: int, with_bias: bool) -> DenseMlp:
+def _load_router(
+    how: ExpertLayers, reader: WeightReader, block: str, hidden: int
+) -> tuple[PackedWeight, Tensor | None]:
+    """The router, and what is added to its scores for the choice."""
+    if not how.exact_router:
+        return reader.linear(block, {"gate": how.count}, hidden, with_bias=False), None
+    router = ops.pack_weight(reader.fused([f"{block}gate.weight"], [(how.count, hidden)]).float())
+    if not how.selection_bias:
+        return router, None
+    bias = torch.empty(how.count, dtype=torch.float32, device=reader.device)
+    reader.copy(f"{block}gate.e_score_correction_bias", bias)
+    return router, bias
+
+
+def _load_shared(how: ExpertLayers, reader: WeightReader, block: str, hidden: int) -> SharedExpert | None:
+    if not how.shared_width:
+        return None
+    if not how.shared_gate:
+        mlp = _load_dense(reader, block + "shared_experts.", hidden, how.shared_width, how.shared_bias)
+        return SharedExpert(None, mlp)
+    gate = reader.linear(block, {"shared_expert_gate": 1}, hidden, with_bias=False)
+    return SharedExpert(gate, _load_dense(reader, block + "shared_expert.", hidden, how.shared_width, False))
+
+
+def _load_dense(reader: WeightReader, prefix: str, hidden: int, width: int, with_bias: bool) -> DenseMlp:
+    columns = Cut(width, reader.shard.columns(width))
     return DenseMlp(
-        gate_up=reader.linear(prefix, {"gate_proj": width, "up_proj": width}, hidden, with_bias),
-        down=reader.linear(prefix, {"down_proj": hidden}, width, with_bias),
+        gate_up=reader.column_linear(prefix, {"gate_proj": columns, "up_proj": columns}, hidden, with_bias),
+        down=reader.row_linear(prefix + "down_proj", hidden, columns, with_bias),
     )
 
 
-def _stacked(checkpoint: Checkpoint, prefix: str) -> bool:
+def stacked_experts(checkpoint: Checkpoint, prefix: str) -> bool:
     """Whether all experts of this layer are one tensor; either of the two says so, that the other be missed."""
     return any(prefix + STACKED_BLOCK + name in checkpoint for name in (STACKED_GATE_UP, STACKED_DOWN))
 
 
-def _load_stacked(how: ExpertLayers, reader: _WeightReader, block: str, hidden: int) -> PackedExperts:
-    gate_up_XGE = reader.fused([block + STACKED_GATE_UP], [(how.count, 2 * how.width, hidden)])
-    return ops.pack_experts(gate_up_XGE, reader.fused([block + STACKED_DOWN], [(how.count, hidden, how.width)]))
+def _load_stacked(how: ExpertLayers, reader: WeightReader, block: str, hidden: int) -> PackedExperts:
+    own, count = reader.shard.columns(how.width), how.count
+    packing = reader.packing_experts(count, len(own), hidden)
+    gate_up_XGE = reader.view(block + STACKED_GATE_UP, (count, 2 * how.width, hidden))
+    down_XEF = reader.view(block + STACKED_DOWN, (count, hidden, how.width))
+    for expert in range(count):
+        rows = packing.gate_up(expert)
+        for first in (0, how.width):  # gate, then up
+            part = gate_up_XGE[expert, own.start + first : own.stop + first]
+            reader.put_rows(block + STACKED_GATE_UP, part, rows)
+        rows.flush()
+        rows = packing.down(expert)
+        reader.put_rows(block + STACKED_DOWN, down_XEF[expert, :, own.start : own.stop], rows)
+        rows.flush()
+    reader.count(2)
+    return packing.finish()
 
 
-def _load_one_by_one(how: ExpertLayers, reader: _WeightReader, block: str, hidden: int) -> PackedExperts:
-    gate_up_XGE = reader.empty(how.count, 2 * how.width, hidden)
-    down_XEF = reader.empty(how.count, hidden, how.width)
+def _load_one_by_one(how: ExpertLayers, reader: WeightReader, block: str, hidden: int) -> PackedExperts:
+    inputs, columns = Cut.whole(hidden), Cut(how.width, reader.shard.columns(how.width))
+    packing = reader.packing_experts(how.count, len(columns), hidden)
     for expert in range(how.count):
-        own = f"{block}experts.{expert}."
-        reader.copy(f"{own}{how.names.gate}.weight", gate_up_XGE[expert, : how.width])
-        reader.copy(f"{own}{how.names.up}.weight", gate_up_XGE[expert, how.width :])
-        reader.copy(f"{own}{how.names.down}.weight", down_XEF[expert])
-    return ops.pack_experts(gate_up_XGE, down_XEF)
+        own, rows = f"{block}experts.{expert}.", packing.gate_up(expert)
+        reader.put(f"{own}{how.names.gate}.weight", (columns, inputs), rows)
+        reader.put(f"{own}{how.names.up}.weight", (columns, inputs), rows)
+        rows.flush()
+        rows = packing.down(expert)
+        reader.put(f"{own}{how.names.down}.weight", (inputs, columns), rows)
+        rows.flush()
+    return packing.finish()
 
 
-def _load_qk_norm(config: DecoderConfig, reader: _WeightReader, prefix: str) -> Tensor:
-    """One row per query head, then per key head: [Hq + H, D] float32."""
+def _load_qk_norm(config: DecoderConfig, reader: WeightReader, prefix: str) -> Tensor:
+    """One row per query head, then per key head, of the rank's: [Hq + H, D] float32."""
+    heads, kv_heads = reader.shard.heads(config.num_heads), reader.shard.kv_heads(config.num_kv_heads)
     query, key = (
         reader.norm(f"{prefix}{name}_norm.weight", config.head_dim, config.norm_offset).float() for name in ("q", "k")
     )
-    return torch.cat((query.expand(config.num_heads, -1), key.expand(config.num_kv_heads, -1)))
-
-
-@dataclass(slots=True)
-class _WeightReader:
-    """Copies tensors out of the checkpoint and counts them."""
-
-    checkpoint: Checkpoint
-    dtype: torch.dtype
-    total: int
-    progress: Progress | None
-    device: torch.device = CPU
-    done: int = 0
-
-    def fused(self, names: list[str], shapes: list[tuple[int, ...]]) -> Tensor:
-        """The named tensors below each other, in the wanted dtype, in memory of their own."""
-        out = self.empty(sum(shape[0] for shape in shapes), *shapes[0][1:])
-        begin = 0
-        for name, shape in zip(names, shapes, strict=True):
-            self.copy(name, out[begin : begin + shape[0]])
-            begin += shape[0]
-        return out
-
-    def empty(self, *shape: int) -> Tensor:
-        """Room for weights, of the wanted dtype."""
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
-
-    def copy(self, name: str, out: Tensor) -> None:
-        """The named tensor, of the shape of `out`, into it."""
-        out.copy_(self.checkpoint.read(name, tuple(out.shape)))
-        self.done += 1
-        if self.progress is not None:
-            self.progress(self.done, self.total)
-
-    def norm(self, name: str, size: int, offset: float) -> Tensor:
-        """The named norm's weight [size]; float32 where an offset is added, which a narrow dtype would round away."""
-        weight = self.fused([name], [(size,)])
-        return weight.float().add_(offset) if offset else weight
-
-    def linear(self, prefix: str, outputs: dict[str, int], inputs: int, with_bias: bool) -> PackedWeight:
-        """The named projections as one packed linear."""
-        weight = self.fused([f"{prefix}{name}.weight" for name in outputs], [(n, inputs) for n in outputs.values()])
-        bias = None
-        if with_bias:
-            bias = self.fused([f"{prefix}{name}.bias" for name in outputs], [(n,) for n in outputs.values()])
-        return ops.pack_weight(weight, bias)
+    return torch.cat((query.expand(len(heads), -1), key.expand(len(kv_heads), -1)))

@@ -26,6 +26,7 @@ MAX_HEADER_BYTES = 100 << 20
 MAX_TENSORS = 1 << 20
 MAX_DIMENSIONS = 8
 SAMPLE_BYTES = 4096
+_AROUND = max(1 << 16, mmap.PAGESIZE)
 
 _DTYPES = {
     "F64": torch.float64,
@@ -54,7 +55,7 @@ class TensorEntry:
 class SafetensorsFile:
     """One open file. `entries` maps names to places; `digest` is over the header and a sample of every tensor.
 
-    Tensors returned by `read` are views of the map, private to this process, and keep it alive; copy what must stay.
+    Tensors returned by `read` are views of the map and keep it alive; copy what must stay. Nobody writes to them.
     """
 
     def __init__(self, path: Path) -> None:
@@ -78,6 +79,7 @@ class SafetensorsFile:
         for entry in self.entries.values():
             begin = self._data_offset + entry.begin
             digest.update(self._map[begin : begin + min(SAMPLE_BYTES, entry.end - entry.begin)])
+            self._drop(begin, begin + SAMPLE_BYTES)
         return digest.digest()
 
     def read(self, name: str) -> Tensor:
@@ -88,6 +90,17 @@ class SafetensorsFile:
             return torch.empty(entry.shape, dtype=entry.dtype)
         flat = torch.frombuffer(self._map, dtype=entry.dtype, count=count, offset=self._data_offset + entry.begin)
         return flat.view(entry.shape)
+
+    def release(self, name: str) -> None:
+        """Give back the memory that reading this tensor took; views stay valid, and reading again reads the file."""
+        entry = self.entries[name]
+        self._drop(self._data_offset + entry.begin, self._data_offset + entry.end)
+
+    def _drop(self, begin: int, end: int) -> None:
+        """Unmap these bytes' pages and those that the system maps around one that is touched."""
+        begin = max(0, begin // _AROUND - 1) * _AROUND
+        end = min(len(self._map), end + _AROUND)
+        self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
 
 def _read_header(prefix: bytes, size: int, read: Any, path: str) -> bytes:

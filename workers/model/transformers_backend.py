@@ -23,6 +23,7 @@ from penstock.workers.kv.layout import KVLayout
 from penstock.workers.model import transformers_attention, transformers_probe
 from penstock.workers.model.foreign_config import ForeignConfig
 from penstock.workers.model.loading import TORCH_DTYPES
+from penstock.workers.model.port import KVExchange
 from penstock.workers.model.transformers_attention import AttentionLayer, PagedAttention
 from penstock.workers.model.transformers_check import CHECKED_POSITIONS, require_equal_logits, stock_logits
 from penstock.workers.model.transformers_linear import pack_linears, watch_linears
@@ -42,9 +43,17 @@ class TransformersModel:
         setattr(model, model.base_model_prefix, _GivenHidden())
 
     def forward(
-        self, token_ids: Tensor, positions: Tensor, kv_BLCHPD: Tensor, plan: AttentionPlan, wanted: Tensor
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        kv_BLCHPD: Tensor,
+        plan: AttentionPlan,
+        wanted: Tensor,
+        exchange: KVExchange | None = None,
     ) -> Tensor:
-        """See `DecoderModel.forward`."""
+        """See `DecoderModel.forward`. Raises TypeError for an `exchange`: such ranks were refused at start."""
+        if exchange is not None:
+            raise TypeError("the transformers backend shares no prompt with other ranks")
         with self._attention.step(kv_BLCHPD, plan):
             hidden_1TE: Tensor = self._body(
                 input_ids=token_ids[None], position_ids=positions[None], use_cache=False, return_dict=True

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from penstock.kernels import ops
 from penstock.kernels.ragged import RaggedBatch
-from penstock.workers.errors import ModelError
+from penstock.workers.errors import IntegrityError, ModelError
 from penstock.workers.kv.layout import KVLayout
 from penstock.workers.model.loading import TORCH_DTYPES
 from penstock.workers.model.port import DecoderModel
@@ -76,6 +76,8 @@ def paged_logits(model: DecoderModel, layout: KVLayout, tokens: list[Tensor]) ->
         step = torch.cat([row[begin:end] for row, (begin, end) in zip(tokens, spans, strict=True)])
         positions = torch.cat([torch.arange(begin, end) for begin, end in spans])
         logits = model.logits(model.forward(step, positions, kv, plan, torch.arange(len(step))))
+        if logits is None:
+            raise IntegrityError("logits are compared on rank 0 only")
         for part, rows in zip(parts, torch.split(logits, counts), strict=True):
             part.append(rows)
     return [torch.cat(part) for part in parts]

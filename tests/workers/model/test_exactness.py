@@ -5,6 +5,7 @@ import itertools
 import pytest
 from fakes.exactness import CheckpointSpec, covering_specs, expert_specs, family_specs, mixed_prompts
 from fakes.in_process import InProcessWorker, load_runner
+from fakes.latent_specs import latent_specs
 
 from penstock.workers.forward_pass import kv_view
 from penstock.workers.protocol import EndReason, GenerateRequest, SamplingParams
@@ -14,8 +15,8 @@ SPECS = covering_specs()
 CHUNKS = (16, 64, 8192)  # tokens per step; the last never cuts a prompt
 VARIANTS = list(itertools.product(CHUNKS, (True, False), (False, True)))
 LLAMA, QWEN = SPECS[0], SPECS[6]
-FAMILIES = family_specs() + expert_specs()
-ONE_OF_EACH = family_specs()[::3] + expert_specs()[::2]
+FAMILIES = family_specs() + expert_specs() + latent_specs()
+ONE_OF_EACH = family_specs()[::3] + expert_specs()[::2] + latent_specs()[1:3]
 SHORT, LONG = (16, True, True), (64, False, False)
 
 
@@ -99,11 +100,11 @@ def test_corrupting_any_one_block_changes_the_output(load_model, spec):
 
 
 def _with_corruption(model, prompt, victim):
-    """48 tokens, with the values of context block `victim` negated after the prefill."""
+    """48 tokens, with the values (or latent rows) of context block `victim` negated after the prefill."""
 
     def corrupt(plan):
         if victim is not None and plan.num_decode and plan.starts[0] == len(prompt):
-            kv_view(running.storage.data, model.runner.layout)[int(plan.block_tables[0, victim]), :, 1].neg_()
+            kv_view(running.storage.data, model.runner.layout)[int(plan.block_tables[0, victim]), :, -1].neg_()
 
     with worker(model, on_plan=corrupt) as running:
         return running.greedy([prompt], 48)[0].tokens
