@@ -1,7 +1,8 @@
 """Puts one worker together out of its settings and runs it: storage, scheduler, runner, transfer, engine, service.
 
 Used by `process.py` (plain subprocess) and `actor.py` (Ray actor); the one place that knows every part of a worker.
-torch is imported only when the settings ask for a model.
+What computes is built by `computing.py`,
+the ranks of a group are joined by `group_assembly.py`.
 """
 
 from __future__ import annotations
@@ -11,22 +12,28 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
+from penstock.workers.computing import Computing, build_computing
 from penstock.workers.engine import Engine, EngineParts
-from penstock.workers.errors import ConfigError
+from penstock.workers.group_assembly import (
+    attention_ranks,
+    bank_addresses,
+    complete_group,
+    lead_computing,
+    lead_transfer,
+)
 from penstock.workers.handover import GranterIdentity, HandOver
 from penstock.workers.inbox import Drain
-from penstock.workers.kv.block_pool import BlockPool
+from penstock.workers.kv.banks import BankedCaches, make_banks
 from penstock.workers.kv.layout import KVLayout
-from penstock.workers.kv.prefix_cache import PrefixCache
-from penstock.workers.kv.storage import KVStorage
 from penstock.workers.kv_feed import KVEventFeed
 from penstock.workers.observation import Observation
-from penstock.workers.oracle import OracleRunner, oracle_layout
+from penstock.workers.parallel.group_transfer import GroupTransfer
+from penstock.workers.parallel.leader import GroupLeader
 from penstock.workers.protocol import WIRE_VERSION, Welcome
-from penstock.workers.scheduler.plan import Runner
 from penstock.workers.scheduler.scheduler import Scheduler
 from penstock.workers.service import WorkerService
 from penstock.workers.settings import WorkerSettings
@@ -35,7 +42,6 @@ from penstock.workers.tracing import WorkerTracer
 from penstock.workers.transfer.engine import TransferEngine
 from penstock.workers.transfer.faults import TransferFaults
 from penstock.workers.transfer.host import host_id
-from penstock.workers.transfer.port import BlockStorage
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +72,9 @@ class Worker:
         facts: WorkerFacts,
         engine: Engine,
         service: WorkerService,
-        transfer: TransferEngine,
+        transfer: TransferEngine | GroupTransfer,
         spans: SpanSink | None = None,
+        leader: GroupLeader | None = None,
     ) -> None:
         self.facts = facts
         self._engine = engine
@@ -75,6 +82,7 @@ class Worker:
         self._transfer = transfer
         self._settings = settings
         self._spans = spans
+        self._leader = leader
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._ended = threading.Event()
         self.address = ""
@@ -100,6 +108,8 @@ class Worker:
             self._thread.join(_LAST_STEP_S)
         self._service.stop()
         self._transfer.stop()
+        if self._leader is not None:
+            self._leader.stop()
         if self._spans is not None:
             self._spans.close()
 
@@ -126,17 +136,28 @@ class Worker:
             self._ended.set()
 
 
-def build_worker(settings: WorkerSettings, faults: TransferFaults | None = None) -> Worker:
-    """Load and connect everything; nothing is served yet. Raises ConfigError, ModelError. `faults` are for tests."""
+def build_worker(
+    settings: WorkerSettings, faults: TransferFaults | None = None, leader: GroupLeader | None = None
+) -> Worker:
+    """Load and connect everything; nothing is served yet. Raises ConfigError, ModelError. `faults` are for tests.
+
+    `leader`: this is rank 0 of a group; returns when all its ranks have loaded. Raises GroupError when one cannot.
+    """
     began = time.monotonic()
+    count = attention_ranks(settings)
     awake = threading.Event()
-    computing = _build_runner(settings)
+    computing = _build_runner(settings) if leader is None else lead_computing(settings, leader)
     storage, layout = computing.storage, computing.layout
-    pool = BlockPool(storage.num_blocks, storage.generations)
-    cache = PrefixCache(pool) if settings.kv.prefix_caching else None
-    scheduler = Scheduler(settings.scheduler, layout, pool, cache)
+    num_blocks = storage.num_blocks if leader is None else complete_group(settings, leader, computing)
+    # Sequences on other attention ranks have blocks that no storage of this process holds.
+    generations = storage.generations[:num_blocks] if count == 1 else np.zeros(count * num_blocks, np.uint64)
+    banks = make_banks(count, num_blocks, generations, prefix_caching=settings.kv.prefix_caching)
+    if leader is not None:
+        leader.sender.announce(generations, storage.generations[:num_blocks] if count > 1 else None)
+    caches = [bank.cache for bank in banks if bank.cache is not None]
+    scheduler = Scheduler(settings.scheduler, layout, *banks)
     host = host_id()
-    transfer = TransferEngine(
+    own_transfer = TransferEngine(
         settings.transfer,
         storage,
         worker_id=settings.worker_id,
@@ -147,82 +168,46 @@ def build_worker(settings: WorkerSettings, faults: TransferFaults | None = None)
         wake=awake.set,
         clock=time.monotonic,
         faults=faults,
+        share=layout.share,
+        pieces=layout.pieces,
     )
+    transfer = own_transfer if leader is None else lead_transfer(settings, leader, own_transfer, num_blocks, awake.set)
     service = WorkerService(
-        _welcome(settings, storage.num_blocks, transfer.address, host, layout.compatibility),
+        _welcome(settings, count * num_blocks, transfer.address, host, layout),
         settings.heartbeat_s,
         settings.cluster_key,
     )
     identity = GranterIdentity(
-        settings.worker_id, settings.incarnation, host, layout.compatibility, settings.transfer.lease_s
+        settings.worker_id,
+        settings.incarnation,
+        host,
+        layout.compatibility,
+        settings.transfer.lease_s,
+        bank_addresses(own_transfer.address, leader, count),
     )
     sink = open_sink(settings.tracing, settings.worker_id)
     tracer = WorkerTracer(sink, settings.worker_id) if sink is not None else None
     observation = Observation(storage.block_bytes, tracer)
     handover = HandOver(transfer, identity, lambda: os.urandom(_SESSION_ID_BYTES), observation)
-    feed = KVEventFeed(cache, service)
+    feed = KVEventFeed(BankedCaches(caches) if len(caches) > 1 else next(iter(caches), None), service)
     parts = EngineParts(scheduler, computing.runner, handover, feed, service, observation, computing.prepare)
     engine = Engine(parts, time.monotonic, awake)
-    facts = _facts(settings, storage, transfer.address, time.monotonic() - began)
-    return Worker(settings, facts, engine, service, transfer, sink)
+    facts = _facts(settings, count * num_blocks, storage.block_bytes, transfer.address, time.monotonic() - began)
+    return Worker(settings, facts, engine, service, transfer, sink, leader)
 
 
-@dataclass(frozen=True, slots=True)
-class _Computing:
-    """What computes, and the pool that it writes as the others see it."""
-
-    runner: Runner
-    storage: BlockStorage
-    layout: KVLayout
-    prepare: Callable[[], bool] | None = None  # see EngineParts
+def _build_runner(settings: WorkerSettings) -> Computing:
+    return build_computing(settings)
 
 
-def _build_runner(settings: WorkerSettings) -> _Computing:
-    """The runner with the storage it writes: the layout decides how large the storage is."""
-    if settings.runner.kind == "oracle":
-        layout = oracle_layout(settings.runner, settings.kv)
-        storage = _create_storage(settings, layout)
-        return _Computing(OracleRunner(settings.runner, layout, storage.data), storage, layout)
-    if settings.runner.kind != "model":
-        raise ConfigError(f"unknown runner {settings.runner.kind!r}; known: model, oracle", "runner.kind")
-    # Late: torch takes seconds to import, and half of the workers' tests run without it.
-    from penstock.workers.model_build import build_model_runner
-
-    model = build_model_runner(settings.runner, settings.kv, settings.scheduler)
-    if model.device.type == "cpu":
-        storage = _create_storage(settings, model.layout)
-        model.attach(storage)
-        return _Computing(model, storage, model.layout)
-    from penstock.workers.device_pool import PoolWish, open_pool
-    from penstock.workers.device_transfer import CardStorage
-
-    needed = model.layout.blocks_for(settings.scheduler.max_model_len)
-    pool = open_pool(model, PoolWish(settings.kv, needed, settings.runner.record_dir))
-    return _Computing(model, CardStorage(pool), model.layout, model.use_idle_time)
-
-
-def _create_storage(settings: WorkerSettings, layout: KVLayout) -> KVStorage:
-    num_blocks = settings.kv.num_blocks or settings.kv.memory_bytes // layout.block_bytes
-    needed = layout.blocks_for(settings.scheduler.max_model_len)
-    if num_blocks < needed:
-        raise ConfigError(
-            f"the KV pool holds {num_blocks} blocks of {layout.block_bytes} bytes, and one sequence of max_model_len "
-            f"{settings.scheduler.max_model_len} needs {needed}: give more KV memory or lower max_model_len",
-            "kv.num_blocks" if settings.kv.num_blocks else "kv.memory_bytes",
-        )
-    return KVStorage.create(num_blocks, layout.block_bytes)
-
-
-def _welcome(
-    settings: WorkerSettings, num_blocks: int, transfer_address: str, host: str, compatibility: str
-) -> Welcome:
+def _welcome(settings: WorkerSettings, num_blocks: int, transfer_address: str, host: str, layout: KVLayout) -> Welcome:
     return Welcome(
         wire_version=WIRE_VERSION,
         worker_id=settings.worker_id,
         incarnation=settings.incarnation,
         role=settings.role,
         pid=os.getpid(),
-        width=1,
+        width=layout.tensor_width,
         block_size=settings.kv.block_size,
         num_blocks=num_blocks,
         max_num_seqs=settings.scheduler.max_num_seqs,
@@ -230,17 +215,19 @@ def _welcome(
         max_num_batched_tokens=settings.scheduler.max_num_batched_tokens,
         transfer_address=transfer_address,
         host_id=host,
-        compatibility=compatibility,
+        compatibility=layout.compatibility,
     )
 
 
-def _facts(settings: WorkerSettings, storage: BlockStorage, transfer_address: str, load_s: float) -> WorkerFacts:
+def _facts(
+    settings: WorkerSettings, num_blocks: int, block_bytes: int, transfer_address: str, load_s: float
+) -> WorkerFacts:
     return WorkerFacts(
         worker_id=settings.worker_id,
         transfer_address=transfer_address,
         pid=os.getpid(),
-        num_blocks=storage.num_blocks,
+        num_blocks=num_blocks,
         block_size=settings.kv.block_size,
-        kv_bytes=storage.num_blocks * storage.block_bytes,
+        kv_bytes=num_blocks * block_bytes,
         load_s=load_s,
     )

@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from penstock.workers.kv.device_segment import PeerPool, describe, publish
-from penstock.workers.kv.device_storage import DeviceKVStorage
+from penstock.workers.kv.device_storage import DeviceKVStorage, DeviceSlices
+from penstock.workers.kv.sliced_pool import HeadSlice
 from penstock.workers.kv.storage import KVStorage
 from penstock.workers.transfer.staging import StagedStorage
 
@@ -41,6 +42,15 @@ class CardStorage(StagedStorage):
     def segment(self) -> str:
         """The file by which a process on the same card maps this pool; empty where the driver lends no handle."""
         return self._segment
+
+    @property
+    def copies_on_device(self) -> bool:
+        """A peer on the same card does."""
+        return True
+
+    def slice_pool(self, part: HeadSlice) -> DeviceSlices:
+        """See `BlockStorage.slice_pool`."""
+        return self._storage.slice_pool(part)
 
     def attach(self, path: str) -> PeerPool | KVStorage:
         """The pool that the file names: mapped where it is on this card, else in host memory. OSError, WireError."""

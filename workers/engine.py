@@ -253,8 +253,10 @@ class Engine:
         self._observation.received(key, work, request, now)
         if grant is None:
             self._scheduler.submit(key, work, request, now)
-        elif self._handover.open(key, grant):
-            self._scheduler.submit(key, work, request, now, sends_kv=True, first_block=grant.first_block)
+        else:
+            bank = self._scheduler.bank_for(request)
+            if self._handover.open(key, grant, bank):
+                self._scheduler.submit(key, work, request, now, sends_kv=True, first_block=grant.first_block, bank=bank)
 
     def _end_router(self, router_id: str, now: float) -> None:
         self._leases.end(router_id)

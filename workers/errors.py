@@ -6,6 +6,8 @@
     ├── WireError            bytes from another process that do not decode to a known message
     ├── IntegrityError       a check of our own bookkeeping failed: a defect of Penstock, never the caller's fault
     ├── DeviceError          the accelerator or the runner is gone for good; the worker process ends, quickly
+    │   └── GroupError       a rank of this worker's group is gone, silent or stuck; the whole group ends
+    ├── ExpertsGoneError     no rank holds these experts any more; steps go on once they are refilled
     ├── RequestError         the caller's request is wrong; names the field (HTTP 400 family)
     └── RefusedError         the request was fine, but cannot be served (now); carries a FailureCode
 
@@ -47,6 +49,25 @@ class IntegrityError(PenstockError):
 
 class DeviceError(PenstockError):
     """Steps cannot be computed any more; the worker ends so that its requests go on elsewhere."""
+
+
+class GroupError(DeviceError):
+    """A rank of this worker's group is gone, silent or stuck; `rank` is the culprit where it is known."""
+
+    def __init__(self, message: str, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
+class ExpertsGoneError(PenstockError):
+    """Tokens chose experts that no rank holds; every rank of the group raises it for the same step.
+
+    `experts` are (layer, expert) pairs, the layer counted among those with experts.
+    """
+
+    def __init__(self, message: str, experts: tuple[tuple[int, int], ...]) -> None:
+        super().__init__(message)
+        self.experts = experts
 
 
 class RequestError(PenstockError):

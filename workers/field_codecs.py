@@ -197,6 +197,19 @@ def sequences() -> Codec:
     return Codec(pack, unpack)
 
 
+def addresses() -> Codec:
+    """A tuple of host:port texts, none of which holds a comma, as one text."""
+
+    def unpack(value: Any) -> tuple[str, ...]:
+        text = unpack_text(value)
+        found = tuple(text.split(",")) if text else ()
+        if not all(found):
+            raise ValueError("an address is empty")
+        return found
+
+    return Codec(",".join, unpack)
+
+
 def optional(codec: Codec) -> Codec:
     """None, or what `codec` carries."""
     return Codec(

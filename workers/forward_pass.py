@@ -19,7 +19,7 @@ from penstock.kernels.ragged import AttentionLimits, AttentionPlan, AttentionWor
 from penstock.workers.errors import ConfigError
 from penstock.workers.kv.layout import KVLayout
 from penstock.workers.model.loading import TORCH_DTYPES
-from penstock.workers.model.port import DecoderModel
+from penstock.workers.model.port import DecoderModel, KVExchange
 from penstock.workers.scheduler.plan import StepPlan
 from penstock.workers.static_memory import StaticMemory
 from penstock.workers.step_inputs import StepLimits, StepTensors
@@ -47,14 +47,14 @@ class ForwardPass:
         self._decoder = decoder
         self._workspace = None if limits is None else ops.attention_workspace(kv_BLCHPD, limits)
 
-    def forward(self, inputs: StepTensors, plan: AttentionPlan) -> Tensor:
+    def forward(self, inputs: StepTensors, plan: AttentionPlan, exchange: KVExchange | None = None) -> Tensor:
         """Hidden states [W, E] of the wanted tokens; writes every token's KV."""
-        return self._decoder.forward(inputs.token_ids, inputs.positions, self.kv, plan, inputs.wanted)
+        return self._decoder.forward(inputs.token_ids, inputs.positions, self.kv, plan, inputs.wanted, exchange)
 
-    def eager(self, plan: StepPlan, inputs: StepTensors) -> Tensor:
+    def eager(self, plan: StepPlan, inputs: StepTensors, exchange: KVExchange | None = None) -> Tensor:
         """The same for a scheduler's plan."""
         batch = RaggedBatch(plan.starts, plan.offsets, plan.block_tables)
-        return self.forward(inputs, ops.plan_attention(self.kv, batch, self._workspace))
+        return self.forward(inputs, ops.plan_attention(self.kv, batch, self._workspace), exchange)
 
     def copy_blocks(self, pairs: NDArray[np.int32]) -> None:
         """Copy whole blocks, pairs [n, 2] of (source, target)."""
@@ -98,8 +98,9 @@ def recorded_hidden(memory: StaticMemory, rows: int, shape: ModelShape, dtype: s
 
 
 def kv_view(data: NDArray[np.uint8] | Tensor, layout: KVLayout) -> Tensor:
-    """The storage as a tensor [block, layer, key or value, kv head, slot, dim]; shares its memory."""
+    """The storage as a tensor [block, layer, part, kv head, slot, dim]; shares its memory."""
     if data.ndim != 2 or data.shape[1] != layout.block_bytes:
         raise ConfigError(f"KV storage of shape {tuple(data.shape)} does not hold blocks of {layout.block_bytes} bytes")
     flat = (data if isinstance(data, Tensor) else torch.from_numpy(data)).view(TORCH_DTYPES[layout.dtype])
-    return flat.view(len(data), layout.num_layers, 2, layout.num_kv_heads, layout.block_size, layout.head_dim)
+    shape = layout.parts, layout.num_kv_heads, layout.block_size, layout.head_dim
+    return flat.view(len(data), layout.num_layers, *shape)

@@ -41,6 +41,7 @@ class GranterIdentity:
     host_id: str
     compatibility: str
     lease_s: float
+    addresses: tuple[tuple[str, ...], ...] = ()  # of each bank's ranks; empty: the transfer's own is all there is
 
 
 class HandOver:
@@ -82,28 +83,34 @@ class HandOver:
         me, session_id = self._identity, self._new_session_id()
         self._keys[session_id] = event.key
         self._incoming[event.key] = session_id
-        self._transfer.expect(Incoming(session_id, me.epoch, event.blocks, event.generations, me.lease_s))
+        blocks, bank = event.blocks, event.bank
+        first, *others = me.addresses[bank] if me.addresses else (self._transfer.address,)
+        self._transfer.expect(Incoming(session_id, me.epoch, blocks, event.generations, me.lease_s, bank))
         return Grant(
             session_id,
             me.worker_id,
             me.epoch,
-            self._transfer.address,
+            first,
             me.host_id,
             event.first_block,
-            event.blocks,
+            blocks,
             event.generations,
             me.lease_s,
             me.compatibility,
+            tuple(others),
         )
 
-    def open(self, key: SequenceKey, grant: Grant) -> bool:
-        """Open an outgoing session at once, so that its lease is renewed while the prefill waits. False: repeated."""
+    def open(self, key: SequenceKey, grant: Grant, bank: int = 0) -> bool:
+        """Open an outgoing session at once, so that its lease is renewed while the prefill waits. False: repeated.
+
+        The prefill's blocks will lie in `bank`.
+        """
         if key in self._outgoing:
             return False
         self._keys[grant.session_id] = key
         self._outgoing[key] = grant.session_id
         self._observation.sending(key, len(grant.blocks))
-        self._transfer.start(grant)
+        self._transfer.start(grant, bank)
         return True
 
     def offer(self, offers: list[Offer], tails: list[SentTail]) -> None:

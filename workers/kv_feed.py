@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from penstock.workers.kv.prefix_cache import PrefixCache
 from penstock.workers.protocol import KVEvents, KVSnapshot, ToRouter
 
 _COLLECT_S = 0.02
@@ -26,10 +25,21 @@ class Reporter(Protocol):
         ...
 
 
+class CacheEvents(Protocol):
+    """What is asked of a prefix cache, or of several as one."""
+
+    @property
+    def many_events(self) -> bool: ...
+
+    def take_events(self) -> tuple[bytes, bytes]: ...
+
+    def snapshot(self) -> bytes: ...
+
+
 class KVEventFeed:
     """The sequence of `KVEvents` of one worker. Without a cache it says that nothing is cached."""
 
-    def __init__(self, cache: PrefixCache | None, reporter: Reporter) -> None:
+    def __init__(self, cache: CacheEvents | None, reporter: Reporter) -> None:
         self._cache = cache
         self._reporter = reporter
         self._sequence = 0

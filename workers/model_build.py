@@ -14,6 +14,7 @@ import torch
 
 from penstock.workers.device import check_dtype, resolve_device
 from penstock.workers.errors import ConfigError
+from penstock.workers.expert_ranks import KEY, ExpertRanks, spread_experts
 from penstock.workers.forward_pass import ModelShape
 from penstock.workers.graphs.capture import CudaRecorder, Recorder
 from penstock.workers.kv.layout import KVLayout
@@ -21,8 +22,13 @@ from penstock.workers.model.checkpoint import Checkpoint
 from penstock.workers.model.config import DTYPES, DecoderConfig, read_raw_config
 from penstock.workers.model.foreign_config import ForeignConfig
 from penstock.workers.model.implementation import choose_implementation
-from penstock.workers.model.loading import Progress, load_decoder
+from penstock.workers.model.loading import ALONE, TORCH_DTYPES, load_decoder
 from penstock.workers.model.port import DecoderModel
+from penstock.workers.model.tensor_widths import require_tensor_width
+from penstock.workers.model.weight_reader import Progress
+from penstock.workers.parallel.collectives import Collectives
+from penstock.workers.parallel.expert_parallel import ExpertParallel
+from penstock.workers.parallel.shards import WHOLE, TensorShard
 from penstock.workers.runner import ModelRunner, RunnerParts
 from penstock.workers.settings import KVSettings, RunnerSettings, SchedulerSettings
 from penstock.workers.step_inputs import StepLimits
@@ -31,9 +37,18 @@ logger = logging.getLogger(__name__)
 
 
 def build_model_runner(
-    settings: RunnerSettings, kv: KVSettings, scheduler: SchedulerSettings, progress: Progress | None = None
+    settings: RunnerSettings,
+    kv: KVSettings,
+    scheduler: SchedulerSettings,
+    progress: Progress | None = None,
+    group: Collectives = ALONE,
+    expert_ranks: ExpertRanks | None = None,
 ) -> ModelRunner:
-    """Read and load the model; `attach` the storage before the first step. Raises ModelError and ConfigError."""
+    """Read and load the model; `attach` the storage before the first step. Raises ModelError and ConfigError.
+
+    A rank of a group loads its own part, and then runs the same plans as all others; rank 0's runner samples. `group`
+    are the ranks that share one copy of the layers, `expert_ranks` those that share the experts.
+    """
     begin = time.monotonic()
     device = resolve_device(settings.device)
     torch.set_num_threads(settings.threads)
@@ -42,13 +57,15 @@ def build_model_runner(
     config = chosen.config
     dtype = resolve_dtype(settings.dtype, config.dtype)
     check_dtype(device, dtype)
+    require_tensor_width(config, group.width)
     if scheduler.max_model_len > config.max_positions:
         raise ConfigError(
             f"max_model_len {scheduler.max_model_len} is above the model's {config.max_positions} positions "
             f"({chosen.length_key})",
             key="scheduler.max_model_len",
         )
-    loaded = _load(model_dir, config, _Wanted(dtype, kv.block_size, scheduler.max_model_len, device), progress)
+    wanted = _Wanted(dtype, kv.block_size, scheduler.max_model_len, device, group, expert_ranks)
+    loaded = _load(model_dir, config, wanted, progress)
     took = time.monotonic() - begin
     logger.info(
         "%s: loaded as %s on %s by %s (%s) in %.2f s", model_dir, dtype, device, loaded.code, chosen.reason, took
@@ -61,8 +78,11 @@ def build_model_runner(
         threads=settings.threads,
         device=device,
         shape=loaded.shape,
-        recorder=recorder_for(device, settings),
+        # A recorded step would need all ranks to record it at the same time; those of a group run as they are.
+        recorder=recorder_for(device, settings) if group.width == 1 and expert_ranks is None else None,
         graph_sizes=settings.graph_sizes,
+        attention=None if expert_ranks is None else expert_ranks.attention,
+        experts=loaded.experts,
     )
     return ModelRunner(parts)
 
@@ -84,6 +104,8 @@ class _Wanted:
     block_size: int
     num_positions: int
     device: torch.device
+    group: Collectives
+    expert_ranks: ExpertRanks | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +114,7 @@ class _Loaded:
     layout: KVLayout
     code: str  # whose, for the log
     shape: ModelShape | None = None
+    experts: ExpertParallel | None = None
 
 
 def _load(
@@ -99,9 +122,16 @@ def _load(
 ) -> _Loaded:
     if isinstance(config, DecoderConfig):
         checkpoint = Checkpoint(model_dir)
-        model = load_decoder(config, checkpoint, wanted.dtype, wanted.num_positions, progress, wanted.device)
-        layout = model_layout(config, wanted.block_size, wanted.dtype, checkpoint.revision)
-        return _Loaded(model, layout, "our own decoder", ModelShape(config.num_heads, config.hidden_size))
+        place, shard = (wanted.device, wanted.group), TensorShard(wanted.group.rank, wanted.group.width)
+        experts = None
+        if wanted.expert_ranks is not None:
+            experts = spread_experts(config, checkpoint, TORCH_DTYPES[wanted.dtype], shard, wanted.expert_ranks)
+        model = load_decoder(config, checkpoint, wanted.dtype, wanted.num_positions, progress, *place, experts)
+        layout = model_layout(config, wanted.block_size, wanted.dtype, checkpoint.revision, shard)
+        heads = len(shard.heads(config.num_heads))
+        return _Loaded(model, layout, "our own decoder", ModelShape(heads, config.hidden_size), experts)
+    if wanted.expert_ranks is not None:
+        raise ConfigError(f"{config.architecture} runs by the transformers backend, which spreads no experts", KEY)
     if wanted.device.type != "cpu":
         raise ConfigError(
             f"{config.architecture} runs by the transformers backend, and that on the CPU only; device "
@@ -124,6 +154,24 @@ def resolve_dtype(wanted: str, stored: str) -> str:
     return wanted
 
 
-def model_layout(config: DecoderConfig, block_size: int, dtype: str, revision: str) -> KVLayout:
-    """What one KV block of our own decoder holds."""
-    return KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, block_size, dtype, revision)
+def model_layout(
+    config: DecoderConfig, block_size: int, dtype: str, revision: str, shard: TensorShard = WHOLE
+) -> KVLayout:
+    """What one KV block of our own decoder holds, on one rank of a group; latent rows are whole on every rank."""
+    if config.latent is not None:
+        width = config.latent.stored_dim
+        ranks = {"tensor_width": shard.width, "tensor_rank": shard.rank, "total_kv_heads": 1}
+        return KVLayout(config.num_layers, 1, width, block_size, dtype, revision, parts=1, **ranks)
+    heads = shard.kv_heads(config.num_kv_heads)
+    return KVLayout(
+        config.num_layers,
+        len(heads),
+        config.head_dim,
+        block_size,
+        dtype,
+        revision,
+        first_kv_head=heads.start,
+        tensor_width=shard.width,
+        tensor_rank=shard.rank,
+        total_kv_heads=config.num_kv_heads,
+    )

@@ -165,6 +165,12 @@ class Grant:
     generations: tuple[int, ...]  # of `blocks`, at the time of the grant
     lease_s: float
     compatibility: str = ""  # hash of layout, model revision and codec; must equal the sender's
+    rank_addresses: tuple[str, ...] = ()  # as `address`, of the granting group's ranks above 0 in order
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Of all ranks of the granting group; each takes its own KV heads of every block."""
+        return (self.address, *self.rank_addresses)
 
 
 # --- router -> worker ---------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ hands the storage over; then the engine thread alone calls the rest. A step is `
 first returns while the device still computes, so the caller can plan meanwhile. The same code serves a CPU, where
 `launch` does all the work. It does not know requests, the scheduler, or who owns a block.
 
+A rank of a group runs the same plans as all others; rank 0 alone samples, and the others' results are empty. Where
+ranks attend for sequences of their own, each runs its part of the plan, and the states of all come to rank 0.
 Invariants: between steps nothing of a sequence lives here but in the KV blocks; steps are collected in the order in
 which they were launched, and at most two are on their way.
 """
@@ -24,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from penstock.workers.errors import ConfigError, DeviceError
+from penstock.workers.errors import ConfigError, DeviceError, IntegrityError
 from penstock.workers.forward_pass import (
     ForwardPass,
     ModelShape,
@@ -41,12 +43,15 @@ from penstock.workers.graphs.traffic import BucketFigures, BucketTraffic
 from penstock.workers.kv.layout import KVLayout
 from penstock.workers.model.loading import CPU
 from penstock.workers.model.port import DecoderModel
+from penstock.workers.parallel.attention_ranks import Banks
+from penstock.workers.parallel.collectives import Collectives
+from penstock.workers.parallel.rank_states import RankStates
 from penstock.workers.sampling import draw, logprobs_of
 from penstock.workers.scheduler.plan import SampledLogprobs, ScoredPrompt, StepPlan, StepResult
 from penstock.workers.static_memory import StaticMemory
 from penstock.workers.step_inputs import StepInputs, StepLimits
 from penstock.workers.step_outputs import PendingTokens, StepOutputs
-from penstock.workers.token_logprobs import reduce_logits
+from penstock.workers.token_logprobs import pieces, reduce_logits
 
 _NO_TOKENS = np.zeros(0, np.int32)
 
@@ -67,6 +72,18 @@ class DeviceStorage(Protocol):
     @property
     def tensor(self) -> Tensor:
         """uint8 [num_blocks + 1, block_bytes]; the last block belongs to nobody."""
+        ...
+
+
+class StepExperts(Protocol):
+    """Experts that several ranks share (`parallel/expert_parallel.py`): they hear where steps begin and end."""
+
+    def begin_step(self, sequence: int) -> None:
+        """The step of this number begins on every rank."""
+        ...
+
+    def end_step(self) -> None:
+        """All its layers are done."""
         ...
 
 
@@ -99,6 +116,10 @@ class RunnerParts:
     shape: ModelShape | None = None  # None: steps are never recorded
     recorder: Recorder | None = None  # likewise
     graph_sizes: tuple[int, ...] = ()
+    attention: Collectives | None = (
+        None  # the ranks that attend for sequences of their own; None: this one does for all
+    )
+    experts: StepExperts | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,6 +143,7 @@ class ModelRunner:
         self._pass: ForwardPass | None = None
         self._graphs: DecodeGraphs | None = None
         self._keeper: StartKeeper | None = None
+        self._states: RankStates | None = None
         self._buckets = BucketTable.of(parts.graph_sizes, min(parts.limits.max_rows, parts.limits.max_tokens))
         # The order of what follows is the static layout: a new buffer goes to the end.
         self.memory = StaticMemory(parts.device)
@@ -185,6 +207,11 @@ class ModelRunner:
             sync=self._sync,
         )
 
+    def use_banks(self, banks: Banks) -> None:
+        """What the storages hold of a group whose ranks attend for sequences of their own; before the first step."""
+        if self._parts.attention is not None:
+            self._states = RankStates(self._parts.attention, banks, self.layout.block_size)
+
     def recorded_share(self, activations: int) -> int:
         """Of `activations` bytes of the largest step, what recorded steps need beside it."""
         if self._hidden is None:
@@ -209,6 +236,8 @@ class ModelRunner:
         self._use_threads()
         began = time.perf_counter()
         with _device_errors(), torch.inference_mode():
+            if self._parts.attention is not None:
+                return self._launch_part(self._pass, plan, began)
             if len(plan.copies):
                 self._pass.copy_blocks(plan.copies)
             if plan.num_tokens == 0:
@@ -221,6 +250,26 @@ class ModelRunner:
             if hidden is None:
                 hidden = self._pass.eager(plan, self._inputs.fill(plan))
             return self._sample(plan, hidden, Launched(StepResult(_NO_TOKENS), None, began, bucket, replayed))
+
+    def _launch_part(self, forward: ForwardPass, plan: StepPlan, began: float) -> Launched:
+        """The same for a rank that attends for sequences of its own, perhaps for none of this plan."""
+        states, experts = self._states, self._parts.experts
+        if states is None:
+            raise ConfigError("the model runner does not know its banks; call use_banks first")
+        launched = Launched(StepResult(_NO_TOKENS), None, began, None, replayed=False)
+        cut = states.cut(plan)
+        own = states.part(cut)
+        if len(own.copies):
+            forward.copy_blocks(own.copies)
+        if plan.num_tokens == 0:
+            return launched
+        if experts is not None:
+            experts.begin_step(plan.step)
+        exchange = states.exchange(cut, self.device)
+        hidden = states.gather(cut, forward.eager(own, self._inputs.fill(own), exchange))
+        if experts is not None:
+            experts.end_step()
+        return self._sample(plan, hidden, launched) if states.samples else launched
 
     def collect(self, launched: Launched) -> StepResult:
         """Wait for a step. Raises DeviceError where the device is gone."""
@@ -246,10 +295,15 @@ class ModelRunner:
         return False
 
     def _sample(self, plan: StepPlan, hidden: Tensor, step: Launched) -> Launched:
-        """Hidden states [S + M, E] become tokens, and whatever else the plan asks for."""
+        """Hidden states [S + M, E] become tokens, and whatever else the plan asks for; on rank 0 only."""
         sampled = len(plan.sample_rows)
         logits = self._decoder.logits(hidden[:sampled])
-        tokens = draw(logits, plan.sampling, self._inputs.columns)
+        if logits is None:
+            self._help_score(hidden[sampled:])
+            return step
+        # What lies on the device already is for the rows of this rank's part.
+        columns = self._inputs.columns if self._parts.attention is None else None
+        tokens = draw(logits, plan.sampling, columns)
         pending, token_ids = None, _NO_TOKENS
         if self._outputs is not None:
             pending = self._outputs.send(tokens)
@@ -265,12 +319,19 @@ class ModelRunner:
 
     def _score(self, hidden: Tensor, scored: ScoredPrompt) -> SampledLogprobs:
         """Logprobs of M prompt tokens from hidden states [M, E]; their logits exist a few rows at a time only."""
-        return reduce_logits(
-            lambda begin, end: self._decoder.logits(hidden[begin:end]),
-            self.vocab_size,
-            scored.targets,
-            scored.alternatives,
-        )
+
+        def logits_of(begin: int, end: int) -> Tensor:
+            logits = self._decoder.logits(hidden[begin:end])
+            if logits is None:
+                raise IntegrityError("a rank that does not sample was to score")
+            return logits
+
+        return reduce_logits(logits_of, self.vocab_size, scored.targets, scored.alternatives)
+
+    def _help_score(self, hidden: Tensor) -> None:
+        """The other ranks' side of `_score`: their columns of the same logits in the same pieces."""
+        for begin, end in pieces(len(hidden), self.vocab_size):
+            self._decoder.logits(hidden[begin:end])
 
     def _sync(self) -> None:
         if self.device.type == "cuda":

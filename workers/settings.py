@@ -15,6 +15,7 @@ from typing import Any
 from penstock.workers.errors import ConfigError
 from penstock.workers.protocol import Role
 
+LOST_EXPERTS = ("refuse", "degrade")
 DEVICE_NAME = re.compile(r"cpu|auto|cuda(:[0-9]{1,2})?")
 
 
@@ -74,6 +75,74 @@ class RunnerSettings:
     oracle_step_s: float = 0.0  # least duration of an oracle step, to pace tests
     oracle_token_s: float = 0.0  # added per token computed in an oracle step
     oracle_block_bytes: int = 0  # oracle KV bytes per block; 0 = just what it needs
+    oracle_kv_heads: int = 0  # of the oracle's KV, shared out among the ranks of a group; 0 = one per rank
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSettings:
+    """The ranks that serve as one worker. All ranks of a group get the same worker settings but for `rank`.
+
+    Times watch over the group: a rank that says nothing for `silence_s`, or that has not done a step within
+    `slow_factor` × the time it should take (with a floor, and an allowance for the first steps), ends the group.
+    """
+
+    tensor_parallel_size: int = 1
+    expert_parallel_size: int = 1  # expert ranks have data-parallel attention
+    context_parallel_size: int = 1  # ranks that attend for sequences of their own, and for long prompts together
+    context_parallel_threshold: int = 1024  # tokens of one prompt in one step from which on they do
+    redundant_experts: int = 0  # slots of each rank and layer beyond those that hold every expert once
+    expert_rebalance_steps: int = 256  # experts may move so often; 0 = never
+    lost_experts: str = "refuse"  # refuse | degrade: tokens whose expert no rank holds any more
+    rank: int = 0  # rank 0 plans and serves; the others follow
+    host: str = "127.0.0.1"  # where this rank listens and connects from; the collectives bind to it
+    leader: str = ""  # host:port on which rank 0 gathers the group; for ranks above 0
+    start_timeout_s: float = 300.0  # from the first rank's start until all have loaded
+    heartbeat_s: float = 0.5
+    silence_s: float = 2.0
+    slow_factor: float = 3.0
+
+    @property
+    def width(self) -> int:
+        """Number of ranks."""
+        return self.tensor_parallel_size * self.attention_ranks
+
+    @property
+    def attention_ranks(self) -> int:
+        """Copies of the attention layers, each over `tensor_parallel_size` ranks with sequences of their own."""
+        return max(self.expert_parallel_size, self.context_parallel_size)
+
+    def check(self) -> None:
+        """Raises ConfigError, naming the key and the numbers."""
+        for key in ("tensor_parallel_size", "expert_parallel_size", "context_parallel_size"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"{key} {getattr(self, key)} is below 1", f"group.{key}")
+        if not 0 <= self.rank < self.width:
+            raise ConfigError(f"rank {self.rank} of a group of {self.width} ranks", "group.rank")
+        if self.rank and not self.leader:
+            raise ConfigError(f"rank {self.rank} needs the address of rank 0", "group.leader")
+        for key in ("start_timeout_s", "heartbeat_s", "silence_s"):
+            if not 0 < getattr(self, key) < float("inf"):
+                raise ConfigError(f"{key} {getattr(self, key)} is no positive number of seconds", f"group.{key}")
+        if 1 not in (self.expert_parallel_size, self.context_parallel_size) and (
+            self.expert_parallel_size != self.context_parallel_size
+        ):
+            raise ConfigError(
+                f"context_parallel_size {self.context_parallel_size} and expert_parallel_size "
+                f"{self.expert_parallel_size} speak of the same ranks: equal, or one of them 1",
+                "group.context_parallel_size",
+            )
+        for key in ("redundant_experts", "expert_rebalance_steps", "context_parallel_threshold"):
+            if getattr(self, key) < 0:
+                raise ConfigError(f"{key} {getattr(self, key)} is below 0", f"group.{key}")
+        if self.lost_experts not in LOST_EXPERTS:
+            raise ConfigError(f"lost_experts is one of {', '.join(LOST_EXPERTS)}", "group.lost_experts")
+        if self.silence_s <= self.heartbeat_s:
+            raise ConfigError(
+                f"silence_s {self.silence_s} would pass between two heartbeats {self.heartbeat_s} s apart",
+                "group.silence_s",
+            )
+        if self.slow_factor <= 1:
+            raise ConfigError(f"slow_factor {self.slow_factor} is not above 1", "group.slow_factor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +184,14 @@ class WorkerSettings:
     kv: KVSettings = field(default_factory=KVSettings)
     transfer: TransferSettings = field(default_factory=TransferSettings)
     runner: RunnerSettings = field(default_factory=RunnerSettings)
+    group: GroupSettings = field(default_factory=GroupSettings)
     tracing: TracingSettings = field(default_factory=TracingSettings)
     logs: LogSettings = field(default_factory=LogSettings)
+
+    @property
+    def title(self) -> str:
+        """What a process calls itself in its log: the worker, and which rank of it where it has several."""
+        return f"{self.worker_id}/{self.group.rank}" if self.group.width > 1 else self.worker_id
 
     def to_json(self) -> str:
         """Inverse of `from_json`."""
@@ -134,6 +209,7 @@ class WorkerSettings:
             runner = raw.get("runner", {})
             tuples = {key: tuple(runner.get(key, ())) for key in ("graph_sizes", "cpus")}  # JSON knows none
             raw["runner"] = RunnerSettings(**{**runner, **tuples})
+            raw["group"] = GroupSettings(**raw.get("group", {}))
             raw["tracing"] = TracingSettings(**raw.get("tracing", {}))
             raw["logs"] = LogSettings(**raw.get("logs", {}))
             return WorkerSettings(**raw)

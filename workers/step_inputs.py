@@ -159,7 +159,8 @@ class StepInputs:
         arrays = host.arrays(shape)
         self._write(arrays, plan, num_tokens, sampled, padding)
         if not self._on_cpu:
-            _write_sampling(arrays, plan.sampling)
+            if len(plan.sampling):  # a part of a plan is sampled elsewhere
+                _write_sampling(arrays, plan.sampling)
             host.send(self._device, _used(*shape))
         if self._tensors is None or self._shape != shape:
             self._tensors, self._shape = _device_tensors(self._device, *shape), shape

@@ -8,7 +8,7 @@ Legend: M rows, V vocabulary, E hidden size, K alternatives.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -17,6 +17,13 @@ from torch import Tensor
 from penstock.workers.scheduler.plan import I32, SampledLogprobs
 
 PIECE_ELEMENTS = 4 << 20
+
+
+def pieces(count: int, vocab: int) -> Iterator[tuple[int, int]]:
+    """Runs [begin, end) of rows whose logits exist at a time, the same on every rank."""
+    step = max(1, PIECE_ELEMENTS // vocab)
+    for begin in range(0, count, step):
+        yield begin, min(count, begin + step)
 
 
 def reduce_logits(
@@ -29,9 +36,7 @@ def reduce_logits(
     chosen = np.zeros(count, np.float32)
     top_ids = np.zeros((count, widest), np.int32)
     top_logprobs = np.zeros((count, widest), np.float32)
-    step = max(1, PIECE_ELEMENTS // vocab)
-    for begin in range(0, count, step):
-        end = min(count, begin + step)
+    for begin, end in pieces(count, vocab):
         normal = torch.log_softmax(logits_of(begin, end), dim=-1)
         target = torch.from_numpy(targets[begin:end].astype(np.int64)).to(normal.device)
         chosen[begin:end] = normal.gather(1, target[:, None])[:, 0].cpu().numpy()

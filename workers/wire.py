@@ -21,6 +21,7 @@ from penstock.workers import protocol
 from penstock.workers.errors import WireError
 from penstock.workers.field_codecs import (
     Codec,
+    addresses,
     biases,
     choice,
     column,
@@ -58,6 +59,7 @@ _BY_ANNOTATION: dict[str, Codec] = {
     "tuple[Tokens, ...]": sequences(),
     "tuple[tuple[int, float], ...]": biases(),
     "tuple[int, ...]": integers("Q", "generations"),
+    "tuple[str, ...]": addresses(),
     "Role": choice(Role),
     "FailureCode": choice(FailureCode),
 } | {f"NDArray[np.{name}]": column(name) for name in ("uint8", "uint16", "uint32", "int32", "float32")}

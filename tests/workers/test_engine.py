@@ -14,6 +14,7 @@ from penstock.workers.engine import Engine, EngineParts
 from penstock.workers.errors import DeviceError
 from penstock.workers.handover import GranterIdentity, HandOver
 from penstock.workers.inbox import Attached, Detached, Drain
+from penstock.workers.kv.banks import Bank
 from penstock.workers.kv.block_pool import BlockPool
 from penstock.workers.kv.prefix_cache import PrefixCache, chain_digests
 from penstock.workers.kv.storage import KVStorage
@@ -110,7 +111,7 @@ class Bench:
         pool = BlockPool(num_blocks, self.storage.generations)
         cache = PrefixCache(pool)
         self.told = Told()
-        self.scheduler = Scheduler(SchedulerSettings(max_model_len=200, **limits), layout, pool, cache)
+        self.scheduler = Scheduler(SchedulerSettings(max_model_len=200, **limits), layout, Bank(pool, cache))
         self.transfer = LoopbackTransfer(fabric, name, self.storage)
         self.runner = Faulty(OracleRunner(runner_settings, layout, self.storage.data))
         serial = itertools.count(1)

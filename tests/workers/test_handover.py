@@ -88,7 +88,7 @@ def test_final_events_of_an_outgoing_session(handover: HandOver, calls: Calls, e
     assert not handover.open(KEY, GRANT)
     assert problem(handover, OTHER) is FailureCode.BAD_REQUEST
     assert problem(handover, KEY) is None
-    assert calls.calls == [("start", GRANT)]
+    assert calls.calls == [("start", GRANT, 0)]
     assert tell(handover, calls, event) == [("kv_sent", KEY, 9.0)]
     assert len(handover) == 0
 

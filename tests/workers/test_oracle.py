@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from penstock.workers.errors import ConfigError
 from penstock.workers.oracle import OracleRunner, expected_tokens, oracle_layout
+from penstock.workers.parallel.shards import TensorShard
 from penstock.workers.protocol import SamplingParams
 from penstock.workers.scheduler.plan import SamplingBatch, StepPlan, StepResult
 from penstock.workers.settings import KVSettings, RunnerSettings
@@ -115,9 +117,9 @@ def test_any_damage_to_a_block_changes_the_token(damage: str) -> None:
         case "foreign":
             step(runner, [{"tokens": [1, 2, 3, 4], "start": 4, "blocks": [0, 9], "sample": None}])
         case "one bit":
-            runner._kv[2, 0, 3, 0] ^= 1
+            runner._kv[2, 0, 0, 3, 0] ^= 1
         case "stale position":
-            runner._kv[2, 1, 1, 0] += 4
+            runner._kv[2, 1, 0, 1, 0] += 4
     assert tuple(step(runner, [row]).token_ids.tolist()) != expected_tokens(prompt, GREEDY, VOCAB)
 
 
@@ -171,3 +173,75 @@ def test_pace() -> None:
     runner = OracleRunner(settings, layout, data, lambda: 1.0, slept.append)
     step(runner, [{"tokens": [1, 2, 3], "start": 0, "blocks": [0], "sample": GREEDY}])
     assert slept == [pytest.approx(0.8)]
+
+
+class Summing:
+    """Ranks of one process: each but the first leaves its sums here, and the first adds them up."""
+
+    def __init__(self) -> None:
+        self.left: list[np.ndarray] = []
+
+    def add_up(self, sums: np.ndarray) -> np.ndarray:
+        if self.first:
+            return sum(self.left, sums)
+        self.left.append(sums)
+        return sums
+
+    first = False
+
+
+class OracleRanks:
+    """A group of oracles as one runner; the followers run first, so that their sums are there."""
+
+    def __init__(self, width: int, heads: int = 0) -> None:
+        settings = RunnerSettings(kind="oracle", oracle_vocab=VOCAB, oracle_kv_heads=heads)
+        self.sums = Summing()
+        self.ranks = []
+        for rank in range(width):
+            shard = TensorShard(rank, width)
+            layout = oracle_layout(settings, KVSettings(block_size=BLOCK), shard)
+            data = np.zeros((BLOCKS, layout.block_bytes), np.uint8)
+            self.ranks.append(OracleRunner(settings, layout, data, shard=shard, group=self.sums))
+
+    def run(self, plan: StepPlan) -> StepResult:
+        self.sums.left.clear()
+        self.sums.first = False
+        for rank in self.ranks[1:]:
+            rank.run(plan)
+        self.sums.first = True
+        return self.ranks[0].run(plan)
+
+
+PROMPT = [(index * 37 + 5) % VOCAB for index in range(21)]
+ROW = {"tokens": PROMPT, "start": 0, "blocks": [3, 9, 2, 7, 5, 1], "sample": GREEDY}
+
+
+@pytest.mark.parametrize(("width", "heads"), [(2, 0), (4, 0), (2, 4), (4, 2), (1, 4), (3, 6), (8, 2)])
+def test_ranks_together_say_what_one_oracle_says(width: int, heads: int) -> None:
+    group = OracleRanks(width, heads)
+    (expected,) = expected_tokens(PROMPT, GREEDY, VOCAB)
+    assert step(group, [ROW]).token_ids.tolist() == [expected]  # type: ignore[arg-type]
+    copied = {**ROW, "tokens": PROMPT[-1:], "start": len(PROMPT) - 1, "blocks": [3, 9, 2, 7, 30, 1]}
+    assert step(group, [copied], copies=[(5, 30)]).token_ids.tolist() == [expected]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("damage", ["one rank's block is empty", "it is another rank's", "one of them is stale"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_rank_needs_its_own_heads(damage: str, rank: int) -> None:
+    group = OracleRanks(2)
+    step(group, [ROW])  # type: ignore[arg-type]
+    mine, other = group.ranks[rank]._kv, group.ranks[1 - rank]._kv
+    if damage == "one rank's block is empty":
+        mine[9] = 0
+    elif damage == "it is another rank's":
+        mine[9] = other[9]
+    else:
+        mine[9, 0] += 1
+    again = {**ROW, "tokens": PROMPT[-1:], "start": len(PROMPT) - 1}
+    (expected,) = expected_tokens(PROMPT, GREEDY, VOCAB)
+    assert step(group, [again]).token_ids.tolist() != [expected]  # type: ignore[arg-type]
+
+
+def test_widths_that_do_not_fit_the_heads() -> None:
+    with pytest.raises(ConfigError, match="3 ranks neither divide the oracle's 4 KV heads nor are a multiple of them"):
+        OracleRanks(3, 4)

@@ -10,6 +10,7 @@ import pytest
 from penstock.workers.engine import Engine, EngineParts
 from penstock.workers.handover import GranterIdentity, HandOver
 from penstock.workers.inbox import Attached
+from penstock.workers.kv.banks import Bank
 from penstock.workers.kv.block_pool import BlockPool
 from penstock.workers.kv.layout import KVLayout
 from penstock.workers.kv.prefix_cache import PrefixCache, chain_digests
@@ -50,7 +51,7 @@ class Worker:
         settings = SchedulerSettings(
             max_num_seqs=sequences, max_num_batched_tokens=8192, max_model_len=4096, reserve_tokens=0
         )
-        self.scheduler = Scheduler(settings, Runner.layout, pool, cache)
+        self.scheduler = Scheduler(settings, Runner.layout, Bank(pool, cache))
         self.outbox = Outbox(lambda: None)
         handover = HandOver(Transfer(), GranterIdentity("w", 1, "h", "c", 1.0), lambda: bytes(16))
         parts = EngineParts(self.scheduler, Runner(), handover, KVEventFeed(cache, self), self)

@@ -51,6 +51,7 @@ class GrantedEvent:
     blocks: Tokens
     generations: tuple[int, ...]
     cached_tokens: int
+    bank: int = 0  # in which the blocks lie
 
 
 @dataclass(frozen=True, slots=True)

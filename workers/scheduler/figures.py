@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from penstock.workers.kv.block_pool import BlockPool
-from penstock.workers.kv.prefix_cache import PrefixCache
 from penstock.workers.scheduler.events import SchedulerStats
 from penstock.workers.scheduler.roster import Roster
 from penstock.workers.scheduler.table import PREFILL, RESERVED
 
 
-def count_figures(roster: Roster, pool: BlockPool, cache: PrefixCache | None, *, draining: bool) -> SchedulerStats:
+def count_figures(roster: Roster, *, draining: bool) -> SchedulerStats:
     """What runs, waits and is held now. Engine thread only."""
-    table, waiting = roster.table, roster.waiting
+    table, waiting, banks = roster.table, roster.waiting, roster.memory.banks
     left = (table.length - table.computed)[table.state == PREFILL]
     return SchedulerStats(
         running=table.num_sequences,
@@ -19,9 +17,9 @@ def count_figures(roster: Roster, pool: BlockPool, cache: PrefixCache | None, *,
         sending=sum(not left.quarantined for left in roster.memory.lingering.values()),
         waiting=len(waiting),
         queued_prefill_tokens=waiting.prefill_tokens + int(left.sum()),
-        free_blocks=pool.num_free,
-        cached_blocks=0 if cache is None else len(cache),
-        quarantined_blocks=pool.num_quarantined,
+        free_blocks=sum(bank.pool.num_free for bank in banks),
+        cached_blocks=sum(len(bank.cache) for bank in banks if bank.cache is not None),
+        quarantined_blocks=sum(bank.pool.num_quarantined for bank in banks),
         preemptions=roster.preemptions,
         draining=draining,
     )

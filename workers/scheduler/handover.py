@@ -20,12 +20,12 @@ from penstock.workers.scheduler.sequence import Sequence
 
 
 def grant(sequence: Sequence, placement: Placement, layout: KVLayout, pool: BlockPool) -> GrantedEvent:
-    """The promise for a reservation: blocks of its context that are not here yet, with their generations."""
+    """The promise for a reservation: blocks of its context that are not here yet, with their generations in `pool`."""
     first = placement.computed // layout.block_size
     blocks = placement.blocks[first : layout.blocks_for(len(sequence.context))]
-    generations = tuple(pool.generations[blocks].tolist())
+    generations = tuple(pool.generations_of(blocks).tolist())
     sequence.granted = first
-    return GrantedEvent(sequence.key, first, tuple(blocks.tolist()), generations, placement.computed)
+    return GrantedEvent(sequence.key, first, tuple(blocks.tolist()), generations, placement.computed, sequence.bank)
 
 
 def hand_over(

@@ -9,21 +9,23 @@ import numpy as np
 
 from penstock.workers.errors import IntegrityError
 from penstock.workers.kv.block_pool import BlockPool
-from penstock.workers.kv.prefix_cache import NO_BLOCKS, PrefixCache
+from penstock.workers.kv.prefix_cache import NO_BLOCKS
 from penstock.workers.scheduler.roster import Roster
 from penstock.workers.scheduler.sequence import Sequence
 from penstock.workers.scheduler.table import SequenceTable, State
 
 
-def check_scheduler(roster: Roster, pool: BlockPool, cache: PrefixCache | None) -> None:
+def check_scheduler(roster: Roster) -> None:
     """Raise IntegrityError with the first thing that does not add up."""
-    pool.check_integrity()
-    if cache is not None:
-        cache.check_integrity(roster.memory.held_runs())
+    for number, (pool, cache) in enumerate(roster.memory.banks):
+        pool.check_integrity()
+        if cache is not None:
+            cache.check_integrity(roster.memory.held_runs(number))
     _check_places(roster)
     for slot, sequence in enumerate(roster.table.sequences):
         _check_row(roster.table, slot, sequence)
-    _check_holders(roster, pool)
+    for number, (pool, _) in enumerate(roster.memory.banks):
+        _check_holders(roster, pool, number)
 
 
 def _check_places(roster: Roster) -> None:
@@ -64,12 +66,13 @@ def _check_row(table: SequenceTable, slot: int, sequence: Sequence | None) -> No
         raise IntegrityError(f"row {slot} is longer than it may become")
 
 
-def _check_holders(roster: Roster, pool: BlockPool) -> None:
-    """Every private block has one holder, and published ones are those of the runs that their rows hold."""
+def _check_holders(roster: Roster, pool: BlockPool, bank: int) -> None:
+    """Every private block of a bank has one holder, and published ones are those of the runs that their rows hold."""
     table, memory = roster.table, roster.memory
-    private = [left.blocks for left in memory.lingering.values() if not left.quarantined]
+    lingering = [left for left in memory.lingering.values() if left.bank == bank]
+    private = [left.blocks for left in lingering if not left.quarantined]
     for sequence in table.sequences:
-        if sequence is None or sequence.slot is None:
+        if sequence is None or sequence.slot is None or sequence.bank != bank:
             continue
         slot = sequence.slot
         private.append(memory.private_of(slot))
@@ -79,6 +82,6 @@ def _check_holders(roster: Roster, pool: BlockPool) -> None:
             raise IntegrityError(f"row {slot} holds other blocks of the prefix cache than it lists")
     if not np.array_equal(np.sort(np.concatenate((NO_BLOCKS, *private))), pool.private_blocks()):
         raise IntegrityError("the pool's private blocks are not those that sequences hold")
-    quarantined = sum(len(left.blocks) for left in memory.lingering.values() if left.quarantined)
+    quarantined = sum(len(left.blocks) for left in lingering if left.quarantined)
     if quarantined != pool.num_quarantined:
         raise IntegrityError("the quarantine differs from the cancelled reservations")

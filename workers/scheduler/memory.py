@@ -1,6 +1,6 @@
 """Which sequence holds which KV blocks: placing, growing, publishing, releasing, and what outlives a sequence.
 
-The scheduler's one way to the block pool and the prefix cache. Knows no queues, budgets or events.
+The scheduler's one way to the block pools and the prefix caches. Knows no queues, budgets or events.
 
 Invariants: the first `published` blocks of a row are cached ones, held through the sequence's `run`, or `known` ones,
 which it computed though another had them cached; all others are private to it. A lingering entry holds the same way,
@@ -11,11 +11,13 @@ before `published` may be shared, and those are never written again.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence as Sequences
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from penstock.workers.kv.banks import Bank
 from penstock.workers.kv.block_pool import BlockPool, Blocks
 from penstock.workers.kv.layout import KVLayout
 from penstock.workers.kv.prefix_cache import NO_BLOCKS, Match, PrefixCache, Run, chain_digests
@@ -41,23 +43,27 @@ class Lingering:
     blocks: Blocks  # private or quarantined
     quarantined: bool
     run: Run | None = None  # held in the prefix cache
+    bank: int = 0
 
 
 class SequenceMemory:
-    """Holds for the rows of one table, out of one pool. `cache` None: nothing is shared."""
+    """Holds for the rows of one table, out of one bank or several; a sequence's blocks are all of one."""
 
-    def __init__(self, table: SequenceTable, layout: KVLayout, pool: BlockPool, cache: PrefixCache | None) -> None:
-        self.pool = pool
+    def __init__(self, table: SequenceTable, layout: KVLayout, banks: Sequences[Bank]) -> None:
+        self.banks = tuple(banks)
         self.lingering: dict[SequenceKey, Lingering] = {}
         self._table = table
         self._layout = layout
-        self._cache = cache
         self._block_size = layout.block_size
-        self._copy_sources: list[Run] = []  # held because the step under way copies from their last blocks
+        self._copy_sources: list[tuple[int, Run]] = []  # (bank, held because the step under way copies from its end)
+
+    def pool_of(self, sequence: Sequence) -> BlockPool:
+        """Where the blocks of a sequence with a row come from."""
+        return self.banks[sequence.bank].pool
 
     def first_digests(self, request: GenerateRequest, context: I32) -> bytes:
         """Digests of the context's full blocks; those of the prompt are taken from the request if it has them all."""
-        if self._cache is None or not request.cache_prefix:
+        if self.banks[0].cache is None or not request.cache_prefix:
             return b""
         size = self._block_size
         full = len(request.prompt) // size
@@ -73,12 +79,41 @@ class SequenceMemory:
 
         At least one token is left to compute, except for a RESERVE, which gets its KV and next token from a peer.
         """
+        for number in self._allowed(sequence):
+            sequence.bank = number
+            placement = self._place(sequence, growth, spare, *self.banks[number])
+            if placement is not None:
+                return placement
+        return None
+
+    def best_bank(self, chain: bytes) -> int:
+        """Where a context with these digests had best be: see `_preferred`."""
+        return self._preferred(chain)[0] if len(self.banks) > 1 else 0
+
+    def _allowed(self, sequence: Sequence) -> Sequences[int]:
+        if sequence.pinned is not None:
+            return (sequence.pinned,)
+        return self._preferred(b"" if sequence.unscored else sequence.chain) if len(self.banks) > 1 else (0,)
+
+    def _preferred(self, chain: bytes) -> list[int]:
+        """Banks in the order to try them: those that know most of the context, then those with most room."""
+
+        def rank(number: int) -> tuple[int, int]:
+            pool, cache = self.banks[number]
+            known = 0 if cache is None or not chain else cache.match(chain).num_blocks
+            return -known, -pool.num_free
+
+        return sorted(range(len(self.banks)), key=rank)
+
+    def _place(
+        self, sequence: Sequence, growth: int, spare: int, pool: BlockPool, cache: PrefixCache | None
+    ) -> Placement | None:
         length = len(sequence.context)
         total = self._layout.blocks_for(length + growth)
-        left = self.pool.num_free - spare
-        if self._cache is None or not sequence.chain or sequence.unscored:  # what is to be scored is always computed
-            return Placement(self.pool.allocate(total), 0) if left >= total else None
-        match = self._cache.match(sequence.chain)
+        left = pool.num_free - spare
+        if cache is None or not sequence.chain or sequence.unscored:  # what is to be scored is always computed
+            return Placement(pool.allocate(total), 0) if left >= total else None
+        match = cache.match(sequence.chain)
         if sequence.work is Work.RESERVE or match.num_blocks * self._block_size < length:
             shared = match.num_blocks
             if left - match.num_idle < total - shared:
@@ -88,8 +123,8 @@ class SequenceMemory:
         shared = match.num_blocks - 1
         source, idle_source = int(match.blocks[-1]), not match.runs[-1].holders
         if left - match.num_idle >= total - shared:
-            self._copy_sources.append(self._cache.hold(match, match.num_blocks))
-            placed = self._share(sequence, self._cache.match(sequence.chain), shared, total)
+            self._copy_sources.append((sequence.bank, cache.hold(match, match.num_blocks)))
+            placed = self._share(sequence, cache.match(sequence.chain), shared, total)
             return Placement(placed, length - 1, (source, int(placed[shared])))
         if left - match.num_idle + idle_source >= total - shared:
             # Holding the source too is one block too many: the last block is computed again.
@@ -97,16 +132,27 @@ class SequenceMemory:
         return None
 
     def grow(self, slots: Slots) -> bool:
-        """One more block for each of these rows, or False and nothing if the pool has too few."""
-        if len(slots) > self.pool.num_free:
+        """One more block for each of these rows, or False if a bank has too few, and nothing for its rows."""
+        if len(self.banks) > 1:
+            owners = self._table.bank[slots]
+            grown = [self._grow(slots[owners == number], bank.pool) for number, bank in enumerate(self.banks)]
+            return all(grown)
+        return self._grow(slots, self.banks[0].pool)
+
+    def _grow(self, slots: Slots, pool: BlockPool) -> bool:
+        if len(slots) > pool.num_free:
             return False
-        self._table.append_blocks(slots, self.pool.allocate(len(slots)))
+        if len(slots):
+            self._table.append_blocks(slots, pool.allocate(len(slots)))
         return True
 
     def publish_row(self, slot: int) -> None:
         """Offer all blocks of this row that are full, and not yet published, to the prefix cache."""
         sequence = self._table.sequences[slot]
-        if self._cache is None or sequence is None or not sequence.request.cache_prefix:
+        if sequence is None or not sequence.request.cache_prefix:
+            return
+        cache = self.banks[sequence.bank].cache
+        if cache is None:
             return
         first, full = int(self._table.published[slot]), int(self._table.computed[slot]) // self._block_size
         if full <= first:
@@ -117,7 +163,7 @@ class SequenceMemory:
             sequence.chain += chain_digests(root, self._table.tokens[slot, have * size : full * size], size)
         digests = sequence.chain[first * DIGEST_BYTES : full * DIGEST_BYTES]
         blocks = self._table.block_tables[slot, first:full].astype(np.intp)
-        sequence.run, known = self._cache.publish(sequence.run or self._cache.root, digests, blocks)
+        sequence.run, known = cache.publish(sequence.run or cache.root, digests, blocks)
         if len(known):
             sequence.known = np.concatenate((sequence.known, known))
         self._table.published[slot] = full
@@ -125,24 +171,27 @@ class SequenceMemory:
     def release(self, slot: int) -> None:
         """The row ends; its blocks go back to the pool, where full ones stay shareable until they are needed."""
         self.publish_row(slot)
-        self._let_go(*self._empty_row(slot))
+        bank = self._table.sequence_in(slot).bank
+        self._let_go(bank, *self._empty_row(slot))
 
     def hold_for_reader(self, slot: int, key: SequenceKey) -> None:
         """The row ends while a peer still reads its blocks: keep them until `settle(key)`."""
+        bank = self._table.sequence_in(slot).bank
         blocks, run = self._empty_row(slot)
-        self.lingering[key] = Lingering(blocks, False, run)
+        self.lingering[key] = Lingering(blocks, False, run, bank)
 
     def quarantine_reserved(self, slot: int, key: SequenceKey, first: int, end: int) -> None:
         """The row ends while a peer may still write its blocks [first, end): keep those apart until `settle(key)`.
 
         None of them is published: `first` is the number of blocks that were shared.
         """
+        bank = self._table.sequence_in(slot).bank
         blocks, run = self._empty_row(slot)
         written = blocks[: end - first]
-        self._let_go(blocks[end - first :], run)
-        self.pool.quarantine(written)
+        self._let_go(bank, blocks[end - first :], run)
+        self.banks[bank].pool.quarantine(written)
         if len(written):
-            self.lingering[key] = Lingering(written, True)
+            self.lingering[key] = Lingering(written, True, bank=bank)
 
     def settle(self, key: SequenceKey) -> bool:
         """The transfer of a sequence that is gone is over. False if nothing lingers under this key."""
@@ -150,15 +199,15 @@ class SequenceMemory:
         if left is None:
             return False
         if left.quarantined:
-            self.pool.unquarantine(left.blocks)
+            self.banks[left.bank].pool.unquarantine(left.blocks)
         else:
-            self._let_go(left.blocks, left.run)
+            self._let_go(left.bank, left.blocks, left.run)
         return True
 
     def end_copies(self) -> None:
         """The step's copies are made (or will never be): let their sources go."""
-        for run in self._copy_sources:
-            self._let_go(NO_BLOCKS, run)
+        for bank, run in self._copy_sources:
+            self._let_go(bank, NO_BLOCKS, run)
         self._copy_sources.clear()
 
     def private_of(self, slot: int) -> Blocks:
@@ -167,18 +216,20 @@ class SequenceMemory:
         known = self._table.sequence_in(slot).known
         return np.concatenate((row, known)) if len(known) else row.astype(np.intp)
 
-    def held_runs(self) -> Counter[Run]:
-        """How often each run of the prefix cache is held."""
-        rows = [sequence.run for sequence in self._table.sequences if sequence is not None]
-        runs = [*rows, *(left.run for left in self.lingering.values()), *self._copy_sources]
-        return Counter(run for run in runs if run is not None and run.parent is not None)
+    def held_runs(self, bank: int) -> Counter[Run]:
+        """How often each run of a bank's prefix cache is held."""
+        held = [(sequence.bank, sequence.run) for sequence in self._table.sequences if sequence is not None]
+        held += [(left.bank, left.run) for left in self.lingering.values()]
+        held += self._copy_sources
+        return Counter(run for owner, run in held if owner == bank and run is not None and run.parent is not None)
 
     def _share(self, sequence: Sequence, match: Match, shared: int, total: int) -> Blocks:
         """Hold the first `shared` blocks of the match for the sequence; they and new ones, `total` in all."""
         blocks = match.blocks[:shared]
+        pool, cache = self.banks[sequence.bank]
         # Before allocating, which could otherwise evict them.
-        sequence.run = None if self._cache is None else self._cache.hold(match, shared)
-        return np.concatenate((blocks, self.pool.allocate(total - shared)))
+        sequence.run = None if cache is None else cache.hold(match, shared)
+        return np.concatenate((blocks, pool.allocate(total - shared)))
 
     def _empty_row(self, slot: int) -> tuple[Blocks, Run | None]:
         """Empty the row; what it held: private blocks, and a run."""
@@ -188,7 +239,8 @@ class SequenceMemory:
         self._table.remove(slot)
         return blocks, run
 
-    def _let_go(self, blocks: Blocks, run: Run | None) -> None:
-        self.pool.free(blocks)
-        if self._cache is not None and run is not None:
-            self._cache.leave(run)
+    def _let_go(self, bank: int, blocks: Blocks, run: Run | None) -> None:
+        pool, cache = self.banks[bank]
+        pool.free(blocks)
+        if cache is not None and run is not None:
+            cache.leave(run)

@@ -15,12 +15,12 @@ from penstock.workers.scheduler.sequence import Sequence
 from penstock.workers.scheduler.table import DECODE, PREFILL, SequenceTable, Slots
 
 
-def choose_victim(table: SequenceTable, max_preemptions: int) -> Sequence | None:
-    """The least urgent, then youngest, running sequence that may be preempted; None if there is none.
+def choose_victim(table: SequenceTable, max_preemptions: int, bank: int = 0) -> Sequence | None:
+    """The least urgent, then youngest, running sequence in a bank that may be preempted; None if there is none.
 
     Sequences that wait for KV, or whose blocks a peer reads, are never chosen.
     """
-    rows = np.flatnonzero((table.state == PREFILL) | (table.state == DECODE))
+    rows = np.flatnonzero(((table.state == PREFILL) | (table.state == DECODE)) & (table.bank == bank))
     candidates = [table.sequences[slot] for slot in rows.tolist()]
     return max(
         (s for s in candidates if s is not None and not s.sends_kv and s.preemptions < max_preemptions),
@@ -37,7 +37,9 @@ def ready_decodes(roster: Roster, max_preemptions: int) -> tuple[Slots, bool]:
         full = (decodes & (table.computed == table.capacity)).nonzero()[0]
         if not len(full) or roster.memory.grow(full):
             return decodes.nonzero()[0], gave_way
-        victim = choose_victim(table, max_preemptions)
+        # Rows of banks with room have grown; of those that are still full, one is in a bank that has too few blocks.
+        lacking = full[table.computed[full] == table.capacity[full]]
+        victim = choose_victim(table, max_preemptions, int(table.bank[lacking[0]]))
         if victim is None:
             raise IntegrityError("a sequence lacks a block and nobody can be preempted")
         roster.preempt(victim)

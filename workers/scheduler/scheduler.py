@@ -21,9 +21,8 @@ from __future__ import annotations
 import numpy as np
 
 from penstock.workers.errors import IntegrityError
-from penstock.workers.kv.block_pool import BlockPool
+from penstock.workers.kv.banks import Bank
 from penstock.workers.kv.layout import KVLayout
-from penstock.workers.kv.prefix_cache import PrefixCache
 from penstock.workers.protocol import FailureCode, GenerateRequest, Tokens
 from penstock.workers.scheduler.admission import growth_of, refusal, refusal_of_prefill
 from penstock.workers.scheduler.chunked import OpenStep, StepBudget, assemble, continue_prefills
@@ -56,23 +55,21 @@ __all__ = ["Scheduler", "SchedulerEvent", "SchedulerStats", "SequenceKey", "Step
 
 
 class Scheduler:
-    """One worker's scheduler. `cache` None: no prefix is shared."""
+    """One worker's scheduler, over one bank of KV blocks, or over one for each rank that attends for itself."""
 
-    def __init__(
-        self, settings: SchedulerSettings, layout: KVLayout, pool: BlockPool, cache: PrefixCache | None
-    ) -> None:
+    def __init__(self, settings: SchedulerSettings, layout: KVLayout, *banks: Bank) -> None:
+        """The banks are of one size."""
         self._settings = settings
         self._layout = layout
-        self._pool = pool
-        self._cache = cache
+        self._num_blocks = banks[0].pool.num_blocks  # that one sequence can have
         # No more sequences than tokens in a step: then every decode always fits, and a prefill beside them too.
         max_seqs = min(settings.max_num_seqs, settings.max_num_batched_tokens)
         self._table = SequenceTable(max_seqs, settings.max_model_len, layout.block_size)
         self._rows = RowLayout(self._table)
-        self._memory = SequenceMemory(self._table, layout, pool, cache)
+        self._memory = SequenceMemory(self._table, layout, banks)
         self._roster = Roster(self._table, self._memory, layout)
         self._pace = AdmissionPace()
-        self._watermark = int(settings.watermark * pool.num_blocks)
+        self._watermark = int(settings.watermark * self._num_blocks)
         self._unannounced: list[Sequence] = []
         self._arrivals = 0
         self._step = 0
@@ -88,10 +85,12 @@ class Scheduler:
         *,
         sends_kv: bool = False,
         first_block: int = 0,
+        bank: int | None = None,
     ) -> None:
         """Queue the request, or refuse it with a `RefusedEvent`. A key that is already known is ignored.
 
-        `sends_kv`: a PREFILL under a grant, whose `first_block` its offers' fragment indices count from.
+        `sends_kv`: a PREFILL under a grant, whose `first_block` its offers' fragment indices count from. `bank`: the
+        one in which it must be, as `bank_for` said; None: any.
         """
         if self._roster.find(key) is not None:
             return
@@ -100,7 +99,7 @@ class Scheduler:
         except OverflowError:
             self._refuse(key, FailureCode.BAD_REQUEST, "prompt: holds a token id outside 32 bits")
             return
-        reason = refusal(request, work, self._settings.max_model_len, self._layout, self._pool.num_blocks)
+        reason = refusal(request, work, self._settings.max_model_len, self._layout, self._num_blocks)
         if reason is None and work is Work.PREFILL:
             reason = refusal_of_prefill(request, sends_kv, first_block, self._layout)
         if reason is not None:
@@ -124,11 +123,16 @@ class Scheduler:
                 first_block=first_block,
                 offered=first_block,
                 chain=self._memory.first_digests(request, context),
+                pinned=bank,
                 # Who computes the context scores it, and a reservation's context is computed elsewhere.
                 scored=len(request.prompt) if work is Work.RESERVE else 1,
             )
             self._roster.enter(sequence)
             self._unannounced.append(sequence)
+
+    def bank_for(self, request: GenerateRequest) -> int:
+        """Where a request's blocks had best be, for who must know it before the request is admitted."""
+        return self._memory.best_bank(request.prefix_digests if request.cache_prefix else b"")
 
     def cancel(self, key: SequenceKey, now: float) -> None:
         """End it without an event. Unknown keys are ignored.
@@ -248,11 +252,11 @@ class Scheduler:
 
     def stats(self) -> SchedulerStats:
         """Figures for the heartbeat; engine thread only."""
-        return count_figures(self._roster, self._pool, self._cache, draining=self._draining)
+        return count_figures(self._roster, draining=self._draining)
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless pool, cache, table, queue and keys agree."""
-        check_scheduler(self._roster, self._pool, self._cache)
+        check_scheduler(self._roster)
 
     def _admit(self, budget: StepBudget, now: float) -> None:
         """Start sequences from the queue's head while rows, blocks and tokens last."""
@@ -273,7 +277,7 @@ class Scheduler:
         self._roster.waiting.remove(sequence)
         if sequence.work is Work.RESERVE:
             self._table.insert(sequence, placement.blocks, placement.computed, RESERVED)
-            self._roster.events.append(grant(sequence, placement, self._layout, self._pool))
+            self._roster.events.append(grant(sequence, placement, self._layout, self._memory.pool_of(sequence)))
         else:
             slot = self._table.insert(sequence, placement.blocks, placement.computed, PREFILL)
             if placement.copy is not None:

@@ -34,6 +34,8 @@ class Sequence:
     run: Run | None = None  # what it holds of the prefix cache, while it has a row
     known: Blocks = field(default_factory=lambda: NO_BLOCKS)  # blocks it computed though others had them cached
     slot: int | None = None
+    bank: int = 0  # whose blocks it holds, while it has a row
+    pinned: int | None = None  # the only bank it may have
     started: bool = False  # was admitted once
     offered: int = 0  # leading blocks of the context that the peer was offered or already has
     granted: int = 0  # first block that a peer writes, while reserved

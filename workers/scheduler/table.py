@@ -65,6 +65,7 @@ class SequenceTable:
         self.capacity = np.zeros(max_seqs, np.int32)  # tokens that its blocks hold
         self.published = np.zeros(max_seqs, np.int32)  # leading blocks already offered to the prefix cache
         self.arrival = np.zeros(max_seqs, np.int64)  # order of submission
+        self.bank = np.zeros(max_seqs, np.uint16)  # whose blocks the row holds
         self.fields: I32 = np.zeros((_NUM_FIELDS, max_seqs), np.int32)
         self.computed = self.fields[COMPUTED]  # known tokens with KV in the blocks
         self.length = self.fields[LENGTH]  # known tokens
@@ -124,6 +125,7 @@ class SequenceTable:
         self.capacity[slot] = count * self.block_size
         self.published[slot] = computed // self.block_size
         self.arrival[slot] = sequence.arrival
+        self.bank[slot] = sequence.bank
         key, sampling, prompt_length = sequence.key, sequence.request.sampling, sequence.prompt_length
         self._router_slot[slot] = key.slot
         self._sampling_floats[:, slot] = (sampling.temperature, sampling.top_p, sampling.min_p)

@@ -23,9 +23,9 @@ from penstock.workers.scheduler.table import DECODE, EMPTY
         lambda s: s._roster._known.popitem(),
         lambda s: s._roster.waiting._entries.reverse(),
         lambda s: setattr(s._roster.waiting._entries[0], "slot", 4),
-        lambda s: s._memory._copy_sources.append(next(iter(s._cache.runs()))),
+        lambda s: s._memory._copy_sources.append((0, next(iter(s._memory.banks[0].cache.runs())))),
         lambda s: s._memory.lingering.clear(),
-        lambda s: s._pool.allocate(1),
+        lambda s: s._memory.banks[0].pool.allocate(1),
     ],
 )
 def test_corruption_is_found(corrupt):

@@ -3,6 +3,7 @@
 import numpy as np
 from fakes.scheduler_stand import make_request
 
+from penstock.workers.kv.banks import Bank
 from penstock.workers.kv.block_pool import BlockPool
 from penstock.workers.kv.layout import KVLayout
 from penstock.workers.kv.prefix_cache import PrefixCache, chain_digests
@@ -20,7 +21,7 @@ class Setting:
         self.pool = BlockPool(num_blocks)
         self.cache = PrefixCache(self.pool) if caching else None
         self.table = SequenceTable(4, 64, 4)
-        self.memory = SequenceMemory(self.table, LAYOUT, self.pool, self.cache)
+        self.memory = SequenceMemory(self.table, LAYOUT, [Bank(self.pool, self.cache)])
         self.arrivals = 0
 
     def sequence(self, tokens: list[int], work: Work = Work.GENERATE) -> Sequence:
@@ -72,10 +73,10 @@ def test_a_reservation_takes_all_its_hits_and_copies_nothing():
     assert generate is not None
     assert generate.copy == (reserve.blocks[2], generate.blocks[2])
     assert generate.computed == 11
-    runs = setting.memory.held_runs()
+    runs = setting.memory.held_runs(0)
     assert sum(runs.values()) == 1, "the copy's source; the sequences have no rows yet"
     setting.memory.end_copies()
-    assert not setting.memory.held_runs()
+    assert not setting.memory.held_runs(0)
     assert setting.pool.num_owned == 4
 
 

@@ -4,6 +4,7 @@ import pytest
 from fakes.scheduler_stand import make_request
 
 from penstock.workers.errors import IntegrityError
+from penstock.workers.kv.banks import Bank
 from penstock.workers.kv.block_pool import BlockPool
 from penstock.workers.kv.layout import KVLayout
 from penstock.workers.scheduler.events import SequenceKey, Work
@@ -18,7 +19,7 @@ LAYOUT = KVLayout(1, 1, 1, 4, "float32")
 
 def make_roster(num_blocks: int) -> Roster:
     table = SequenceTable(6, 64, 4)
-    return Roster(table, SequenceMemory(table, LAYOUT, BlockPool(num_blocks), None), LAYOUT)
+    return Roster(table, SequenceMemory(table, LAYOUT, [Bank(BlockPool(num_blocks), None)]), LAYOUT)
 
 
 def add(roster: Roster, arrival: int, state: int = DECODE, priority: int = 0, sends_kv: bool = False) -> Sequence:
@@ -29,7 +30,7 @@ def add(roster: Roster, arrival: int, state: int = DECODE, priority: int = 0, se
     sequence = Sequence(key, Work.GENERATE, request, arrival, index, 9.0, context_of(request), sends_kv)
     roster.enter(sequence)
     roster.waiting.remove(sequence)
-    slot = roster.table.insert(sequence, roster.memory.pool.allocate(1), 4, state)
+    slot = roster.table.insert(sequence, roster.memory.banks[0].pool.allocate(1), 4, state)
     roster.table.published[slot] = 0
     return sequence
 
@@ -70,7 +71,7 @@ def test_decodes_get_their_blocks_or_somebody_gives_way():
 
 def add_without_room(roster: Roster) -> Sequence:
     """One more than the pool can grow: its one block comes from the youngest's second."""
-    table, pool = roster.table, roster.memory.pool
+    table, pool = roster.table, roster.memory.banks[0].pool
     young = table.sequences[1]
     assert young is not None
     pool.free(table.blocks_of(1)[-1:])

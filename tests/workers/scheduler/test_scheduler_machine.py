@@ -14,9 +14,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from penstock.workers.kv.block_pool import BlockPool
+from penstock.workers.kv.banks import make_banks
 from penstock.workers.kv.layout import KVLayout
-from penstock.workers.kv.prefix_cache import PrefixCache, chain_digests
+from penstock.workers.kv.prefix_cache import chain_digests
 from penstock.workers.protocol import EndReason, FailureCode, GenerateRequest, SamplingParams
 from penstock.workers.scheduler.events import (
     EndedEvent,
@@ -51,6 +51,7 @@ class Job:
     terminal: str | None = None  # the one way in which the key ended
     sending: bool = False  # blocks offered, and the transfer not over
     preemptions: int = 0
+    bank: int | None = None  # where it must be
 
     @property
     def context(self) -> list[int]:
@@ -62,10 +63,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     def start(self, data):
         blocks = data.draw(st.integers(6, 24), label="blocks")
         self.layout = KVLayout(1, 1, 1, BLOCK, "float32")
-        self.pool = BlockPool(blocks)
-        self.cache = (
-            PrefixCache(self.pool) if data.draw(st.sampled_from([True, True, False]), label="caching") else None
-        )
+        count = data.draw(st.sampled_from([1, 1, 1, 2, 3]), label="banks")
+        self.generations = np.zeros(count * blocks, np.uint64)
+        caching = data.draw(st.sampled_from([True, True, False]), label="caching")
+        self.banks = make_banks(count, blocks, self.generations, prefix_caching=caching)
         self.settings = SchedulerSettings(
             max_num_seqs=data.draw(st.integers(2, 6), label="max_num_seqs"),
             max_num_batched_tokens=data.draw(st.sampled_from([3, 8, 16, 64]), label="budget"),
@@ -76,8 +77,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_preemptions=data.draw(st.integers(0, 3), label="max_preemptions"),
             watermark=data.draw(st.sampled_from([0.0, 0.1]), label="watermark"),
         )
-        self.scheduler = Scheduler(self.settings, self.layout, self.pool, self.cache)
-        self.runner = ContentRunner(blocks, BLOCK)
+        self.scheduler = Scheduler(self.settings, self.layout, *self.banks)
+        self.runner = ContentRunner(count * blocks, BLOCK)
         self.now = 0.0
         self.serial = 0
         self.jobs: dict[SequenceKey, Job] = {}
@@ -116,7 +117,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.serial += 1
         key = SequenceKey(data.draw(st.sampled_from(["a", "b"])), self.serial, 0)
         self.jobs[key] = Job(work, request, expected, sends_kv, first)
-        self.scheduler.submit(key, work, request, self.now, sends_kv=sends_kv, first_block=first)
+        bank = self.scheduler.bank_for(request) if sends_kv else None
+        self.jobs[key].bank = bank
+        self.scheduler.submit(key, work, request, self.now, sends_kv=sends_kv, first_block=first, bank=bank)
         self.take_events()
 
     def live(self) -> list[SequenceKey]:
@@ -167,7 +170,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         job = self.jobs[key]
         grant, context = job.grant, job.context
         assert grant is not None
-        assert tuple(self.pool.generations[list(grant.blocks)].tolist()) == grant.generations
+        assert tuple(self.generations[list(grant.blocks)].tolist()) == grant.generations
+        assert {block // self.banks[0].pool.num_blocks for block in grant.blocks} <= {grant.bank}
         for index, block in enumerate(grant.blocks, start=grant.first_block):
             part = context[index * BLOCK : (index + 1) * BLOCK]
             self.runner.blocks[block, : len(part)] = slot_values(part, index * BLOCK)
@@ -241,7 +245,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         rows = [table.sequence_in(slot).key for slot in plan.slots.tolist()]
         gave_way = {key for key in ready if self.jobs[key].preemptions > before[key]}
         assert set(rows[: plan.num_decode]) == ready - gave_way
-        assert not gave_way or self.pool.num_free < len(gave_way) * MAX_LEN
+        assert not gave_way or min(bank.pool.num_free for bank in self.banks) < len(gave_way) * MAX_LEN
+        for row in range(len(rows)):
+            held = plan.block_tables[row, : self.layout.blocks_for(int(plan.starts[row]) + 1)]
+            places = set((held // self.banks[0].pool.num_blocks).tolist())
+            assert len(places) == 1  # a row lives in one bank
+            assert self.jobs[rows[row]].bank in (None, *places)
         counts = np.diff(plan.offsets)
         assert (counts[: plan.num_decode] == 1).all()
         if self.settings.long_prefill_token_threshold:
@@ -345,21 +354,22 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def adds_up(self):
-        if not hasattr(self, "pool"):
+        if not hasattr(self, "banks"):
             return
         self.scheduler.check_integrity()
         stats = self.scheduler.stats()
-        assert self.pool.num_free + self.pool.num_owned + self.pool.num_quarantined == self.pool.num_blocks
+        for pool, _ in self.banks:
+            assert pool.num_free + pool.num_owned + pool.num_quarantined == pool.num_blocks
         assert stats.quarantined_blocks == sum(len(grant.blocks) for grant in self.quarantined.values())
         assert stats.waiting + stats.running == len(self.live())
-        held = held_blocks(self.pool, self.cache)
-        assert len(held) == self.pool.num_owned
+        held = set().union(*(held_blocks(*bank) for bank in self.banks))
+        assert len(held) == sum(pool.num_owned for pool, _ in self.banks)
         for job in self.jobs.values():
             assert not job.sending or held.issuperset(job.offered.values())
 
     def teardown(self):
         """Left alone, everything ends: transfers fail, the rest runs dry, and every block is back."""
-        if not hasattr(self, "pool"):
+        if not hasattr(self, "banks"):
             return
         for key in sorted(self.quarantined, key=lambda key: key.slot):
             self.scheduler.kv_closed(key, self.now)
@@ -383,8 +393,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.check_integrity()
         for job in self.jobs.values():
             assert job.terminal is not None
-        assert self.pool.num_free + self.pool.num_owned == self.pool.num_blocks
-        assert self.pool.num_owned == sum(len(h.blocks) for h in self.scheduler._memory.lingering.values()) == 0
+        for pool, _ in self.banks:
+            assert pool.num_free == pool.num_blocks
+        assert not self.scheduler._memory.lingering
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase

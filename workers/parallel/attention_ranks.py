@@ -1,0 +1,146 @@
+"""Data-parallel attention: which rows of a step's plan each attention rank computes, and its part of the plan.
+
+Every rank of a group gets the whole plan and cuts its own part out of it, so rank 0 plans once and says it once. A row
+belongs to the rank in whose bank its blocks lie (`kv/banks.py`), so the plan needs no word about it. One long prompt of
+a step is computed by all ranks together (`context_parallel.py`). Called by `rank_states.py` on every rank, for every
+plan in order. Pure numpy; it does not know models or messages.
+
+Legend: N rows of the plan, S of them sampled, M prompt tokens scored; R attention ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.workers.parallel.context_parallel import SharedChunk, shared_chunk
+from penstock.workers.scheduler.plan import I32, SamplingBatch, ScoredPrompt, StepPlan
+
+I64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Banks:
+    """What the ranks' storages hold: `blocks` of their bank each, and behind them `scratch` for shared prompts."""
+
+    blocks: int
+    scratch: int = 0
+    threshold: int = 0  # tokens of one prompt in one step from which on all ranks compute it; 0 = never
+
+
+class Piece(NamedTuple):
+    """Tokens `[begin, end)` of those that a row of the plan computes."""
+
+    row: int
+    begin: int
+    end: int
+
+
+class PlanCut:
+    """One plan, cut for all ranks."""
+
+    def __init__(self, plan: StepPlan, ranks: int, banks: Banks, shared: SharedChunk | None) -> None:
+        self.plan = plan
+        self.shared = shared
+        self._ranks = ranks
+        self._banks = banks
+        self._owners: I32 = plan.block_tables[:, 0] // banks.blocks
+        self._counts = np.diff(plan.offsets)
+
+    def wanted(self) -> list[tuple[I64, I64]]:
+        """Of every rank: which of the S sampled rows, and which of the M scored tokens, it computes."""
+        of_sampled, of_scored = self._owners[self.plan.sample_rows], self._owners_of_scored()
+        if self.shared is not None:
+            of_sampled = np.where(self.plan.sample_rows == self.shared.row, self.shared.last_rank, of_sampled)
+        return [(np.flatnonzero(of_sampled == rank), np.flatnonzero(of_scored == rank)) for rank in range(self._ranks)]
+
+    def part(self, rank: int) -> StepPlan:
+        """What this rank computes, perhaps no row at all: a plan by itself, with block ids of the rank's own storage.
+
+        It samples nothing: its `sample_rows` say of which rows the state is wanted, and `sampling` is empty.
+        """
+        plan, pieces = self.plan, self._pieces(rank)
+        rows = np.array([piece.row for piece in pieces], np.intp)
+        begins = np.array([piece.begin for piece in pieces], np.int32)
+        counts = np.array([piece.end - piece.begin for piece in pieces], np.int32)
+        offsets = np.zeros(len(pieces) + 1, np.int32)
+        np.cumsum(counts, out=offsets[1:])
+        # Token t of the part is token t + shift of the plan, piece by piece.
+        tokens = np.arange(int(offsets[-1])) + np.repeat(plan.offsets[rows] + begins - offsets[:-1], counts)
+        ends = {piece.row: place for place, piece in enumerate(pieces) if piece.end == self._counts[piece.row]}
+        sampled, scored = self.wanted()[rank]
+        mine = plan.copies[plan.copies[:, 1] // self._banks.blocks == rank]
+        return StepPlan(
+            step=plan.step,
+            slots=plan.slots[rows],
+            starts=plan.starts[rows] + begins,
+            offsets=offsets,
+            token_ids=plan.token_ids[tokens],
+            block_tables=self._tables(rows, rank),
+            sample_rows=np.array([ends[row] for row in plan.sample_rows[sampled].tolist()], np.int32),
+            sampling=NO_SAMPLING,
+            num_decode=sum(piece.row < plan.num_decode for piece in pieces),
+            copies=mine - rank * self._banks.blocks,
+            scored=None if plan.scored is None else _scored(plan.scored, scored, tokens),
+        )
+
+    def table_of_shared(self, rank: int) -> I32:
+        """The blocks in which this rank keeps the shared prompt: its own, or scratch."""
+        if self.shared is None:
+            return _NO_INTS
+        table: I32 = self._tables(np.array([self.shared.row]), rank)[0]
+        return table
+
+    def _pieces(self, rank: int) -> list[Piece]:
+        """Whole rows in the plan's order, then what falls to this rank of a shared prompt."""
+        shared = self.shared
+        own = np.flatnonzero(self._owners == rank).tolist()
+        pieces = [Piece(row, 0, int(self._counts[row])) for row in own if shared is None or row != shared.row]
+        if shared is not None:
+            pieces += [Piece(shared.row, begin, end) for begin, end in shared.pieces[rank]]
+        return pieces
+
+    def _tables(self, rows: NDArray[np.intp], rank: int) -> I32:
+        # Unused entries are 0 in every plan.
+        tables: I32 = np.maximum(self.plan.block_tables[rows] - rank * self._banks.blocks, 0)
+        if self.shared is not None and int(self._owners[self.shared.row]) != rank:
+            first, width = self._banks.blocks, tables.shape[1]
+            tables[rows == self.shared.row] = np.arange(first, first + width, dtype=np.int32)
+        return tables
+
+    def _owners_of_scored(self) -> I32:
+        if self.plan.scored is None:
+            return self._owners[:0]
+        owners: I32 = self._owners[np.searchsorted(self.plan.offsets, self.plan.scored.token_rows, side="right") - 1]
+        return owners
+
+
+class PlanParts:
+    """Cuts plans for `ranks` attention ranks. What it remembers from step to step follows from the plans alone."""
+
+    def __init__(self, ranks: int, banks: Banks) -> None:
+        self._ranks = ranks
+        self._banks = banks
+        self._before: SharedChunk | None = None
+
+    def cut(self, plan: StepPlan) -> PlanCut:
+        """Of the next plan; every rank must be given every plan."""
+        self._before = shared_chunk(plan, self._ranks, self._banks.threshold, self._before)
+        return PlanCut(plan, self._ranks, self._banks, self._before)
+
+
+def _scored(scored: ScoredPrompt, chosen: I64, tokens: I64) -> ScoredPrompt:
+    """The chosen entries; `tokens` are those of the plan in this part."""
+    places = {token: place for place, token in enumerate(tokens.tolist())}
+    rows = [places[row] for row in scored.token_rows[chosen].tolist()]
+    return ScoredPrompt(np.array(rows, np.int32), scored.targets[chosen], scored.alternatives[chosen])
+
+
+_NO_INTS: I32 = np.zeros(0, np.int32)
+_NO_FLOATS = np.zeros(0, np.float32)
+NO_SAMPLING = SamplingBatch(
+    _NO_FLOATS, _NO_INTS, _NO_FLOATS, _NO_FLOATS, np.zeros(0, np.uint64), _NO_INTS, _NO_INTS, _NO_INTS
+)
