@@ -25,9 +25,10 @@ import yaml
 
 from penstock.cluster.coercion import coerce
 from penstock.cluster.cores import share_of, shares_of
-from penstock.cluster.derived import derive
-from penstock.cluster.settings import ClusterConfig, with_value
+from penstock.cluster.derived import derive, gpus_here
+from penstock.cluster.settings import ClusterConfig, group_settings, with_value
 from penstock.cluster.validation import check_values, check_whole
+from penstock.cluster.widths import check_host
 from penstock.workers.errors import ConfigError
 from penstock.workers.protocol import Role
 from penstock.workers.settings import WorkerSettings
@@ -78,7 +79,10 @@ def load_config(
     layers.update(_read_environment(os.environ if environment is None else environment))
     layers.update(flags or {})
     layers.update({key: Sourced(value, "Python") for key, value in (values or {}).items()})
-    return check_whole(derive(check_values(build(layers), list(known_keys()))))
+    config = check_whole(derive(check_values(build(layers), list(known_keys()))))
+    if not config.ray.address:
+        check_host(config, len(config.runner.cpus) or len(os.sched_getaffinity(0)), gpus_here())
+    return config
 
 
 def build(layers: Mapping[str, Sourced]) -> ClusterConfig:
@@ -133,7 +137,7 @@ def worker_settings(
     incarnation: int = 1,
     parent_pid: int = 0,
 ) -> WorkerSettings:
-    """What one worker process is told; its id is `<role>-<index>`."""
+    """What one worker is told, or rank 0 of it; its id is `<role>-<index>`, its cores are those of all its ranks."""
     cpus = share_of(shares_of(config), config.runner.cpus, role, index)
     return WorkerSettings(
         worker_id=f"{role.value}-{index}",
@@ -149,6 +153,7 @@ def worker_settings(
         kv=config.kv,
         transfer=config.transfer,
         runner=dataclasses.replace(config.runner, cpus=cpus),
+        group=group_settings(config, role),
         tracing=config.tracing,
         logs=config.logs,
     )

@@ -76,7 +76,7 @@ class Controller:
         saved = load_plan(self._cluster_id)
         self._key = saved["key"] if saved else spec.identity.key
         self._plan = FleetPlan.from_json(saved["plan"]) if saved else FleetPlan()
-        self._host = ActorHost(self._cluster_id, spec.worker_lease_s, self._needs, self._waits)
+        self._host = ActorHost(self._cluster_id, spec.worker_lease_s, self._needs, self._waits, self._is_placed)
         # Versions and incarnations must grow over a restart of this actor: they count from the wall clock then.
         self._supervisor = Supervisor(self._host, (), backoff=Backoff(), first_version=int(time.time() * 1000))
         self._host.find_orphans(self._plan.members)
@@ -183,6 +183,9 @@ class Controller:
 
     def _waits(self, worker_id: str, reason: str) -> None:
         self._supervisor.note(worker_id, reason)
+
+    def _is_placed(self, worker_id: str, words: str) -> None:
+        self._supervisor.note_placement(worker_id, words)
 
     def _begin(self) -> None:
         """Start to live at the first call; every call leads here, because a restarted actor is told nothing."""

@@ -13,7 +13,9 @@ from pathlib import Path
 
 from penstock.cluster.model_directory import EMBEDDED_MODEL, ModelDescription, describe
 from penstock.cluster.settings import ClusterConfig, with_value
+from penstock.cluster.widths import check_widths
 from penstock.workers.errors import ConfigError
+from penstock.workers.protocol import Role
 
 CPU_STEP_TOKENS = 512
 GPU_STEP_TOKENS = 2048
@@ -22,7 +24,10 @@ _RECORDS = "~/.cache/penstock/records"
 
 
 def derive(config: ClusterConfig, cores: int | None = None, gpus: int | None = None) -> ClusterConfig:
-    """`config` with every unstated dependent value filled in. Raises ModelError for an unreadable model directory."""
+    """`config` with every unstated dependent value filled in.
+
+    Raises ModelError for an unreadable model directory, ConfigError for what its model cannot be.
+    """
     model = describe(config.runner)
     given = tuple(range(cores)) if cores else tuple(sorted(os.sched_getaffinity(0)))
     cores = len(config.runner.cpus or given)
@@ -32,35 +37,47 @@ def derive(config: ClusterConfig, cores: int | None = None, gpus: int | None = N
     config = _fill(config, "front.served_model_name", (model.name,), "the model directory's name")
     if config.ray.address:  # workers run elsewhere, on what they asked Ray for
         config = _fill(config, "runner.threads", max(1, int(config.ray.worker_num_cpus)), "ray.worker_num_cpus")
-    config = _fill(config, "runner.threads", max(1, cores // max(1, config.pools.total)), f"its share of {cores} cores")
+    config = _fill(config, "runner.threads", max(1, cores // max(1, config.pools.ranks)), f"its share of {cores} cores")
     config = _cores(config, given)
     if config.runner.kind == "model" and not config.runner.model_dir:
         config = _fill(config, "runner.model_dir", str(EMBEDDED_MODEL), "the embedded model")
         config = _fill(config, "runner.dtype", "float32", "the embedded model")  # stored in half of that for its size
     if config.runner.kind == "oracle":
         config = _fill(config, "front.skip_tokenizer_init", True, "the oracle has no tokenizer")
-    config = _device(config, _gpus_here() if gpus is None else gpus)
+        config = _oracle_heads(config)
+    config = _device(config, gpus_here() if gpus is None else gpus)
     if config.scheduler.max_num_batched_tokens < config.scheduler.max_num_seqs:
         most = config.scheduler.max_num_batched_tokens
         config = _fill(config, "scheduler.max_num_seqs", most, "scheduler.max_num_batched_tokens")
+    check_widths(config, model)
     return _context(config, model)
 
 
+def _oracle_heads(config: ClusterConfig) -> ClusterConfig:
+    """Pools of different widths exchange KV only if both know the same heads."""
+    widths = [config.pools.width(role) for role in Role]
+    if len(set(widths)) == 1:
+        return config
+    return _fill(config, "runner.oracle_kv_heads", max(widths), "the widest worker")
+
+
 def _cores(config: ClusterConfig, given: tuple[int, ...]) -> ClusterConfig:
-    """Workers that compute on the cores of our own host keep to a part each, where their threads fit side by side."""
-    runner, workers = config.runner, config.pools.total
-    if runner.kind != "model" or runner.device != "cpu" or config.ray.address or workers < 2:
+    """Ranks that compute on the cores of our own host keep to a part each, where their threads fit side by side."""
+    runner, ranks = config.runner, config.pools.ranks
+    if runner.kind != "model" or runner.device != "cpu" or config.ray.address or ranks < 2:
         return config
-    if workers * runner.threads > len(given):
+    if ranks * runner.threads > len(given):
         return config
-    return _fill(config, "runner.cpus", given, f"{workers} workers side by side on {len(given)} cores")
+    what = "workers" if ranks == config.pools.total else "ranks"
+    return _fill(config, "runner.cpus", given, f"{ranks} {what} side by side on {len(given)} cores")
 
 
 def _device(config: ClusterConfig, gpus: int) -> ClusterConfig:
     """What follows from the device: the step's budget, what actors ask Ray for, and each worker's share of a card.
 
     `cuda:N` names a card of this host, which all workers share; `cuda` is what Ray gives an actor: a whole card on a
-    cluster of others, and on our own head a share where there are more workers than cards.
+    cluster of others, and on our own head a share where there are more workers than cards. Ranks of a group never
+    share one: their collectives do not work so.
     """
     device, workers = config.runner.device, max(1, config.pools.total)
     on_gpu = device.startswith("cuda") or (device == "auto" and (gpus > 0 or config.ray.worker_num_gpus > 0))
@@ -71,7 +88,8 @@ def _device(config: ClusterConfig, gpus: int) -> ClusterConfig:
     config = _fill(config, "runner.record_dir", str(Path(_RECORDS).expanduser()), f"device {device}")
     share = 1.0 / workers
     if ":" not in device:
-        card = 1.0 if config.ray.address or not gpus else 1.0 / -(-workers // gpus)
+        whole = config.ray.address or not gpus or config.pools.widest > 1
+        card = 1.0 if whole else 1.0 / -(-workers // gpus)
         config = _fill(config, "ray.worker_num_gpus", card, f"device {device}")
         share = min(1.0, config.ray.worker_num_gpus or 1.0)
     if share < 1.0:
@@ -80,7 +98,7 @@ def _device(config: ClusterConfig, gpus: int) -> ClusterConfig:
     return config
 
 
-def _gpus_here() -> int:
+def gpus_here() -> int:
     """Cards that this host's driver serves; asking it loads no library."""
     return sum(1 for _ in _GPUS.iterdir()) if _GPUS.is_dir() else 0
 

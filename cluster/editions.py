@@ -16,9 +16,9 @@ from typing import Any
 
 from penstock.cluster.config import ClusterIdentity, worker_settings
 from penstock.cluster.cores import Shares, share_of, shares_of
-from penstock.cluster.settings import ClusterConfig, PoolSettings
+from penstock.cluster.settings import ClusterConfig, PoolSettings, group_settings
 from penstock.workers.protocol import Role
-from penstock.workers.settings import WorkerSettings
+from penstock.workers.settings import GroupSettings, WorkerSettings
 
 KEY_CHARS = 16
 # What a private head sets for everything below it, and a Ray cluster that runs already must be told per actor.
@@ -31,7 +31,7 @@ WORKER_ENVIRONMENT = {
 
 @dataclass(frozen=True, slots=True)
 class ActorNeeds:
-    """What one worker actor asks Ray for."""
+    """What one worker actor asks Ray for: one rank, where a worker has several."""
 
     num_cpus: float = 0.0
     num_gpus: float = 0.0
@@ -68,16 +68,19 @@ class Edition:
     key: str
     settings: str
     needs: ActorNeeds
+    groups: Mapping[str, GroupSettings] = field(default_factory=dict)  # by role; one rank where there is none
     shares: Shares = field(default_factory=dict)  # of the host's cores; follow from the pool sizes at start
 
     def worker(self, worker_id: str, role: Role, identity: ClusterIdentity, incarnation: int = 1) -> WorkerSettings:
-        """The settings of one worker."""
+        """The settings of one worker, or of rank 0 of it."""
         settings = WorkerSettings.from_json(self.settings)
+        group = self.groups.get(role.value, GroupSettings())
         number = worker_id.rpartition("-")[2]
         cpus = share_of(self.shares, settings.runner.cpus, role, int(number) if number.isdecimal() else 0)
         return dataclasses.replace(
             settings,
             runner=dataclasses.replace(settings.runner, cpus=cpus),
+            group=dataclasses.replace(group, host=settings.host),
             worker_id=worker_id,
             role=role,
             incarnation=incarnation,
@@ -93,7 +96,8 @@ class Edition:
     def from_json(raw: Mapping[str, Any]) -> Edition:
         """Inverse of `to_json`."""
         shares = {role: tuple(map(tuple, parts)) for role, parts in raw.get("shares", {}).items()}
-        return Edition(raw["key"], raw["settings"], ActorNeeds(**raw["needs"]), shares)
+        groups = {role: GroupSettings(**group) for role, group in raw.get("groups", {}).items()}
+        return Edition(raw["key"], raw["settings"], ActorNeeds(**raw["needs"]), groups, shares)
 
 
 def edition_of(config: ClusterConfig) -> Edition:
@@ -102,7 +106,7 @@ def edition_of(config: ClusterConfig) -> Edition:
     foreign = bool(config.ray.address)
     host = config.ray.worker_host or ("" if foreign else settings.host)  # empty: the actor asks Ray for its node's
     runner = dataclasses.replace(settings.runner, cpus=config.runner.cpus)
-    settings = dataclasses.replace(settings, worker_id="", host=host, runner=runner)
+    settings = dataclasses.replace(settings, worker_id="", host=host, runner=runner, group=GroupSettings())
     if "transfer.host" not in config.sources:
         settings = dataclasses.replace(settings, transfer=dataclasses.replace(settings.transfer, host=host))
     needs = ActorNeeds(
@@ -118,9 +122,11 @@ def edition_of(config: ClusterConfig) -> Edition:
         accelerator_type=config.ray.worker_accelerator_type,
         environment=dict(WORKER_ENVIRONMENT) if foreign else {},
     )
+    groups = {role.value: group_settings(config, role) for role in Role}
     text = settings.to_json()
-    content = json.dumps([json.loads(text), dataclasses.asdict(needs)], sort_keys=True)
-    return Edition(hashlib.sha256(content.encode()).hexdigest()[:KEY_CHARS], text, needs, shares_of(config))
+    told = {role: dataclasses.asdict(group) for role, group in groups.items()}
+    content = json.dumps([json.loads(text), dataclasses.asdict(needs), told], sort_keys=True)
+    return Edition(hashlib.sha256(content.encode()).hexdigest()[:KEY_CHARS], text, needs, groups, shares_of(config))
 
 
 def counts_of(pools: PoolSettings) -> dict[Role, int]:

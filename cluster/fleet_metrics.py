@@ -31,6 +31,7 @@ _GAUGES: tuple[tuple[str, str, Callable[[WorkerStatus], float]], ...] = (
     ("kv_cached_blocks", "Blocks that the prefix cache knows", lambda w: w.kv_cached_blocks),
     ("kv_quarantined_blocks", "Held until a writer is fenced", lambda w: w.kv_quarantined_blocks),
     ("kv_transfers", "Transfer sessions open", lambda w: w.transfers),
+    ("worker_ranks", "Processes that the worker consists of", lambda w: w.width),
     ("worker_up", "1 when the worker is ready", lambda w: float(w.state == "ready")),
     ("worker_restarts", "Times the worker was started again", lambda w: w.restarts),
 )
@@ -54,6 +55,7 @@ def fleet_metrics(workers: Workers) -> Iterator[Metric]:
         yield _family(CounterMetricFamily(f"penstock_{name}", text, labels=_BY_WORKER), workers, read)
     yield _waiting(workers)
     yield _cache_config(workers)
+    yield _processes(workers)
     yield from _failures(workers)
     yield _histogram(
         "iteration_tokens_total",
@@ -100,6 +102,16 @@ def _cache_config(workers: Workers) -> Metric:
     family = GaugeMetricFamily("penstock_cache_config_info", "The KV pool's shape; always 1", labels=labels)
     for worker in workers:
         family.add_metric([*_names(worker), str(worker.kv_block_size), str(worker.kv_blocks)], 1)
+    return family
+
+
+def _processes(workers: Workers) -> Metric:
+    family = GaugeMetricFamily(
+        "penstock_worker_process_info", "The process of each rank; always 1", labels=(*_BY_WORKER, "rank", "pid")
+    )
+    for worker in workers:
+        for rank, pid in enumerate(worker.pids):
+            family.add_metric([*_names(worker), str(rank), str(pid)], 1)
     return family
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from penstock.cluster.links import Links, LinkView
-from penstock.cluster.status import WorkerStatus
+from penstock.cluster.status import REFUSED, WorkerStatus
 from penstock.workers.protocol import Role
 
 
@@ -27,11 +27,14 @@ class LinkedFleet:
         views = self._links.views()
         if not views:
             return "no worker is known yet"
-        roles = {view.entry.role for view in views if view.attached and not (view.load and view.load.draining)}
+        serving = [view for view in views if view.attached and not view.refused]
+        roles = {view.entry.role for view in serving if not (view.load and view.load.draining)}
         if Role.MIXED in roles or roles >= {Role.PREFILL, Role.DECODE}:
             return ""
-        missing = [role.value for role in (Role.PREFILL, Role.DECODE) if role not in roles]
-        return f"no {' and no '.join(missing)} worker is up"
+        missing = [role for role in (Role.PREFILL, Role.DECODE) if role not in roles]
+        refused = [view for view in views if view.refused and view.entry.role in missing]
+        said = f"no {' and no '.join(role.value for role in missing)} worker is up"
+        return "; ".join([said, *(f"{view.entry.worker_id} is refused: {view.refused}" for view in refused)])
 
 
 def worker_status(view: LinkView) -> WorkerStatus:
@@ -50,15 +53,17 @@ def worker_status(view: LinkView) -> WorkerStatus:
             "kv_quarantined_blocks": load.quarantined_blocks,
             "totals": load.totals,
         }
+    state = "draining" if load is not None and load.draining else entry.state.value
     return WorkerStatus(
         id=entry.worker_id,
         role=entry.role,
         width=entry.width,
         pids=entry.pids,
-        state="draining" if load is not None and load.draining else entry.state.value,
+        state=REFUSED if view.refused else state,
         incarnation=entry.incarnation,
         restarts=entry.restarts,
-        reason=entry.reason,
+        reason=view.refused or entry.reason,
+        placement=entry.placement,
         age_s=round(view.load_age_s, 3) if load is not None else None,
         kv_blocks=welcome.num_blocks if welcome is not None else 0,
         kv_block_size=welcome.block_size if welcome is not None else 0,

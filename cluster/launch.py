@@ -42,6 +42,7 @@ from penstock.cluster.settings import ClusterConfig
 from penstock.cluster.startup_report import StartupReport
 from penstock.cluster.supervision import StartError
 from penstock.cluster.text import load_text
+from penstock.cluster.widths import check_nodes
 
 log = logging.getLogger(__name__)
 
@@ -131,6 +132,8 @@ class Cluster:
         report.begin_loading(steps=4)
         with report.phase("Ray"):
             self._runtime.start(_logical_cpus(config))
+            if not self._runtime.private:
+                check_nodes(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])  # type: ignore[no-untyped-call]
         report.step("Ray runs")
         with report.phase("workers and ingress"):
             self._controller = create_controller(
@@ -281,7 +284,7 @@ def in_background(work: Callable[[], None]) -> Future[None]:
 
 def _logical_cpus(config: ClusterConfig) -> int:
     """Enough for every actor's share; threads, not Ray, divide the real cores."""
-    shares = config.pools.total * config.ray.worker_num_cpus + config.ray.ingress_replicas * config.ray.ingress_num_cpus
+    shares = config.pools.ranks * config.ray.worker_num_cpus + config.ray.ingress_replicas * config.ray.ingress_num_cpus
     return math.ceil(shares) + 1
 
 

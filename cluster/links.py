@@ -34,6 +34,7 @@ class LinkView:
     welcome: Welcome | None = None  # None before the first attach
     load: Load | None = None  # None while not attached
     load_age_s: float = 0.0
+    refused: str = ""  # why the router gives it no work although it is attached; empty: it does
 
 
 class AsyncSignal:
@@ -125,7 +126,9 @@ class Links:
             if link is None:
                 views.append(LinkView(entry))
             else:
-                views.append(LinkView(entry, link.attached, link.welcome, link.load, now - link.load_at))
+                refusal = self._router.fleet.refused.get(entry.worker_id)
+                why = refusal.reason if refusal is not None else ""
+                views.append(LinkView(entry, link.attached, link.welcome, link.load, now - link.load_at, why))
         return views
 
     async def wait_attached(self, timeout_s: float) -> bool:

@@ -93,11 +93,11 @@ class LocalCluster:
             raise KeyError(worker_id)
         return hosted
 
-    def kill(self, worker_id: str) -> int:
-        """SIGKILL a worker, as a crash would; its pid."""
+    def kill(self, worker_id: str, rank: int = 0) -> int:
+        """SIGKILL one rank's process of a worker, as a crash would; its pid."""
         process = self.process(worker_id)
-        process.signal(signal.SIGKILL)
-        return process.pids[0]
+        process.signal(signal.SIGKILL, rank)
+        return process.pids[rank]
 
     async def wait_ready(self, timeout_s: float) -> bool:
         """True once every worker runs and is attached."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from penstock.workers.errors import ModelError
 from penstock.workers.model.config import DecoderConfig, read_raw_config
+from penstock.workers.model.foreign_config import ForeignConfig
 from penstock.workers.model.implementation import choose_implementation
 from penstock.workers.settings import RunnerSettings
 
@@ -63,6 +64,7 @@ class ModelDescription:
     length_key: str = "max_position_embeddings"  # where the context length stands in config.json
     model_impl: str = "penstock"  # penstock | transformers: the code that will run it
     model_impl_reason: str = ""
+    architecture: DecoderConfig | ForeignConfig | None = None  # sizes, as that code reads them; None: the oracle
 
 
 def describe(runner: RunnerSettings) -> ModelDescription:
@@ -88,6 +90,7 @@ def describe(runner: RunnerSettings) -> ModelDescription:
         length_key=chosen.length_key,
         model_impl="penstock" if isinstance(chosen.config, DecoderConfig) else "transformers",
         model_impl_reason=chosen.reason,
+        architecture=chosen.config,
     )
 
 

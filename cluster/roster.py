@@ -28,13 +28,14 @@ class RosterEntry:
 
     worker_id: str
     role: Role
-    width: int
+    width: int  # ranks
     incarnation: int
     state: WorkerState
     address: str = ""  # host:port of its RPC server
-    pids: tuple[int, ...] = ()
+    pids: tuple[int, ...] = ()  # of all ranks, in order
     restarts: int = 0
     reason: str = ""  # why it is not ready, or why it was last restarted
+    placement: str = ""  # why its ranks are not together on one node; empty: they are
     edition: str = ""  # workers of one edition have equal settings; see `editions.py`
 
 

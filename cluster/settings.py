@@ -9,7 +9,8 @@ of where a value came from beyond the text in `sources`.
     kv         the block pool                                        (workers)
     transfer   KV blocks between workers                             (workers)
     health     heartbeats and leases                                 (workers)
-    pools      how many workers of which role
+    pools      how many workers of which role, of how many ranks
+    ranks      how the ranks of one worker share its work, and watch over each other
     router     placement and admission                               (router)
     front      address, names, key
     limits     what one HTTP request may ask for
@@ -25,8 +26,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from penstock.router.settings import RouterSettings
+from penstock.workers.errors import ConfigError
 from penstock.workers.protocol import Role
 from penstock.workers.settings import (
+    GroupSettings,
     KVSettings,
     LogSettings,
     RunnerSettings,
@@ -38,21 +41,58 @@ from penstock.workers.settings import (
 
 @dataclass(frozen=True, slots=True)
 class PoolSettings:
-    """Workers by role."""
+    """Workers by role, and of how many ranks each is: those of a copy of the attention layers, times the copies."""
 
     prefill: int = 1
     decode: int = 1
     mixed: int = 0
     tensor_parallel_size: int = 1
+    prefill_tensor_parallel_size: int = 0  # 0 = as tensor_parallel_size
+    decode_tensor_parallel_size: int = 0  # 0 = as tensor_parallel_size
+    expert_parallel_size: int = 1  # of every role: copies that share the experts
+    context_parallel_size: int = 1  # of every role: copies that compute long prompts together
 
     @property
     def total(self) -> int:
         """Workers of all roles."""
         return self.prefill + self.decode + self.mixed
 
+    @property
+    def ranks(self) -> int:
+        """Processes that compute: the ranks of all workers."""
+        return sum(self.count(role) * self.width(role) for role in Role)
+
+    @property
+    def widest(self) -> int:
+        """Ranks of the widest worker that there is."""
+        return max((self.width(role) for role in Role if self.count(role)), default=1)
+
     def count(self, role: Role) -> int:
         """Workers of one role."""
         return {Role.PREFILL: self.prefill, Role.DECODE: self.decode, Role.MIXED: self.mixed}[role]
+
+    def tensor_width(self, role: Role) -> int:
+        """Ranks that share one copy of the layers of a worker of this role."""
+        own = {Role.PREFILL: self.prefill_tensor_parallel_size, Role.DECODE: self.decode_tensor_parallel_size}
+        return own.get(role, 0) or self.tensor_parallel_size
+
+    def width(self, role: Role) -> int:
+        """Ranks of one worker of this role."""
+        return self.tensor_width(role) * max(self.expert_parallel_size, self.context_parallel_size)
+
+
+@dataclass(frozen=True, slots=True)
+class RankSettings:
+    """What holds for the ranks of every worker that has several; see `workers/settings.py:GroupSettings`."""
+
+    context_parallel_threshold: int = 1024  # tokens of one prompt in one step from which on copies share it; 0 = never
+    redundant_experts: int = 0  # slots of each rank and layer beyond those that hold every expert once
+    expert_rebalance_steps: int = 256  # experts may move so often; 0 = never
+    lost_experts: str = "refuse"  # refuse | degrade: tokens whose expert no rank holds any more
+    start_timeout_s: float = 300.0  # from the first rank's start until all have loaded
+    heartbeat_s: float = 0.5
+    silence_s: float = 2.0  # a rank that says nothing for so long ends the group
+    slow_factor: float = 3.0  # so does one that takes so many times what a step should take
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +156,8 @@ class RaySettings:
     worker_accelerator_type: str = ""  # as Ray names it: "H100", "L4"; empty = any
     worker_label_selector: Mapping[str, str] = field(default_factory=dict)  # labels of the nodes that may host workers
     worker_host: str = ""  # what workers bind and tell; empty = loopback on our own head, else the node's address
-    prefill_resources: Mapping[str, float] = field(default_factory=dict)  # custom resources of one prefill worker
+    # Custom resources of one rank of a prefill worker, and so on; processors and GPUs are of one rank too.
+    prefill_resources: Mapping[str, float] = field(default_factory=dict)
     decode_resources: Mapping[str, float] = field(default_factory=dict)
     mixed_resources: Mapping[str, float] = field(default_factory=dict)
     ingress_num_cpus: float = 0.1
@@ -134,6 +175,7 @@ class ClusterConfig:
     transfer: TransferSettings = field(default_factory=TransferSettings)
     health: HealthSettings = field(default_factory=HealthSettings)
     pools: PoolSettings = field(default_factory=PoolSettings)
+    ranks: RankSettings = field(default_factory=RankSettings)
     front: FrontSettings = field(default_factory=FrontSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
     ray: RaySettings = field(default_factory=RaySettings)
@@ -148,6 +190,24 @@ class ClusterConfig:
         return self.front.served_model_name[0] if self.front.served_model_name else "penstock"
 
 
+def group_settings(config: ClusterConfig, role: Role) -> GroupSettings:
+    """What the ranks of a worker of this role are told of their group; rank 0's, without an address."""
+    pools, ranks = config.pools, config.ranks
+    return GroupSettings(
+        tensor_parallel_size=pools.tensor_width(role),
+        expert_parallel_size=pools.expert_parallel_size,
+        context_parallel_size=pools.context_parallel_size,
+        context_parallel_threshold=ranks.context_parallel_threshold,
+        redundant_experts=ranks.redundant_experts,
+        expert_rebalance_steps=ranks.expert_rebalance_steps,
+        lost_experts=ranks.lost_experts,
+        start_timeout_s=ranks.start_timeout_s,
+        heartbeat_s=ranks.heartbeat_s,
+        silence_s=ranks.silence_s,
+        slow_factor=ranks.slow_factor,
+    )
+
+
 def with_value(tree: Any, key: str, value: object) -> Any:
     """A copy of `tree` with the value under one dotted key exchanged."""
     name, _, rest = key.partition(".")
@@ -158,3 +218,9 @@ def value_of(tree: Any, key: str) -> Any:
     """The value under a dotted key."""
     name, _, rest = key.partition(".")
     return value_of(getattr(tree, name), rest) if rest else getattr(tree, name)
+
+
+def wrong(config: ClusterConfig, key: str, reason: str) -> ConfigError:
+    """The error for one key; says where the value came from."""
+    source = config.sources.get(key)
+    return ConfigError(f"{key} (from {source}): {reason}" if source else f"{key}: {reason}", key=key)

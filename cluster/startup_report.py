@@ -75,10 +75,15 @@ class StartupReport:
     def sizes(self, workers: Sequence[Mapping[str, object]], max_model_len: int) -> None:
         """KV pool of each worker, and how many full-length sequences fit."""
         for facts in workers:
-            blocks, block_size = _int(facts["num_blocks"]), _int(facts["block_size"])
+            blocks, block_size, width = (
+                _int(facts["num_blocks"]),
+                _int(facts["block_size"]),
+                _int(facts.get("width", 1)),
+            )
             tokens = blocks * block_size
             self.console.print(
-                f"{facts['worker_id']}: KV pool {_int(facts['kv_bytes']) / GIBIBYTE:.2f} GiB, {blocks:,} blocks of "
+                f"{facts['worker_id']}: {f'{width} ranks, each with a ' if width > 1 else ''}"
+                f"KV pool {_int(facts['kv_bytes']) / GIBIBYTE:.2f} GiB, {blocks:,} blocks of "
                 f"{block_size}, {tokens:,} tokens, enough for {tokens / max_model_len:.1f} sequences of "
                 f"{max_model_len:,} tokens at once; loaded in {float(str(facts['load_s'])):.1f} s",
                 highlight=False,

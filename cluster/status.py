@@ -14,6 +14,8 @@ from typing import Any, Protocol
 from penstock.workers.protocol import Role
 from penstock.workers.totals import WorkerTotals
 
+REFUSED = "refused"  # it runs, and the router gives it no work
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatus:
@@ -21,12 +23,13 @@ class WorkerStatus:
 
     id: str
     role: Role
-    width: int
-    pids: tuple[int, ...]
-    state: str  # a `roster.WorkerState`
+    width: int  # ranks
+    pids: tuple[int, ...]  # of all ranks, in order
+    state: str  # a `roster.WorkerState`, "draining" or REFUSED
     incarnation: int = 1
     restarts: int = 0
     reason: str = ""
+    placement: str = ""  # why its ranks are not together on one node; empty: they are
     age_s: float | None = None
     running: int = 0
     waiting: int = 0

@@ -159,6 +159,12 @@ class Supervisor:
         if entry is not None and entry.reason != reason and entry.state is not WorkerState.READY:
             self._update(worker_id, reason=reason)
 
+    def note_placement(self, worker_id: str, words: str) -> None:
+        """Say in the roster why a worker's ranks are not together; empty: they are."""
+        entry = self._entries.get(worker_id)
+        if entry is not None and entry.placement != words:
+            self._update(worker_id, placement=words)
+
     async def watch(self, version: int, timeout_s: float) -> Roster:
         """The roster as soon as it is newer than `version`, or as it is after `timeout_s`."""
         if self._version <= version:
@@ -257,4 +263,5 @@ class Supervisor:
 
 
 def _first_entry(settings: WorkerSettings) -> RosterEntry:
-    return RosterEntry(settings.worker_id, settings.role, 1, settings.incarnation, WorkerState.STARTING)
+    width = settings.group.width
+    return RosterEntry(settings.worker_id, settings.role, width, settings.incarnation, WorkerState.STARTING)

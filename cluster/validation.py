@@ -13,10 +13,12 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from penstock.cluster.key_file import read_key_file
-from penstock.cluster.settings import ClusterConfig, PoolSettings, value_of
+from penstock.cluster.settings import ClusterConfig, PoolSettings, group_settings, value_of, wrong
 from penstock.router.placement import POLICIES
 from penstock.workers.errors import ConfigError
-from penstock.workers.settings import DEVICE_NAME
+from penstock.workers.parallel.shards import MOST_RANKS
+from penstock.workers.protocol import Role
+from penstock.workers.settings import DEVICE_NAME, LOST_EXPERTS
 
 CHOICES = {
     "runner.kind": ("model", "oracle"),
@@ -27,6 +29,7 @@ CHOICES = {
     "transfer.digest": ("auto", "full", "sampled", "off"),
     "router.placement.policy": tuple(POLICIES),
     "front.metrics_aliases": ("vllm", "none"),
+    "ranks.lost_experts": LOST_EXPERTS,
     "logs.format": ("text", "json"),
     "logs.level": ("debug", "info", "warning", "error"),
 }
@@ -41,9 +44,15 @@ MAY_BE_ZERO = frozenset(
         "runner.oracle_step_s",
         "runner.oracle_token_s",
         "runner.oracle_block_bytes",
+        "runner.oracle_kv_heads",
         "pools.prefill",
         "pools.decode",
         "pools.mixed",
+        "pools.prefill_tensor_parallel_size",
+        "pools.decode_tensor_parallel_size",
+        "ranks.context_parallel_threshold",
+        "ranks.redundant_experts",
+        "ranks.expert_rebalance_steps",
         "front.port",
         "front.grpc_port",
         "router.placement.local_prefill_tokens",
@@ -79,6 +88,11 @@ UPPER = {
     "pools.prefill": 1024,
     "pools.decode": 1024,
     "pools.mixed": 1024,
+    "pools.tensor_parallel_size": MOST_RANKS,
+    "pools.prefill_tensor_parallel_size": MOST_RANKS,
+    "pools.decode_tensor_parallel_size": MOST_RANKS,
+    "pools.expert_parallel_size": MOST_RANKS,
+    "pools.context_parallel_size": MOST_RANKS,
 }
 MAX_NAME_CHARS = 256
 NO_CUSTOM_RESOURCES = ("CPU", "GPU", "memory", "object_store_memory")
@@ -87,7 +101,7 @@ CLUSTER_NAME = re.compile(r"[A-Za-z0-9._-]{0,64}")
 
 
 def check_values(config: ClusterConfig, keys: list[str]) -> ClusterConfig:
-    """Each value by itself: finite, in range, one of its choices; and workers of width 1, as nothing else is built."""
+    """Each value by itself: finite, in range, one of its choices."""
     for key in keys:
         value = value_of(config, key)
         if key in CHOICES and value not in CHOICES[key]:
@@ -95,9 +109,6 @@ def check_values(config: ClusterConfig, keys: list[str]) -> ClusterConfig:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             _number(config, key, value)
     _device(config)
-    width = config.pools.tensor_parallel_size
-    if width > 1:
-        raise wrong(config, "pools.tensor_parallel_size", f"{width} is not supported; workers have width 1 so far")
     return config
 
 
@@ -115,17 +126,12 @@ def _device(config: ClusterConfig) -> None:
 def check_whole(config: ClusterConfig) -> ClusterConfig:
     """The keys against each other, after everything has been derived."""
     _pools(config)
+    _group(config)
     _ray(config)
     _sizes(config)
     _front(config)
     _tracing(config)
     return config
-
-
-def wrong(config: ClusterConfig, key: str, reason: str) -> ConfigError:
-    """The error for one key; says where the value came from."""
-    source = config.sources.get(key)
-    return ConfigError(f"{key} (from {source}): {reason}" if source else f"{key}: {reason}", key=key)
 
 
 def _number(config: ClusterConfig, key: str, value: float) -> None:
@@ -153,6 +159,16 @@ def _pools(config: ClusterConfig) -> None:
     problem = pools_problem(config.pools)
     if problem is not None:
         raise wrong(config, *problem)
+
+
+def _group(config: ClusterConfig) -> None:
+    """A group's sizes and times, as its ranks will judge them."""
+    try:
+        group_settings(config, Role.MIXED).check()
+    except ConfigError as error:
+        name = str(error.key).removeprefix("group.")
+        section = "pools" if hasattr(config.pools, name) else "ranks"
+        raise wrong(config, f"{section}.{name}", str(error)) from error
 
 
 def _ray(config: ClusterConfig) -> None:

@@ -154,6 +154,8 @@ class WorkerLink:
             welcome = stream.welcome
             if welcome.worker_id != self.entry.worker_id:
                 raise WireError(f"{self.entry.address} is {welcome.worker_id}, not {self.entry.worker_id}")
+            if welcome.width < 1:
+                raise WireError(f"{welcome.worker_id} says that it consists of {welcome.width} ranks")
             self.welcome = welcome
             self._stream = stream
             self._router.worker_joined(welcome, asyncio.get_running_loop().time())

@@ -4,8 +4,12 @@ Links report (through `router.py`), placement and admission read. A heartbeat is
 router counts its own work in flight exactly and takes from the heartbeat only what others put there. Knows no
 transport and no clock: every call that needs the time gets it.
 
-Invariants: a worker's own counters are the sums over its open stakes; a stake is closed once, also when the worker
-was lost in between; with no stake open all own counters are zero.
+A worker whose KV cannot be exchanged with the other phase's workers is known but refused: it has no view, so nobody
+places anything there, until those others have been gone for a while.
+
+Invariants: every prefill worker can hand over to every decode worker; a worker's own counters are the sums over its
+open stakes; a stake is closed once, also when the worker was lost in between; with no stake open all own counters are
+zero.
 """
 
 from __future__ import annotations
@@ -16,8 +20,10 @@ from dataclasses import dataclass
 from penstock.router.breaker import Breaker
 from penstock.router.settings import HealthSettings
 from penstock.workers.protocol import Load, Role, Welcome
+from penstock.workers.transfer.head_slices import reason_against
 
 _UNMEASURED_STEPS = 8  # steps' worth of prompts to have in flight while a worker's prefill rate is unknown
+_EXPECTED_BACK_S = 60.0  # a lost worker is being restarted: so long nobody who does not fit takes its place
 _RATE_MEMORY = 0.9  # weight of the past in the measured prefill rate, per completed prompt
 
 
@@ -77,6 +83,14 @@ class WorkerView:
         return floor if rate is None else max(floor, rate * backlog_s)
 
 
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A worker that is not taken in, and why."""
+
+    welcome: Welcome
+    reason: str
+
+
 @dataclass(slots=True, eq=False)
 class Stake:
     """What one attempt holds at one worker, so that it can be given back exactly once."""
@@ -99,14 +113,22 @@ class Fleet:
 
     def __init__(self, settings: HealthSettings, work_half_life_s: float) -> None:
         self.workers: dict[str, WorkerView] = {}
+        self.refused: dict[str, Refusal] = {}
+        self._expected: dict[str, tuple[Welcome, float]] = {}  # lost workers, and until when they count
         self.version = 0  # grows with every join, loss and drain
         self._settings = settings
         self._half_life_s = work_half_life_s
         self._breakers: dict[str, Breaker] = {}  # outlive their workers, so that a crash loop stays visible
         self._judged_at: float | None = None
 
-    def join(self, welcome: Welcome, now: float) -> None:
-        """A worker is there (again). Its breaker remembers the past, its counters start fresh."""
+    def join(self, welcome: Welcome, now: float) -> bool:
+        """A worker is there (again). Its breaker remembers the past, its counters start fresh. False: it is refused."""
+        self.refused.pop(welcome.worker_id, None)
+        reason = self._reason_against(welcome, now)
+        if reason is not None:
+            self.refused[welcome.worker_id] = Refusal(welcome, reason)
+            return False
+        self._expected.pop(welcome.worker_id, None)
         settings = self._settings
         if welcome.worker_id not in self._breakers and len(self._breakers) > 4 * len(self.workers) + 64:
             self._breakers = {worker_id: view.breaker for worker_id, view in self.workers.items()}
@@ -116,9 +138,20 @@ class Fleet:
         average = self._average_work(now)  # a newcomer starts level, or it would get everything at first
         self.workers[welcome.worker_id] = WorkerView(welcome, now, breaker, load_at=now, work=average, work_at=now)
         self.version += 1
+        return True
+
+    def reconsider(self, now: float) -> list[Welcome]:
+        """Refused workers that nothing speaks against any more, in the order in which they came; they are in now."""
+        return [refusal.welcome for refusal in list(self.refused.values()) if self.join(refusal.welcome, now)]
+
+    def expect_back(self, view: WorkerView, now: float) -> None:
+        """A lost worker counts for a while when others join: it is probably being restarted."""
+        self._expected = {name: entry for name, entry in self._expected.items() if entry[1] > now}
+        self._expected[view.worker_id] = (view.welcome, now + _EXPECTED_BACK_S)
 
     def lose(self, worker_id: str) -> WorkerView | None:
         """The worker is gone; returns the last view of it."""
+        self.refused.pop(worker_id, None)
         view = self.workers.pop(worker_id, None)
         if view is not None:
             self.version += 1
@@ -217,6 +250,18 @@ class Fleet:
         for view in self.workers.values():
             if held[id(view)] != [view.sequences, view.prefill_tokens, view.blocks]:
                 raise ValueError(f"{view.worker_id}: counters differ from the open stakes {held[id(view)]}")
+
+    def _reason_against(self, newcomer: Welcome, now: float) -> str | None:
+        """Why its blocks cannot go to, or come from, a worker of the other phase that was here first."""
+        other = {Role.PREFILL: Role.DECODE, Role.DECODE: Role.PREFILL}.get(newcomer.role)
+        known = [view.welcome for view in self.workers.values()]
+        known += [welcome for welcome, until in self._expected.values() if until > now]
+        for welcome in known:
+            if welcome.role is other and welcome.worker_id != newcomer.worker_id:
+                reason = reason_against(newcomer.width, welcome.width)
+                if reason is not None:
+                    return f"no KV can be exchanged with {welcome.worker_id}: {reason}"
+        return None
 
     def _settle_prefill(self, stake: Stake) -> None:
         view = stake.view

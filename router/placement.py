@@ -24,6 +24,7 @@ from penstock.router.prefix_index import PrefixIndex
 from penstock.router.settings import PlacementSettings
 from penstock.workers.errors import ConfigError
 from penstock.workers.protocol import Role
+from penstock.workers.transfer.head_slices import reason_against
 
 POLICIES: MappingProxyType[str, type[Policy]] = MappingProxyType(
     {
@@ -100,8 +101,9 @@ class Placement:
         decodes = self._score(ask, Phase.DECODE, self._workers((Role.DECODE,), avoid, now), held, now)
         mixed = self._workers((Role.MIXED,), avoid, now)
         options = [self._local(cost, each) for cost, each in self._score(ask, Phase.LOCAL, mixed, held, now)[:1]]
-        if not decodes:
-            decodes = self._score(ask, Phase.DECODE, mixed, held, now)
+        if not decodes and prefills:
+            partners = self._partners(prefills[0][1].worker_id, mixed)
+            decodes = self._score(ask, Phase.DECODE, partners, held, now)
         if ask.single and prefills:
             cost, best = prefills[0]
             options.append(_Scored(cost, Route(best.worker_id, None, best.uncached_tokens, 0)))
@@ -124,6 +126,7 @@ class Placement:
             return False
         held = self._index.match(ask.digests, now)
         views = self._workers((Role.DECODE, Role.MIXED), (*avoid, current.worker_id), now)
+        views = self._partners(route.prefill, views) if route.prefill is not None else views
         others = [self._candidate(ask, Phase.DECODE, view, held, 0.0) for view in views]
         return any(
             each.has_room and each.queued_tokens + each.uncached_tokens <= current.queued_tokens + ask.context_tokens
@@ -136,6 +139,13 @@ class Placement:
         if not views:
             views = [view for view in self._fleet.alive(roles) if view.claimed_by is None]
         return [view for view in views if view.worker_id not in avoid]
+
+    def _partners(self, prefill: str, views: list[WorkerView]) -> list[WorkerView]:
+        """Those to which this prefill worker can hand over: the fleet sees to it for decode workers, not for mixed."""
+        sender = self._fleet.workers.get(prefill)
+        if sender is None:
+            return views
+        return [view for view in views if reason_against(sender.welcome.width, view.welcome.width) is None]
 
     def _score(
         self, ask: Ask, phase: Phase, views: list[WorkerView], held: dict[str, int], now: float

@@ -59,14 +59,16 @@ class Router:
         self.attempts = Attempts(settings.retry, self.fleet, self.index, self.placement, self.admission, draw)
         self._observe = observe
         self._journeys: dict[Journey, None] = {}
+        self._refusals_told: dict[str, str] = {}  # worker id -> the reason that the log has
 
     # --- fed by links ---------------------------------------------------------------------------------------------
 
     def worker_joined(self, welcome: Welcome, now: float) -> None:
-        """A worker is there (again)."""
-        self.fleet.join(welcome, now)
-        self.index.track(welcome.worker_id)
-        self._fleet_changed()
+        """A worker is there (again). One that `fleet.refused` names after this gets no work."""
+        if not self.fleet.join(welcome, now):
+            self._tell_refusal(welcome.worker_id, self.fleet.refused[welcome.worker_id].reason)
+            return
+        self._admitted(welcome)
 
     def worker_lost(self, worker_id: str, reason: str, now: float) -> None:
         """A worker is gone, whatever it held with it."""
@@ -75,6 +77,7 @@ class Router:
         if view is not None:
             log.warning("lost worker %s: %s", worker_id, reason)
             view.breaker.failed(now)
+            self.fleet.expect_back(view, now)
             self._fleet_changed()
 
     def load_arrived(self, worker_id: str, load: Load, now: float) -> None:
@@ -94,6 +97,9 @@ class Router:
 
     def overdue(self, now: float) -> list[tuple[str, str]]:
         """Workers that are silent or stuck, with the reason in one short sentence."""
+        for welcome in self.fleet.reconsider(now):
+            log.info("worker %s is taken in after all", welcome.worker_id)
+            self._admitted(welcome)
         return self.fleet.overdue(now)
 
     # --- asked by the request path --------------------------------------------------------------------------------
@@ -145,6 +151,19 @@ class Router:
         claims = {view.claimed_by for view in self.fleet.workers.values()} - {None}
         if not claims <= {journey.request.request_id for journey in self._journeys if journey.alone_on}:
             raise ValueError("a worker is claimed by nobody")
+
+    def _admitted(self, welcome: Welcome) -> None:
+        self._refusals_told.pop(welcome.worker_id, None)
+        self.index.track(welcome.worker_id)
+        self._fleet_changed()
+
+    def _tell_refusal(self, worker_id: str, reason: str) -> None:
+        """Once for each reason, however often its stream breaks and comes back."""
+        if self._refusals_told.get(worker_id) != reason:
+            log.warning("worker %s is refused: %s", worker_id, reason)
+            if len(self._refusals_told) > 4 * len(self.fleet.workers) + 64:
+                self._refusals_told.clear()
+            self._refusals_told[worker_id] = reason
 
     def _fleet_changed(self) -> None:
         self.admission.wake_all()

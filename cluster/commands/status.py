@@ -48,6 +48,9 @@ def status(
     workers = [WorkerStatus.from_json(worker) for worker in found["workers"]]
     console = Console()
     console.print(_table(workers))
+    for worker in workers:
+        if worker.placement:
+            console.print(f"{worker.id}: {worker.placement}", highlight=False)
     state = "ready" if found["ready"] else f"not ready: {found['reason']}"
     console.print(f"{', '.join(found['models'])}: {state}", highlight=False)
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 
 from penstock.cluster.validate.demands import Demand, Group
-from penstock.cluster.validate.findings import Problem, nearest
+from penstock.cluster.validate.findings import Problem, nearest, warning
 
 BUILT_IN = ("CPU", "GPU", "memory", "object_store_memory")
 _TOLERANCE = 1e-6
@@ -49,6 +49,9 @@ def _fits(demand: Demand, groups: list[Group]) -> Iterator[Problem]:
         yield Problem(demand.path, reason)
     elif demand.count and (most := sum(group.most * _times(demand, group) for group in hosts)) < demand.count:
         yield Problem(demand.path, f"{demand.count} {demand.what} of {needs} each; the groups hold {most:g} of them")
+    elif demand.together > 1 and (most := max(_times(demand, group) for group in hosts)) < demand.together:
+        reason = f"the largest pod holds {most:g} of the {demand.together} ranks of one worker ({needs} each)"
+        yield warning(demand.path, f"{reason}; they will talk over the network in every step")
 
 
 def _room(demand: Demand, group: Group) -> bool:

@@ -69,7 +69,7 @@ def _each_group(group: dict[str, Any], path: Path, around: Surroundings, is_head
     template = (*path, "template")
     if not entries(group, "template", "spec", "containers"):
         yield Problem((*template, "spec", "containers"), "there is no container")
-    widest = max((config.pools.tensor_parallel_size for config in around.configs), default=1)
+    widest = max((config.pools.widest for config in around.configs), default=1)
     yield from check_pod(group.get("template"), template)
     drain = None if is_head else around.drain_s
     yield from check_ray_pod(group.get("template"), template, drain, widest)

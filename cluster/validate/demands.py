@@ -17,6 +17,7 @@ from penstock.cluster.validate.findings import Path
 from penstock.cluster.validate.loose import at, entries, mapping, number, switch, text, whole
 from penstock.cluster.validate.quantities import quantity
 from penstock.cluster.validate.resource_rules import LEAST_MEMORY
+from penstock.workers.protocol import Role
 
 CONTROL_CPUS = 0.01  # our controller
 Resources = Mapping[str, float]
@@ -32,6 +33,7 @@ class Demand:
     each: Resources
     per_node: int = 0  # most on one node; 0 = any number
     labels: Mapping[str, str] = field(default_factory=dict)  # of the nodes it may be on
+    together: int = 1  # so many of it belong on one node, if one can hold them
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +79,14 @@ def demands_of(serve_config: object, base: Path) -> Iterator[Demand]:
 def _ours(config: ClusterConfig, application: dict[str, Any], path: Path) -> Iterator[Demand]:
     pools, ray = config.pools, config.ray
     place = (*path, "args")
-    for role, count in (("prefill", pools.prefill), ("decode", pools.decode), ("mixed", pools.mixed)):
-        own = {"prefill": ray.prefill_resources, "decode": ray.decode_resources, "mixed": ray.mixed_resources}[role]
-        gpus = ray.worker_num_gpus * pools.tensor_parallel_size
+    own = {Role.PREFILL: ray.prefill_resources, Role.DECODE: ray.decode_resources, Role.MIXED: ray.mixed_resources}
+    for role in (Role.PREFILL, Role.DECODE, Role.MIXED):
+        count, width = pools.count(role), pools.width(role)
         if count:
-            each = {"CPU": ray.worker_num_cpus, "GPU": gpus, **_numbers(own)}
-            yield Demand(place, f"{role} workers", count, each, labels=ray.worker_label_selector)
+            # One bundle for every rank.
+            each = {"CPU": ray.worker_num_cpus, "GPU": ray.worker_num_gpus, **_numbers(own[role])}
+            what = f"{role.value} workers" if width == 1 else f"ranks of {role.value} workers ({count} of {width})"
+            yield Demand(place, what, count * width, each, labels=ray.worker_label_selector, together=width)
     per_node = ray.max_ingress_per_node
     actor: dict[str, float] = {"CPU": ray.ingress_num_cpus}
     for _, deployment in entries(application, "deployments"):

@@ -23,15 +23,16 @@ def check_memory(serve_config: Any, serve_place: Path, groups: list[Group]) -> I
         args = (*serve_place, "applications", index, "args")
         places, config = stated_of(application, args).places, application_config(application)
         place = places.get("kv.memory_bytes", args)
-        each, count = config.kv.memory_bytes, config.pools.total
+        each, count = config.kv.memory_bytes, config.pools.ranks  # every rank has a pool of its own
+        who = "worker" if count == config.pools.total else "rank"
         known = [group for group in workers if group.memory]
         in_pod = config.runner.device == "cpu" and not config.kv.num_blocks
         if known and len(known) == len(workers) and in_pod:
             largest, together = max(one.memory for one in known), sum(one.most * one.memory for one in known)
             if each > largest:
-                yield Problem(place, f"{each} bytes of KV for one worker; the largest pod's memory is {largest:.0f}")
+                yield Problem(place, f"{each} bytes of KV for one {who}; the largest pod's memory is {largest:.0f}")
             elif each * count > together:
-                reason = f"{count} workers of {each} bytes of KV each; the groups' memory is {together:.0f} in all"
+                reason = f"{count} {who}s of {each} bytes of KV each; the groups' memory is {together:.0f} in all"
                 yield Problem(place, reason)
         wanted = config.ray.worker_accelerator_type
         if wanted and not any(group.each.get("GPU") for group in groups):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from penstock.cluster.config import (
     worker_settings,
 )
 from penstock.cluster.derived import derive
-from penstock.cluster.settings import ClusterConfig, value_of
+from penstock.cluster.settings import ClusterConfig, group_settings, value_of
 from penstock.workers.errors import ConfigError
 from penstock.workers.protocol import Role
-from penstock.workers.settings import WorkerSettings
+from penstock.workers.settings import GroupSettings, WorkerSettings
 
 ORACLE = {"runner.kind": "oracle"}
 
@@ -47,7 +48,7 @@ def test_every_key() -> None:
     assert sections == {
         "runner": (
             "kind model_dir dtype model_impl device graphs graph_sizes record_dir "
-            "threads cpus oracle_vocab oracle_step_s oracle_token_s oracle_block_bytes"
+            "threads cpus oracle_vocab oracle_step_s oracle_token_s oracle_block_bytes oracle_kv_heads"
         ).split(),
         "scheduler": (
             "max_num_seqs max_num_batched_tokens long_prefill_token_threshold max_model_len max_waiting "
@@ -56,7 +57,14 @@ def test_every_key() -> None:
         "kv": ["block_size", "num_blocks", "memory_bytes", "gpu_memory_utilization", "prefix_caching"],
         "transfer": "transport host lease_s digest digest_sample max_frame_bytes socket_buffer_bytes".split(),
         "health": ["heartbeat_s", "router_lease_s", "drain_s"],
-        "pools": ["prefill", "decode", "mixed", "tensor_parallel_size"],
+        "pools": (
+            "prefill decode mixed tensor_parallel_size prefill_tensor_parallel_size decode_tensor_parallel_size "
+            "expert_parallel_size context_parallel_size"
+        ).split(),
+        "ranks": (
+            "context_parallel_threshold redundant_experts expert_rebalance_steps lost_experts "
+            "start_timeout_s heartbeat_s silence_s slow_factor"
+        ).split(),
         "front": (
             "host port grpc_port served_model_name api_key "
             "api_keys_file enable_tokenizer_info skip_tokenizer_init metrics_aliases generation_config"
@@ -130,7 +138,16 @@ def test_wrong_files(tmp_path: Path, text: str, says: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
-        ("pools.tensor_parallel_size", 2, "not supported"),
+        ("pools.tensor_parallel_size", 0, "more than zero"),
+        ("pools.tensor_parallel_size", 1025, "more than 1024"),
+        ("pools.tensor_parallel_size", 2.5, "not of type int"),
+        ("pools.prefill_tensor_parallel_size", -1, "zero or more"),
+        ("pools.expert_parallel_size", 0, "more than zero"),
+        ("ranks.silence_s", 0.4, "would pass between two heartbeats 0.5 s apart"),
+        ("ranks.slow_factor", 1, "not above 1"),
+        ("ranks.lost_experts", "ignore", "none of refuse, degrade"),
+        ("ranks.redundant_experts", -1, "zero or more"),
+        ("ranks.start_timeout_s", 0, "more than zero"),
         ("pools.prefill", 0, "decode workers need at least one prefill"),
         ("pools.decode", 0, "prefill workers need at least one decode"),
         ("pools.prefill", -1, "zero or more"),
@@ -255,3 +272,20 @@ def test_server_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PENSTOCK_API_KEY", "k")
     assert server_address() == ("http://h:1", "k")
     assert server_address("http://x", "") == ("http://x", "")
+
+
+def test_copies_of_the_attention_are_counted_once() -> None:
+    config = load(pools__context_parallel_size=2, pools__expert_parallel_size=2, pools__mixed=1)
+    assert (config.pools.ranks, worker_settings(config, Role.MIXED, 0, ClusterIdentity("c", "")).group.width) == (2, 2)
+    with pytest.raises(ConfigError, match="speak of the same ranks: equal, or one of them 1") as caught:
+        load(pools__context_parallel_size=2, pools__expert_parallel_size=4, pools__mixed=1)
+    assert caught.value.key == "pools.context_parallel_size"
+
+
+def test_whatever_a_group_is_told_can_be_stated() -> None:
+    """A new field of a group's settings needs a key, or it is one rank's own."""
+    own = {"rank", "host", "leader"}
+    fields = {each.name for each in dataclasses.fields(GroupSettings)} - own
+    keys = {key.partition(".")[2] for key in known_keys() if key.startswith(("pools.", "ranks."))}
+    assert fields <= keys
+    assert group_settings(ClusterConfig(), Role.MIXED) == GroupSettings(), "the same defaults"

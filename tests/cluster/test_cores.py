@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from penstock.cluster.config import ClusterIdentity, Sourced, build, load_config, worker_settings
-from penstock.cluster.cores import share_of, shares_of
+from penstock.cluster.cores import share_of, share_of_rank, shares_of
 from penstock.cluster.derived import derive
 from penstock.cluster.editions import Edition, edition_of
+from penstock.cluster.group_ranks import rank_settings
 from penstock.cluster.settings import ClusterConfig
 from penstock.workers.errors import ConfigError
 from penstock.workers.protocol import Role
@@ -84,3 +85,28 @@ def test_more_threads_than_stated_cores_are_refused() -> None:
 def test_cores_survive_json() -> None:
     settings = worker_settings(config(2), Role.DECODE, 0, IDENTITY)
     assert WorkerSettings.from_json(settings.to_json()) == settings
+
+
+def test_every_rank_gets_as_many_cores() -> None:
+    groups = config(8, pools__tensor_parallel_size=2, pools__prefill_tensor_parallel_size=1, pools__decode=2)
+    assert (groups.pools.ranks, groups.runner.threads) == (5, 1)
+    assert (told(groups, Role.PREFILL), told(groups, Role.DECODE, 0), told(groups, Role.DECODE, 1)) == (
+        (0,),
+        (1, 2),
+        (3, 4),
+    )
+    worker = worker_settings(groups, Role.DECODE, 1, IDENTITY)
+    assert [rank_settings(worker, rank).runner.cpus for rank in range(2)] == [(3,), (4,)]
+    wide = config(8, pools__tensor_parallel_size=2, runner__threads=2)
+    worker = worker_settings(wide, Role.DECODE, 0, IDENTITY)
+    assert [rank_settings(worker, rank).runner.cpus for rank in range(2)] == [(4, 5), (6, 7)]
+    alone = config(2, pools__mixed=1, pools__tensor_parallel_size=2)
+    worker = worker_settings(alone, Role.MIXED, 0, IDENTITY)
+    assert [rank_settings(worker, rank).runner.cpus for rank in range(2)] == [(0,), (1,)]
+
+
+def test_ranks_that_cannot_compute_side_by_side_are_not_bound() -> None:
+    crowded = config(2, pools__tensor_parallel_size=2)
+    assert (crowded.pools.ranks, crowded.runner.threads, crowded.runner.cpus) == (4, 1, ())
+    assert share_of_rank((0, 1, 2), 2, 1, 2) == (0, 1, 2)
+    assert share_of_rank((), 1, 1, 2) == ()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
-from penstock.cluster.config import ClusterIdentity, load_config
+from penstock.cluster.config import ClusterIdentity, load_config, worker_settings
 from penstock.cluster.editions import Edition, edition_of
 from penstock.workers.protocol import Role
 
@@ -66,3 +67,21 @@ def test_what_an_actor_asks_for() -> None:
     assert needs.amounts(Role.DECODE) == {"CPU": 4.0, "GPU": 1.0, "decode": 1.0}
     assert "resources" not in needs.options(Role.PREFILL)
     assert edition().needs.options(Role.PREFILL) == {"num_cpus": 0.0}, "our own head sets no limit"
+
+
+def test_each_role_is_told_its_own_group() -> None:
+    widths = {"pools__tensor_parallel_size": 2, "pools__decode_tensor_parallel_size": 4, "ranks__silence_s": 3.0}
+    widths |= {"ray__worker_num_cpus": 0.01, "ranks__redundant_experts": 2}
+    keys = {name.replace("__", "."): value for name, value in widths.items()}
+    config = load_config(environment={}, values={"runner.kind": "oracle", **keys})
+    identity = ClusterIdentity("name", "key")
+    one = edition_of(config)
+    for role, width in ((Role.PREFILL, 2), (Role.DECODE, 4), (Role.MIXED, 2)):
+        told = one.worker(f"{role.value}-0", role, identity)
+        assert (told.group.tensor_parallel_size, told.group.width, told.group.silence_s) == (width, width, 3.0)
+        assert told.group.redundant_experts == 2
+        assert told.group == worker_settings(config, role, 0, identity).group
+    assert Edition.from_json(json.loads(json.dumps(one.to_json()))) == one
+    assert edition(**widths, pools__expert_parallel_size=2).key != one.key != edition().key
+    foreign = edition(**FOREIGN, **widths).worker("a", Role.MIXED, identity)
+    assert foreign.group.host == "", "left to the node"

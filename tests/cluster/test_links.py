@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 
+import pytest
 from fakes.scripted_worker import KEY, ScriptedWorker, until
 from fakes.virtual_clock import run_virtual
 
@@ -121,3 +122,27 @@ def test_a_signal_is_remembered_once_and_times_out() -> None:
         assert loop.time() - began == 2.0
 
     run_virtual(scenario())
+
+
+def test_a_refused_worker_is_shown_with_the_reason_and_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        links = new_links()
+        wide, odd = ScriptedWorker("p", Role.PREFILL, width=2), ScriptedWorker("d", Role.DECODE, width=3)
+        async with wide, odd:
+            links.update(Roster(1, (wide.entry(width=2),)))
+            assert await links.wait_attached(5.0)
+            links.update(Roster(2, (wide.entry(width=2), odd.entry(width=3))))
+            assert await links.wait_attached(5.0)
+            (_, shown) = LinkedFleet(links).workers()
+            assert (shown.state, shown.width) == ("refused", 3)
+            assert "neither divides the other" in shown.reason
+            assert "no decode worker is up; d is refused: no KV can be exchanged" in LinkedFleet(links).unready()
+            odd.cut()
+            await until(lambda: len(odd.hellos) == 2)
+            assert await links.wait_attached(5.0)
+            await links.close()
+
+    asyncio.run(scenario())
+    assert [record.message for record in caplog.records if "is refused" in record.message] == [
+        "worker d is refused: no KV can be exchanged with p: tensor-parallel widths 3 and 2: neither divides the other"
+    ]

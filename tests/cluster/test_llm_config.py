@@ -92,3 +92,13 @@ def test_the_rest_is_refused_by_name(change: dict[str, Any], words: str) -> None
 def test_two_models_are_refused() -> None:
     with pytest.raises(ConfigError, match="exactly one"):
         translate({"llm_configs": [{"model_loading_config": LOADING}] * 2})
+
+
+def test_widths() -> None:
+    def one(**engine: Any) -> dict[str, Any]:
+        return {"model_loading_config": LOADING, "engine_kwargs": engine}
+
+    alone = translate(one(tensor_parallel_size=2, expert_parallel_size=4))
+    assert (alone["pools.tensor_parallel_size"], alone["pools.expert_parallel_size"]) == (2, 4)
+    pair = translate({"prefill_config": one(tensor_parallel_size=4), "decode_config": one(tensor_parallel_size=2)})
+    assert (pair["pools.prefill_tensor_parallel_size"], pair["pools.decode_tensor_parallel_size"]) == (4, 2)

@@ -173,3 +173,30 @@ def test_tokens_ahead_shrink_as_they_are_computed() -> None:
     assert (first.tokens_ahead, second.tokens_ahead) == (0, 300)
     fleet.computed(first, 1.0)
     assert second.tokens_ahead == 0
+
+
+def test_a_worker_of_a_width_that_cannot_exchange_kv_is_refused_until_the_others_have_been_gone_for_a_while() -> None:
+    fleet = fleet_of()
+    assert fleet.join(welcome("p", Role.PREFILL, width=4), 0.0)
+    assert fleet.join(welcome("d", Role.DECODE, width=2), 0.0)
+    assert not fleet.join(welcome("odd", Role.DECODE, width=3), 1.0)
+    assert not fleet.join(welcome("odd", Role.DECODE, width=3), 2.0), "its stream broke and came back"
+    assert fleet.join(welcome("m", Role.MIXED, width=3), 1.0), "serves by itself"
+    assert (set(fleet.workers), set(fleet.refused)) == ({"p", "d", "m"}, {"odd"})
+    assert "with p" in fleet.refused["odd"].reason
+    assert "widths 3 and 4: neither divides the other" in fleet.refused["odd"].reason
+    assert "odd" not in [view.worker_id for view in fleet.alive(Role)]
+
+    lost = fleet.lose("p")
+    assert lost is not None
+    fleet.expect_back(lost, 10.0)
+    assert fleet.reconsider(20.0) == [], "p is being restarted, and must find its partners as they were"
+    assert fleet.join(welcome("p", Role.PREFILL, width=4), 21.0)
+    lost = fleet.lose("p")
+    assert lost is not None
+    fleet.expect_back(lost, 30.0)
+    assert [each.worker_id for each in fleet.reconsider(100.0)] == ["odd"]
+    assert (set(fleet.workers), fleet.refused) == ({"d", "m", "odd"}, {})
+    assert not fleet.join(welcome("p", Role.PREFILL, width=4), 101.0)
+    fleet.lose("p")
+    assert fleet.refused == {}

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.timeout(120)
 
 DEV = "deploy/kuberay/rayservice-cpu-dev.yaml"
 GPU = "deploy/kuberay/rayservice-gpu-split.yaml"
+TENSOR = "deploy/kuberay/rayservice-gpu-tensor-parallel.yaml"
 HA = "deploy/kuberay/rayservice-high-availability.yaml"
 SERVE = "deploy/serve/serve-config.yaml"
 OWN = "deploy/penstock.yaml"
@@ -67,6 +68,13 @@ MISTAKES = [
     (GPU, "                decode: 6", "                decode: 7", f"{APP}.args", "7 decode workers"),
     (GPU, "worker_num_gpus: 1", "worker_num_gpus: 2", f"{APP}.args", "GPU"),
     (GPU, "decode_resources: {decode: 1}", "decode_resources: {decod: 1}", f"{APP}.args", "did you mean 'decode'"),
+    (TENSOR, "tensor_parallel_size: 2", "tensor_parallel_size: 4", f"{APP}.args", "4 ranks of prefill workers (1 of 4)"),
+    (TENSOR, "tensor_parallel_size: 2", "tensor_parallel_size: 3", f"{APP}.args.pools.tensor_parallel_size", "does not divide the 4 attention heads"),
+    (TENSOR, "tensor_parallel_size: 2", "tensor_parallel_size: two", f"{APP}.args.pools.tensor_parallel_size", "not of type int"),
+    (TENSOR, "tensor_parallel_size: 2", "tensor_parallel_sizes: 2", f"{APP}.args.pools.tensor_parallel_sizes", "did you mean 'tensor_parallel_size'"),
+    (TENSOR, "worker_num_gpus: 1", "worker_num_gpus: 0.5", f"{APP}.args.ray.worker_num_gpus", "cannot share a GPU"),
+    (TENSOR, "device: cuda", "device: cuda:0", f"{APP}.args.runner.device", "one GPU for all of"),
+    (TENSOR, "                - name: shared-memory\n                  mountPath: /dev/shm\n", "", f"{CLUSTER}.headGroupSpec.template.spec.containers[0].volumeMounts", "the ranks of one worker need it"),
     (DEV, "            worker_num_cpus: 1", "            worker_num_cpus: 9", f"{APP}.args", "9 CPU"),
     (HA, "            num_replicas: 2", "            num_replicas: 5", f"{APP}.args", "5 ingress replicas at 1 per node"),
     # schema

@@ -48,7 +48,7 @@ def test_serve_itself_takes_the_configurations() -> None:
     from ray.serve.schema import ServeDeploySchema
 
     configs = serve_configs()
-    assert len(configs) == 4
+    assert len(configs) == 5
     for config in configs:
         ServeDeploySchema.model_validate(config)
 
