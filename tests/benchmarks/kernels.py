@@ -24,7 +24,7 @@ if "--toy" in sys.argv:  # before Triton and the kernels are imported
     os.environ |= {"TRITON_INTERPRET": "1", "PENSTOCK_KERNELS": "gpu"}
 
 import torch
-from kernel_bench import cpu_table, peers, rows_attention, rows_elementwise, rows_matrix, shapes, sol
+from kernel_bench import cpu_table, peers, rows_attention, rows_elementwise, rows_latent, rows_matrix, shapes, sol
 from kernel_bench.correctness import RefusedError
 from kernel_bench.problem import Problem, Row
 from kernel_bench.timing import Clock, measured_rates
@@ -36,7 +36,7 @@ UNCHECKED_PEERS = ("scaled_mm", "cublas_bf16")
 
 def all_rows(plan: shapes.Plan) -> list[Row]:
     """Attention first, then products, then the rest: what is cut when time is up comes last."""
-    return [*rows_attention.rows(plan), *rows_matrix.rows(plan), *rows_elementwise.rows(plan)]
+    return [row for part in (rows_attention, rows_latent, rows_matrix, rows_elementwise) for row in part.rows(plan)]
 
 
 def timed_row(row: Row, problem: Problem, clock: Clock, rates: sol.Rates) -> dict[str, object]:

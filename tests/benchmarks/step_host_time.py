@@ -31,6 +31,7 @@ from provenance import provenance
 from penstock.workers.engine import Engine, EngineParts
 from penstock.workers.handover import GranterIdentity, HandOver
 from penstock.workers.inbox import Attached
+from penstock.workers.kv.banks import Bank
 from penstock.workers.kv.block_pool import BlockPool
 from penstock.workers.kv.layout import KVLayout
 from penstock.workers.kv.prefix_cache import PrefixCache, chain_digests
@@ -160,7 +161,7 @@ class Load:
             max_model_len=max(4096, longest),
         )
         cache = PrefixCache(pool)
-        return Scheduler(settings, layout, pool, cache), cache
+        return Scheduler(settings, layout, Bank(pool, cache)), cache
 
 
 @dataclass

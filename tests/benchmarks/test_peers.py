@@ -16,7 +16,7 @@ CARD = SimpleNamespace(type="cuda")  # lets the calls be made; they run on the C
 def test_attention_of_equal_rows_is_sdpa(load):
     model = shapes.TOY.models[0]
     problem = rows_attention._attention(torch.device("cpu"), model, load, shapes.TOY.slots)
-    batch, _ = rows_attention._batch(load, shapes.TOY.slots)
+    batch, _ = rows_attention.ragged_batch(load, shapes.TOY.slots)
     keys, values = peers._dense(problem.inputs["kv"], batch)
     found = peers._sdpa(problem.fresh(1), keys, values, load, model.dim**-0.5, "MATH")
     problem.check(found, 1)

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from kernel_bench import rows_attention, rows_elementwise, rows_matrix, shapes
+from kernel_bench import rows_attention, rows_elementwise, rows_latent, rows_matrix, shapes
 from kernel_bench.correctness import RefusedError
 from kernel_bench.defaults import untuned_keys
 from kernel_bench.problem import Row
@@ -140,7 +140,7 @@ def tune(wanted: list[str], seconds: float, trials: int, seed: int) -> dict[str,
     clock = Clock(device, warm_ups=3, runs=RUNS)
     rates = measured_rates(clock)
     plan = shapes.REAL
-    rows = [*rows_attention.rows(plan), *rows_matrix.rows(plan), *rows_elementwise.rows(plan)]
+    rows = [row for part in (rows_attention, rows_latent, rows_matrix, rows_elementwise) for row in part.rows(plan)]
     rows = [row for row in rows if row.kernel in SPACES and (not wanted or row.kernel in wanted)]
     done: dict[str, list[Task]] = {}
     known: set[tuple[str, str]] = set()

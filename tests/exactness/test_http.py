@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from fakes.exactness import CheckpointSpec, covering_specs, family_specs, mixed_
 from fakes.foreign_checkpoints import NAMED, ForeignSpec
 from fakes.sampled import fields, others
 from fakes.served_cluster import Choice, Completion, ServedCluster, complete
+from fakes.sharded_specs import sharded_specs
 from fakes.variants import Variant, pairwise_variants
 
 SPECS = [covering_specs()[number] for number in (0, 8, 7, 3, 10, 2)]
@@ -24,6 +26,11 @@ ROWS = list(zip(SPECS, pairwise_variants(), strict=True))
 # Of every newer family and every named foreign architecture one, each in a row of its own
 FAMILY_ROWS = list(zip(family_specs()[::3], pairwise_variants()[2:], strict=False))
 FOREIGN_ROWS = list(zip(NAMED, pairwise_variants(), strict=False))
+GROUP_ROWS = [
+    (sharded_specs()[0], Variant(split=True, chunk=16, caching=True, preempt=False), {"": 2}),
+    (sharded_specs()[2], Variant(split=False, chunk=64, caching=False, preempt=True), {"": 4}),
+    (sharded_specs()[7], Variant(split=True, chunk=64, caching=True, preempt=True), {"prefill-": 1, "decode-": 2}),
+]
 TOKENS = 48
 AGAIN = 24
 ALTERNATIVES = 5
@@ -55,11 +62,30 @@ def test_newer_families_and_foreign_architectures(
     check_cluster(checkpoint(spec), variant, tmp_path)
 
 
-def check_cluster(model: Any, variant: Variant, folder: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(("spec", "variant", "widths"), GROUP_ROWS, ids=lambda value: _id(value))
+def test_workers_of_several_ranks(
+    checkpoint: Callable[..., Any], tmp_path: Path, spec: CheckpointSpec, variant: Variant, widths: Mapping[str, int]
+) -> None:
+    """By flags, as a user would; each rank an actor of its own."""
+    arguments = [word for role, width in widths.items() for word in (f"--{role}tensor-parallel-size", str(width))]
+    check_cluster(checkpoint(spec), variant, tmp_path, arguments, widths)
+
+
+def check_cluster(
+    model: Any,
+    variant: Variant,
+    folder: Path,
+    arguments: Sequence[str] = (),
+    widths: Mapping[str, int] = MappingProxyType({}),
+) -> None:
     """Bring it up, ask everything, and take it down without a rest."""
-    cluster = ServedCluster(folder, [str(model.directory)], variant.configuration())
+    cluster = ServedCluster(folder, [str(model.directory), *arguments], variant.configuration())
     try:
         cluster.wait_ready(120.0)
+        for worker in cluster.workers().values():
+            width = widths.get(f"{worker['role']}-", widths.get("", 1))
+            assert (worker["width"], len(set(worker["pids"]))) == (width, width)
         check_greedy(model, variant, cluster)
         check_sampled(model, cluster)
         assert cluster.terminate() == 0

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from fakes.exactness import CheckpointSpec, covering_specs, expert_specs, family_specs, mixed_prompts
+from fakes.latent_specs import latent_specs
 from fakes.threaded_cluster import Answer, HostedWorker, ThreadedCluster
 from fakes.variants import (
     Variant,
@@ -26,8 +27,8 @@ from penstock.workers.forward_pass import kv_view
 from penstock.workers.scheduler.plan import StepPlan
 
 SPECS = covering_specs()
-FAMILIES = family_specs() + expert_specs()
-ONE_OF_EACH = family_specs()[::3] + expert_specs()[:3:2]
+FAMILIES = family_specs() + expert_specs() + latent_specs()
+ONE_OF_EACH = family_specs()[::3] + expert_specs()[:3:2] + latent_specs()[1:3]
 TOKENS = 48
 AGAIN = 24  # prompts that are sent a second time, when their blocks may be cached
 

@@ -10,8 +10,9 @@ from penstock.workers.protocol import Load, Role, Welcome
 
 def welcome(worker_id: str, role: Role = Role.MIXED, **fields: int) -> Welcome:
     limits = {"block_size": 16, "num_blocks": 1000, "max_num_seqs": 32, "max_num_batched_tokens": 512} | fields
+    width = limits.get("width", 1)
     return Welcome(
-        1, worker_id, 1, role, 0, 1, limits["block_size"], limits["num_blocks"], limits["max_num_seqs"], 100_000,
+        1, worker_id, 1, role, 0, width, limits["block_size"], limits["num_blocks"], limits["max_num_seqs"], 100_000,
         limits["max_num_batched_tokens"], "", "", "",
     )  # fmt: skip
 

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
     LlamaConfig,
@@ -40,6 +42,8 @@ CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "qwen3-moe": Qwen3MoeConfig,
     "mixtral": MixtralConfig,
     "qwen2-moe": Qwen2MoeConfig,
+    "deepseek-v2": DeepseekV2Config,
+    "deepseek-v3": DeepseekV3Config,
 }
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -175,8 +179,11 @@ def make_checkpoint(
                 parameter.normal_(0.0, spec.std)
             elif "norm" in name:
                 parameter.normal_(_norm_mean(spec, name), spec.std)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):  # of the choice of experts, zero at first
+                buffer.normal_(0.0, spec.std)
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    largest = size + 1 if shards == 1 else size // shards
+    largest = 2 * size if shards == 1 else size // shards
     model.save_pretrained(directory, max_shard_size=largest, save_original_format=not stacked_experts)
     return directory
 

@@ -11,10 +11,9 @@ import numpy as np
 
 from penstock.router.logprobs import PromptScores
 from penstock.workers.frames import prompt_logprobs_of
-from penstock.workers.kv.block_pool import BlockPool
+from penstock.workers.kv.banks import make_banks
 from penstock.workers.kv.device_storage import DeviceKVStorage
 from penstock.workers.kv.layout import KVLayout
-from penstock.workers.kv.prefix_cache import PrefixCache
 from penstock.workers.kv.storage import KVStorage
 from penstock.workers.model_build import build_model_runner
 from penstock.workers.protocol import EndReason, GenerateRequest, SamplingParams, Tokens
@@ -50,17 +49,23 @@ class InProcessWorker:
         scheduler: SchedulerSettings,
         on_plan: Callable[[StepPlan], None] | None = None,
         on_device: bool = False,
+        banks: int = 1,
     ) -> None:
-        """`on_device`: the storage is a tensor on the runner's device, whatever that is."""
+        """`on_device`: the storage is a tensor on the runner's device, whatever that is.
+
+        `banks` of `num_blocks` each, for a runner whose ranks attend for sequences of their own.
+        """
         layout: KVLayout = runner.layout
         self.storage: KVStorage | DeviceKVStorage
         if on_device:
             self.storage = DeviceKVStorage.create(num_blocks, layout.block_bytes, runner.device)
         else:
             self.storage = KVStorage.create(num_blocks, layout.block_bytes)
-        self.pool = BlockPool(num_blocks, self.storage.generations)
-        self.cache = PrefixCache(self.pool) if prefix_caching else None
-        self.scheduler = Scheduler(scheduler, layout, self.pool, self.cache)
+        count = banks * num_blocks
+        generations = self.storage.generations if banks == 1 else np.zeros(count, np.uint64)
+        self.banks = make_banks(banks, num_blocks, generations, prefix_caching=prefix_caching)
+        self.pool, self.cache = self.banks[0]
+        self.scheduler = Scheduler(scheduler, layout, *self.banks)
         self.runner = runner
         self.on_plan = on_plan
         self.preemptions = 0

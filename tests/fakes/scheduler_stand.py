@@ -5,6 +5,7 @@ from typing import Any
 
 from fakes.content_runner import ContentRunner
 
+from penstock.workers.kv.banks import Bank
 from penstock.workers.kv.block_pool import BlockPool
 from penstock.workers.kv.layout import KVLayout
 from penstock.workers.kv.prefix_cache import PrefixCache
@@ -87,5 +88,5 @@ def make_stand(num_blocks: int = 64, caching: bool = True, **limits: Any) -> Sta
     pool = BlockPool(num_blocks)
     cache = PrefixCache(pool) if caching else None
     layout = KVLayout(1, 1, 1, BLOCK, "float32")
-    scheduler = Scheduler(SchedulerSettings(**{**defaults, **limits}), layout, pool, cache)
+    scheduler = Scheduler(SchedulerSettings(**{**defaults, **limits}), layout, Bank(pool, cache))
     return Stand(scheduler, pool, cache, ContentRunner(num_blocks, BLOCK))

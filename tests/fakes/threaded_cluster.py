@@ -96,7 +96,7 @@ class HostedWorker:
         """Stop; every block must be back."""
         self.worker.stop()
         scheduler: Scheduler = self.worker._engine._scheduler
-        pool = scheduler._memory.pool
+        pool = scheduler._memory.banks[0].pool
         self.transfers = self.worker._transfer.stats()
         self.preemptions = scheduler.stats().preemptions
         try:

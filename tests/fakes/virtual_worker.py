@@ -20,6 +20,7 @@ from penstock.cluster.channel import Order, Seat
 from penstock.router.router import Router
 from penstock.workers.engine import Attached, Drain, Engine, EngineParts
 from penstock.workers.handover import GranterIdentity, HandOver
+from penstock.workers.kv.banks import Bank
 from penstock.workers.kv.block_pool import BlockPool
 from penstock.workers.kv.prefix_cache import PrefixCache
 from penstock.workers.kv.storage import KVStorage
@@ -150,7 +151,7 @@ class VirtualWorker:
             max_waiting=shape.max_waiting,
             reserve_tokens=shape.reserve_tokens,
         )
-        self.scheduler = Scheduler(limits, layout, self.pool, cache)
+        self.scheduler = Scheduler(limits, layout, Bank(self.pool, cache))
         self.transfer = LoopbackTransfer(self.cluster.fabric, f"{self.worker_id}.{self.incarnation}", self.storage)
         self.outbox = Outbox()
         oracle = OracleRunner(settings, layout, self.storage.data, loop.time, self._spend)
