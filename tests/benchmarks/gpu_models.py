@@ -89,6 +89,10 @@ class RandomCheckpoint:
         out = torch.empty(shape, dtype=self.dtype, device=self.device)
         return out.normal_(0.0, shape[-1] ** -0.5, generator=self._generator)
 
+    def release(self, name: str) -> None:
+        """Nothing is mapped. `name` as for `read`."""
+        del name
+
 
 def random_runner(
     raw: dict[str, Any], device: torch.device, scheduler: SchedulerSettings, recorder: Recorder | None

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from fakes.exactness import CheckpointSpec, mixed_prompts
-from fakes.rank_group import GroupHost
 from fakes.sharded_specs import sharded_specs
 from fakes.variants import BLOCK_SIZE, KEY, MAX_MODEL_LEN, ROOT
 
@@ -135,8 +134,7 @@ def request(name: str, prompt: Tokens) -> GenerateRequest:
 async def answers(plant: Plant, model_dir: Any, prompts: Sequence[Tokens], log_file: Any) -> list[list[list[int]]]:
     """Of two rounds; the second finds the first one's prefixes."""
     router = RouterSettings(PlacementSettings(local_prefill_tokens=0))
-    host: Any = GroupHost(log_file)
-    async with LocalCluster(plant.workers(model_dir), router, host=host, restart=False) as cluster:
+    async with LocalCluster(plant.workers(model_dir), router, log_file=log_file, restart=False) as cluster:
 
         async def ask(name: str, prompt: Tokens) -> list[int]:
             return [token async for delta in cluster.generator.submit(request(name, prompt)) for token in delta.tokens]

@@ -11,6 +11,8 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+from fakes.rank_threads import GroupedRunner
+
 from penstock.workers.expert_ranks import ExpertRanks, ExpertSpread
 from penstock.workers.kv.storage import KVStorage
 from penstock.workers.model_build import build_model_runner
@@ -18,14 +20,36 @@ from penstock.workers.parallel.attention_ranks import Banks
 from penstock.workers.parallel.collectives import Collectives
 from penstock.workers.parallel.process_group import GroupPlace, join_store, open_group, serve_store
 from penstock.workers.runner import ModelRunner
-from penstock.workers.scheduler.plan import StepPlan, StepResult
 from penstock.workers.settings import KVSettings, RunnerSettings, SchedulerSettings
 
 TIMEOUT_S = 30.0
 _NAMES = itertools.count()
 
 
-class SpreadRunner:
+class _Threads:
+    """One thread per rank, and the groups that they open."""
+
+    def __init__(self, count: int) -> None:
+        self.groups: list[Collectives] = []
+        self._threads = [ThreadPoolExecutor(1, f"rank-{rank}") for rank in range(count)]
+
+    def each(self, work: Any) -> list[Any]:
+        """`work(rank)` on every rank at the same time; the results, or the first error."""
+        running = [thread.submit(work, rank) for rank, thread in enumerate(self._threads)]
+        wait(running, timeout=2 * TIMEOUT_S, return_when=FIRST_EXCEPTION)
+        for each in running:  # the others wait for the one that failed
+            if each.done() and each.exception() is not None:
+                each.result()
+        return [each.result(0) for each in running]
+
+    def close(self) -> None:
+        for group in self.groups:
+            group.close()
+        for thread in self._threads:
+            thread.shutdown()
+
+
+class SpreadRunner(GroupedRunner):
     """The runners of all ranks as one. `limits` go to SchedulerSettings."""
 
     def __init__(
@@ -47,53 +71,19 @@ class SpreadRunner:
         self._scheduler = SchedulerSettings(**{"max_num_batched_tokens": 1 << 15, **limits})
         self._store, self._address = serve_store("127.0.0.1", TIMEOUT_S)
         self._name = f"spread-{next(_NAMES)}"
-        self._groups: list[Collectives] = []
-        self._threads = [ThreadPoolExecutor(1, f"rank-{rank}") for rank in range(tensor * experts)]
+        self.ranks: Any = _Threads(tensor * experts)
         self.storages: list[KVStorage] = []
-        self.runners: list[ModelRunner] = self.each(self._load)
-
-    @property
-    def layout(self) -> Any:
-        return self.runners[0].layout
-
-    @property
-    def vocab_size(self) -> int:
-        return self.runners[0].vocab_size
-
-    @property
-    def device(self) -> Any:
-        return self.runners[0].device
-
-    def each(self, work: Any) -> list[Any]:
-        """`work(rank)` on every rank at the same time; the results, or the first error."""
-        running = [thread.submit(work, rank) for rank, thread in enumerate(self._threads)]
-        wait(running, timeout=2 * TIMEOUT_S, return_when=FIRST_EXCEPTION)
-        for each in running:  # the others wait for the one that failed
-            if each.done() and each.exception() is not None:
-                each.result()
-        return [each.result(0) for each in running]
+        self._lent: list[KVStorage] = []
+        self.runners: list[ModelRunner] = self.ranks.each(self._load)
 
     def attach(self, storage: KVStorage) -> None:
         """Every rank gets blocks of its own: as many as `storage` has, and scratch behind them."""
         self._give_back()
         size = storage.num_blocks + self._scratch
-        self.storages = [KVStorage.create(size, runner.layout.block_bytes) for runner in self.runners]
+        self.storages = self._lent = [KVStorage.create(size, runner.layout.block_bytes) for runner in self.runners]
         for runner, own in zip(self.runners, self.storages, strict=True):
             runner.attach(own)
             runner.use_banks(Banks(storage.num_blocks, self._scratch, self._threshold))
-
-    def run(self, plan: StepPlan) -> StepResult:
-        results: list[StepResult] = self.each(lambda rank: self.runners[rank].run(plan))
-        if any(len(result.token_ids) or result.logprobs is not None for result in results[1:]):
-            raise RuntimeError("a rank other than 0 sampled")
-        return results[0]
-
-    def close(self) -> None:
-        self._give_back()
-        for group in self._groups:
-            group.close()
-        for thread in self._threads:
-            thread.shutdown()
 
     def _load(self, rank: int) -> ModelRunner:
         expert_rank, tensor_rank = divmod(rank, self._tensor)
@@ -112,18 +102,5 @@ class SpreadRunner:
         place = GroupPlace(f"{self._name}/{name}", rank, width, timeout_s=TIMEOUT_S)
         # A client of a store serves one thread at a time.
         group = open_group(place, join_store(self._address, TIMEOUT_S) if width > 1 else None)
-        self._groups.append(group)
+        self.ranks.groups.append(group)
         return group
-
-    def _give_back(self) -> None:
-        for runner in getattr(self, "runners", []):
-            runner.detach()
-        for storage in self.storages:
-            storage.close()
-        self.storages = []
-
-    def __enter__(self) -> SpreadRunner:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()

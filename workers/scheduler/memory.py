@@ -11,6 +11,7 @@ before `published` may be shared, and those are never written again.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -25,7 +26,9 @@ from penstock.workers.protocol import DIGEST_BYTES, GenerateRequest
 from penstock.workers.scheduler.events import SequenceKey, Work
 from penstock.workers.scheduler.plan import I32
 from penstock.workers.scheduler.sequence import Sequence
-from penstock.workers.scheduler.table import SequenceTable, Slots
+from penstock.workers.scheduler.table import EMPTY, SequenceTable, Slots
+
+_ROW_BLOCKS = 8
 
 
 class Placement(NamedTuple):
@@ -86,24 +89,32 @@ class SequenceMemory:
                 return placement
         return None
 
-    def best_bank(self, chain: bytes) -> int:
-        """Where a context with these digests had best be: see `_preferred`."""
-        return self._preferred(chain)[0] if len(self.banks) > 1 else 0
+    def best_bank(self, chain: bytes, waiting: Iterable[int]) -> int:
+        """Where a context with these digests had best be; `waiting` are the banks of those who have no row yet."""
+        return self._preferred(chain, waiting)[0] if len(self.banks) > 1 else 0
 
     def _allowed(self, sequence: Sequence) -> Sequences[int]:
         if sequence.pinned is not None:
             return (sequence.pinned,)
         return self._preferred(b"" if sequence.unscored else sequence.chain) if len(self.banks) > 1 else (0,)
 
-    def _preferred(self, chain: bytes) -> list[int]:
-        """Banks in the order to try them: those that know most of the context, then those with most room."""
+    def _preferred(self, chain: bytes, waiting: Iterable[int] = ()) -> list[int]:
+        """Banks in the order to try them, the cheapest first, then the one with most room.
 
-        def rank(number: int) -> tuple[int, int]:
+        What a bank knows of the context need not be computed. But a step takes as long as its busiest rank: a sequence
+        more than elsewhere costs all ranks as much as computing `_ROW_BLOCKS` blocks once.
+        """
+        rows = np.bincount(self._table.bank[self._table.state != EMPTY], minlength=len(self.banks))
+        for number in waiting:
+            rows[number] += 1
+        least = int(rows.min())
+
+        def cost(number: int) -> tuple[int, int]:
             pool, cache = self.banks[number]
             known = 0 if cache is None or not chain else cache.match(chain).num_blocks
-            return -known, -pool.num_free
+            return (int(rows[number]) - least) * _ROW_BLOCKS - known, -pool.num_free
 
-        return sorted(range(len(self.banks)), key=rank)
+        return sorted(range(len(self.banks)), key=cost)
 
     def _place(
         self, sequence: Sequence, growth: int, spare: int, pool: BlockPool, cache: PrefixCache | None

@@ -132,7 +132,9 @@ class Scheduler:
 
     def bank_for(self, request: GenerateRequest) -> int:
         """Where a request's blocks had best be, for who must know it before the request is admitted."""
-        return self._memory.best_bank(request.prefix_digests if request.cache_prefix else b"")
+        waiting = (sequence.pinned for sequence in self._roster.waiting.entries())
+        chain = request.prefix_digests if request.cache_prefix else b""
+        return self._memory.best_bank(chain, (bank for bank in waiting if bank is not None))
 
     def cancel(self, key: SequenceKey, now: float) -> None:
         """End it without an event. Unknown keys are ignored.

@@ -4,7 +4,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import pytest
-from workers.parallel.test_plan_codec import make_plan
+from fakes.random_plans import make_plan
 
 from penstock.workers.errors import GroupError
 from penstock.workers.kv.layout import KVLayout

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from fakes.group_links import LinkPairs
-from workers.parallel.test_plan_codec import assert_equal, make_plan
+from fakes.random_plans import assert_equal, make_plan
 
 from penstock.workers.errors import GroupError, IntegrityError
 from penstock.workers.parallel.group_messages import BlocksRenewed, ForgetSession

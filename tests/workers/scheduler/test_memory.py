@@ -3,7 +3,7 @@
 import numpy as np
 from fakes.scheduler_stand import make_request
 
-from penstock.workers.kv.banks import Bank
+from penstock.workers.kv.banks import Bank, make_banks
 from penstock.workers.kv.block_pool import BlockPool
 from penstock.workers.kv.layout import KVLayout
 from penstock.workers.kv.prefix_cache import PrefixCache, chain_digests
@@ -126,3 +126,25 @@ def test_publishing_names_full_computed_blocks_once():
     setting.memory.publish_row(slot)
     assert sequence.chain == chain_digests(bytes(32), TOKENS, 4)
     assert setting.cache.match(sequence.chain).blocks.tolist() == placement.blocks[:3].tolist()
+
+
+def test_banks_share_the_work_unless_one_knows_much_of_the_context():
+    setting = Setting(1)
+    table = setting.table = SequenceTable(16, 256, 4)
+    setting.memory = SequenceMemory(table, LAYOUT, make_banks(2, 128, np.zeros(256, np.uint64), prefix_caching=True))
+
+    def start(tokens: list[int]) -> int:
+        sequence = setting.sequence(tokens)
+        placement = setting.memory.place(sequence, 0, 0)
+        assert placement is not None
+        slot = table.insert(sequence, placement.blocks, placement.computed, PREFILL)
+        table.computed[slot] = len(tokens)
+        setting.memory.publish_row(slot)
+        return sequence.bank
+
+    assert sorted(start([100 + number] * 8) for number in range(4)) == [0, 0, 1, 1]
+    long = list(range(80))  # 20 blocks
+    first = start(long)
+    assert [start([*long, number]) for number in range(2)] == [first, first]  # worth a row or two
+    assert start([*long, 3]) != first  # but not many
+    assert setting.memory.best_bank(b"", [0, 0, 0, 0]) == 1  # who waits for a bank counts as well
