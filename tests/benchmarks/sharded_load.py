@@ -103,7 +103,7 @@ def main() -> None:
                 found.append(json.loads(done.stdout))
             worst = max(each["peak_bytes"] / each["own_bytes"] for each in found)
             results.append({"dtype": dtype, "width": width, "ratio": round(worst, 3), "ranks": found})
-    print(json.dumps({**provenance(), "model": str(arguments.model_dir), "results": results}, indent=1))
+    print(json.dumps({**provenance(), "model": arguments.model_dir.name, "results": results}, indent=1))
 
 
 if __name__ == "__main__":

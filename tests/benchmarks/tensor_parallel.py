@@ -173,7 +173,8 @@ def main() -> None:
     if arguments.case:
         run_rank(Case(arguments.model_dir, *json.loads(arguments.case)), arguments.rank, arguments.address)
         return
-    print(json.dumps({**provenance(), "model": arguments.model_dir, "results": compare(arguments)}, indent=1))
+    model = os.path.basename(os.path.normpath(arguments.model_dir))
+    print(json.dumps({**provenance(), "model": model, "results": compare(arguments)}, indent=1))
 
 
 if __name__ == "__main__":
