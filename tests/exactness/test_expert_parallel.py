@@ -64,8 +64,10 @@ PRODUCT = [
 def hosted(runner: SpreadRunner, way: Way) -> InProcessWorker:
     settings = SchedulerSettings(
         max_model_len=MAX_MODEL_LEN,
-        max_num_batched_tokens=way.chunk or 8192,
-        max_num_seqs=min(way.chunk or 64, 64),
+        # As many sequences for every bank as one rank alone would have, so that each runs out of blocks.
+        max_num_batched_tokens=way.chunk * way.split[1] or 8192,
+        long_prefill_token_threshold=way.chunk,
+        max_num_seqs=min(way.chunk * way.split[1] or 64, 64),
         reserve_tokens=0 if way.preempt else MAX_MODEL_LEN,
         watermark=0.0 if way.preempt else 0.01,
     )
