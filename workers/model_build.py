@@ -162,15 +162,13 @@ def model_layout(
         width = config.latent.stored_dim
         ranks = {"tensor_width": shard.width, "tensor_rank": shard.rank, "total_kv_heads": 1}
         return KVLayout(config.num_layers, 1, width, block_size, dtype, revision, parts=1, **ranks)
-    heads = shard.kv_heads(config.num_kv_heads)
     return KVLayout(
         config.num_layers,
-        len(heads),
+        len(shard.kv_heads(config.num_kv_heads)),
         config.head_dim,
         block_size,
         dtype,
         revision,
-        first_kv_head=heads.start,
         tensor_width=shard.width,
         tensor_rank=shard.rank,
         total_kv_heads=config.num_kv_heads,

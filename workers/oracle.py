@@ -68,7 +68,6 @@ def oracle_layout(runner: RunnerSettings, kv: KVSettings, shard: TensorShard = W
         kv.block_size,
         "int64",
         revision,
-        first_kv_head=held.start,
         tensor_width=shard.width,
         tensor_rank=shard.rank,
         total_kv_heads=oracle_heads(runner, shard.width),
@@ -108,7 +107,7 @@ class OracleRunner:
         self._sleep = sleep
         self._group = group
         self._heads = oracle_heads(settings, shard.width)
-        self._first = layout.first_kv_head
+        self._first = layout.share.heads.first
         self._salts = np.arange(self._first, self._first + held, dtype=np.uint64) * np.uint64(_HEAD)
         # Of ranks that hold the same head, the first answers for it.
         self._answers = shard.rank % max(1, shard.width // self._heads) == 0

@@ -15,29 +15,7 @@ from penstock.kernels.packing import PackedExperts
 from penstock.kernels.reference import moe as reference
 from penstock.kernels.routing import check_experts, check_ids, check_moe, rows_by_expert
 
-
-def route_experts(
-    logits_TE: Tensor,
-    top_k: int,
-    *,
-    scoring: str = "softmax",
-    renormalize: bool = True,
-    selection_bias: Tensor | None = None,
-    groups: int = 0,
-    top_groups: int = 0,
-    scaling: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """See `ops.route_experts`. The reference is vectorised already, and a router's logits are few."""
-    return reference.route_experts(
-        logits_TE,
-        top_k,
-        scoring=scoring,
-        renormalize=renormalize,
-        selection_bias=selection_bias,
-        groups=groups,
-        top_groups=top_groups,
-        scaling=scaling,
-    )
+route_experts = reference.route_experts  # vectorised already, and a router's logits are few
 
 
 def pack_experts(gate_up_EGK: Tensor, down_EKF: Tensor) -> PackedExperts:

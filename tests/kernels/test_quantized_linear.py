@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fakes.quantized_exact import ROUNDING, exact
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,22 +11,6 @@ from penstock.kernels.cpu import quantized_linear as cpu
 from penstock.kernels.errors import KernelInputError
 from penstock.kernels.packing import GROUP, QuantFormat
 from penstock.kernels.reference import quantized_linear as reference
-
-ROUNDING = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-10}
-
-
-def exact(x, weight):
-    """(result, bound): float64 of the codes, and what float32 sums and the rounding of the result may add."""
-    decoded = quantize.decode_weight(weight, torch.float64)
-    inputs = x.double()
-    if weight.format is not QuantFormat.INT4_GROUP:
-        codes, scales = quantize.quantize_tokens(x, weight)
-        block = weight.format is QuantFormat.FP8_BLOCK
-        spread = scales.repeat_interleave(GROUP, 1)[:, : weight.num_inputs] if block else scales[:, None]
-        inputs = codes.double() * spread.double()
-    out = inputs @ decoded.T + (0 if weight.bias is None else weight.bias.double())
-    most = (inputs.abs().amax() if inputs.numel() else 0) * decoded.abs().amax()
-    return out, ROUNDING[x.dtype] * out.abs() + weight.num_inputs * 2**-24 * most * 2
 
 
 @given(

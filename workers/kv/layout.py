@@ -29,8 +29,7 @@ class KVLayout:
     dtype: str  # a key of DTYPE_BYTES
     revision: str = ""  # of model weights, adapter and codec: blocks of different revisions never mix
     parts: int = 2  # 1: latent rows
-    first_kv_head: int = 0  # of the model's, where a rank of a group holds some of them
-    tensor_width: int = 1  # ranks of that group
+    tensor_width: int = 1  # ranks of a group that share the model's KV heads
     tensor_rank: int = 0  # of them, whose blocks these are
     total_kv_heads: int = 0  # of the model; 0: all of them are here
 
@@ -60,7 +59,6 @@ class KVLayout:
         whole = replace(
             self,
             num_kv_heads=self.total_kv_heads or self.num_kv_heads,
-            first_kv_head=0,
             tensor_width=1,
             tensor_rank=0,
             total_kv_heads=0,

@@ -11,6 +11,7 @@ Legend: N rows of the plan, S of them sampled, M prompt tokens scored; R attenti
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -50,6 +51,7 @@ class PlanCut:
         self._owners: I32 = plan.block_tables[:, 0] // banks.blocks
         self._counts = np.diff(plan.offsets)
 
+    @cached_property
     def wanted(self) -> list[tuple[I64, I64]]:
         """Of every rank: which of the S sampled rows, and which of the M scored tokens, it computes."""
         of_sampled, of_scored = self._owners[self.plan.sample_rows], self._owners_of_scored()
@@ -71,7 +73,7 @@ class PlanCut:
         # Token t of the part is token t + shift of the plan, piece by piece.
         tokens = np.arange(int(offsets[-1])) + np.repeat(plan.offsets[rows] + begins - offsets[:-1], counts)
         ends = {piece.row: place for place, piece in enumerate(pieces) if piece.end == self._counts[piece.row]}
-        sampled, scored = self.wanted()[rank]
+        sampled, scored = self.wanted[rank]
         mine = plan.copies[plan.copies[:, 1] // self._banks.blocks == rank]
         return StepPlan(
             step=plan.step,

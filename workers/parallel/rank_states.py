@@ -52,7 +52,7 @@ class RankStates:
 
         Every rank calls it once per step. Raises GroupError, and IntegrityError for states that are not those wanted.
         """
-        wanted = cut.wanted()
+        wanted = cut.wanted
         counts = [len(sampled) + len(scored) for sampled, scored in wanted]
         if len(hidden) != counts[self._group.rank]:
             raise IntegrityError(f"{len(hidden)} hidden states of {counts[self._group.rank]} wanted rows")

@@ -7,6 +7,7 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
+from fakes.quantized_exact import ROUNDING, exact
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +19,6 @@ from penstock.kernels.gpu.quantize_tokens import quantize_tokens
 from penstock.kernels.packing import GROUP, QuantFormat
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ROUNDING = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 WITH_TOKENS = [form for form in QuantFormat if form is not QuantFormat.INT4_GROUP]
 ALL_BF16 = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
 
@@ -93,19 +93,6 @@ def test_tokens_get_the_codes_that_the_format_says(form, tokens, inputs, dtype, 
     whole = fine if fine.dim() == 1 else fine.all(1)
     assert codes.dtype == expected_codes.dtype
     assert torch.equal(codes.view(torch.uint8)[whole], expected_codes.view(torch.uint8)[whole])
-
-
-def exact(x, weight):
-    decoded = quantize.decode_weight(weight, torch.float64)
-    inputs = x.double()
-    if weight.format is not QuantFormat.INT4_GROUP:
-        codes, scales = quantize.quantize_tokens(x, weight)
-        block = weight.format is QuantFormat.FP8_BLOCK
-        spread = scales.repeat_interleave(GROUP, 1)[:, : weight.num_inputs] if block else scales[:, None]
-        inputs = codes.double() * spread.double()
-    out = inputs @ decoded.T + (0 if weight.bias is None else weight.bias.double())
-    most = (inputs.abs().amax() if inputs.numel() else 0) * decoded.abs().amax()
-    return out, ROUNDING[x.dtype] * out.abs() + weight.num_inputs * 2**-24 * most * 2
 
 
 @given(

@@ -33,7 +33,7 @@ class RankedRunner:
         expected = self.whole.run(plan)
         tokens = np.full(len(plan.sample_rows), -7, np.int32)
         cut = self.parts.cut(plan)
-        wanted = cut.wanted()
+        wanted = cut.wanted
         for number, runner in enumerate(self.ranks):
             part = cut.part(number)
             sampled, scored = wanted[number]

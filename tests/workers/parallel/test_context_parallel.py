@@ -90,7 +90,7 @@ def test_a_shared_prompt_lies_in_the_owners_blocks_and_in_scratch_elsewhere() ->
     assert other.block_tables.tolist() == [list(range(50, 60))] * 2
     assert (other.starts.tolist(), other.offsets.tolist()) == ([0, 30], [0, 10, 20])
     assert (own.starts.tolist(), own.token_ids.tolist()) == ([10, 20], list(range(10, 30)))
-    assert [sampled.tolist() for sampled, _ in cut.wanted()] == [[0], []]  # the last token is rank 0's
+    assert [sampled.tolist() for sampled, _ in cut.wanted] == [[0], []]  # the last token is rank 0's
     assert other.sample_rows.tolist() == [1]
 
 
