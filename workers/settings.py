@@ -91,8 +91,8 @@ class GroupSettings:
     context_parallel_size: int = 1  # ranks that attend for sequences of their own, and for long prompts together
     context_parallel_threshold: int = 1024  # tokens of one prompt in one step from which on they do
     redundant_experts: int = 0  # slots of each rank and layer beyond those that hold every expert once
-    expert_rebalance_steps: int = 256  # experts may move so often; 0 = never
-    lost_experts: str = "refuse"  # refuse | degrade: tokens whose expert no rank holds any more
+    expert_rebalance_steps: int = 256  # experts may move so often; 0 = never; no worker moves them yet
+    lost_experts: str = "refuse"  # refuse | degrade, once a group outlives a rank: tokens whose expert is gone
     rank: int = 0  # rank 0 plans and serves; the others follow
     host: str = "127.0.0.1"  # where this rank listens and connects from; the collectives bind to it
     leader: str = ""  # host:port on which rank 0 gathers the group; for ranks above 0
