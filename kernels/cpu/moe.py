@@ -12,10 +12,7 @@ from torch import Tensor
 from penstock.kernels.cpu.activation import gelu_and_mul, silu_and_mul
 from penstock.kernels.cpu.linear import linear, pack_weight
 from penstock.kernels.packing import PackedExperts
-from penstock.kernels.reference import moe as reference
 from penstock.kernels.routing import check_experts, check_ids, check_moe, rows_by_expert
-
-route_experts = reference.route_experts  # vectorised already, and a router's logits are few
 
 
 def pack_experts(gate_up_EGK: Tensor, down_EKF: Tensor) -> PackedExperts:

@@ -149,7 +149,7 @@ def test_an_idle_choice_adds_nothing_even_with_a_nan_weight():
         assert out.isfinite().all()
 
 
-@pytest.mark.parametrize("implementation", [cpu, reference, ops])
+@pytest.mark.parametrize("implementation", [dispatch.CPU, reference, ops], ids=["cpu", "reference", "ops"])
 def test_what_cannot_be_served_is_told(implementation):
     gate_up, down = torch.randn(4, 6, 8), torch.randn(4, 8, 3)
     packed = implementation.pack_experts(gate_up, down)
