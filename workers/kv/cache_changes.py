@@ -18,7 +18,6 @@ _MOST = 1 << 16  # changes kept before they are summed up
 _BUCKETS = 1 << 16
 
 Digests = NDArray[np.uint8]  # [n, 32]
-_NO_DIGESTS: Digests = np.zeros((0, DIGEST_BYTES), np.uint8)
 
 
 def shorten(digests: bytes) -> bytes:
@@ -57,14 +56,22 @@ class CacheChanges:
 
     def _net(self) -> tuple[Digests, Digests]:
         """Stored and evicted, without what was stored and evicted again or the other way round."""
-        if not self._parts:
-            return _NO_DIGESTS, _NO_DIGESTS
+        stored = _rows(b"".join([part for kind, part in self._parts if kind]))
+        evicted = _rows(b"".join([part for kind, part in self._parts if not kind]))
+        if not len(stored) or not len(evicted):
+            return stored, evicted
+        both = self._both(stored, evicted)
+        return self._net_of_both(both) if both else (stored, evicted)
+
+    def _net_of_both(self, both: frozenset[bytes]) -> tuple[Digests, Digests]:
+        """The same where some digests were stored as well as evicted: the order of their changes decides."""
         kinds, parts = zip(*self._parts, strict=True)
         digests = _rows(b"".join(parts))
         stored = np.repeat(kinds, [len(part) // DIGEST_BYTES for part in parts])
-        doubtful = self._doubtful(digests, stored)
-        if not doubtful.any():
-            return digests[stored], digests[~stored]
+        marked = _buckets(_rows(b"".join(both)))
+        self._marks[marked] = 1
+        doubtful = self._marks[_buckets(digests)] == 1
+        self._marks[marked] = 0
         net: dict[bytes, bool] = {}
         for index in doubtful.nonzero()[0].tolist():
             digest, kind = digests[index].tobytes(), bool(stored[index])
@@ -76,15 +83,23 @@ class CacheChanges:
             np.concatenate((digests[~stored & ~doubtful], apart[1])),
         )
 
-    def _doubtful(self, digests: Digests, stored: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Which digests may have been both stored and evicted: their bucket saw both."""
-        marks, bucket = self._marks, digests.view(np.uint16)[:, 0].astype(np.intp)
-        marks[bucket[stored]] = 1
-        marks[bucket[(marks[bucket] == 1) & ~stored]] = 2
-        doubtful: NDArray[np.bool_] = marks[bucket] == 2
-        marks[bucket] = 0
-        return doubtful
+    def _both(self, stored: Digests, evicted: Digests) -> frozenset[bytes]:
+        """Digests that were both stored and evicted; only those are compared whose bucket saw both."""
+        marks, of_stored, of_evicted = self._marks, _buckets(stored), _buckets(evicted)
+        marks[of_stored] = 1
+        doubtful = marks[of_evicted].nonzero()[0]
+        marks[of_stored] = 0
+        if not len(doubtful):
+            return frozenset()
+        marks[of_evicted[doubtful]] = 1
+        others = marks[of_stored].nonzero()[0]
+        marks[of_evicted] = 0
+        return frozenset(map(bytes, stored[others])) & frozenset(map(bytes, evicted[doubtful]))
 
 
 def _rows(digests: bytes) -> Digests:
     return np.frombuffer(digests, np.uint8).reshape(-1, DIGEST_BYTES)
+
+
+def _buckets(digests: Digests) -> NDArray[np.intp]:
+    return digests.view(np.uint16)[:, 0].astype(np.intp)
