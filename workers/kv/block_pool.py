@@ -7,7 +7,8 @@ Engine thread only. Blocks come and go as arrays of distinct ids, so that a long
 Invariants, proved by `check_integrity` (here for the pool, in the prefix cache for what it adopted):
 - every block is exactly one of free, owned, or quarantined: nobody holds it, but a transfer may still write it; so
   free + owned + quarantined = total. A free block is blank, or cached and idle: held by no sequence;
-- only a free block is handed out, and its generation grows first, so that a reader of the old content notices;
+- only a free block is handed out, and its generation grows first, so that a reader of the old content notices: it
+  is the number of the allocation, which costs less than counting every block's own;
 - blank blocks are handed out before cached ones.
 """
 
@@ -39,6 +40,7 @@ class BlockPool:
         self.first = first
         self.generations: U64 = np.zeros(num_blocks, np.uint64) if generations is None else generations
         self.num_idle = 0  # cached blocks that no sequence holds; counted by the prefix cache
+        self._allocations = int(self.generations.max(initial=0))  # the newest generation
         self._state = np.zeros(num_blocks, np.uint8)
         self._num_quarantined = 0
         # A stack: memory still warm goes first.
@@ -69,14 +71,16 @@ class BlockPool:
         """`count` distinct blocks for new content, private to the caller. Raises IntegrityError if fewer are free."""
         if count > self.num_free:
             raise IntegrityError(f"asked for {count} blocks, {self.num_free} are free")
-        left = max(0, self._num_blank - count)
-        blocks: Blocks = self._blank[left : self._num_blank].copy()
-        self._num_blank = left
-        if len(blocks) < count and self._reclaim is not None:
-            blocks = np.concatenate((blocks, self._reclaim(count - len(blocks))))
+        left = self._num_blank - count
+        blocks: Blocks = self._blank[max(left, 0) : self._num_blank].copy()
+        self._num_blank = max(left, 0)
+        if left < 0 and self._reclaim is not None:
+            reclaimed = self._reclaim(-left)
+            blocks = np.concatenate((blocks, reclaimed)) if len(blocks) else reclaimed
+        self._allocations += 1
         places = self._places(blocks)
         self._state[places] = _PRIVATE
-        self.generations[places] += 1
+        self.generations[places] = self._allocations
         return blocks
 
     def generations_of(self, blocks: Blocks) -> U64:

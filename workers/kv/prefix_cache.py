@@ -238,7 +238,7 @@ class PrefixCache:
             heapq.heappush(self._queue, (run.left, self._time, run))
 
     def _evict(self, count: int) -> Blocks:
-        """Take `count` idle blocks out of the tree, from the ends of the runs that were left first."""
+        """Take `count` idle blocks, at least one, out of the tree, from the ends of the runs that were left first."""
         parts: list[Blocks] = []
         queue = self._queue
         while count:
@@ -260,7 +260,7 @@ class PrefixCache:
             count -= len(taken)
             self._size -= len(taken)
             self._pool.num_idle -= len(taken)
-        return parts[0] if len(parts) == 1 else np.concatenate((NO_BLOCKS, *parts))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _remove(self, run: Run) -> None:
         parent = run.follows

@@ -76,7 +76,7 @@ def _check_holders(roster: Roster, pool: BlockPool, bank: int) -> None:
             continue
         slot = sequence.slot
         private.append(memory.private_of(slot))
-        published = table.block_tables[slot, : table.published[slot]]
+        published = table.block_tables[slot, : sequence.published]
         shared = NO_BLOCKS if sequence.run is None else sequence.run.path
         if len(shared) != len(published) or not np.array_equal(published[published != shared], sequence.known):
             raise IntegrityError(f"row {slot} holds other blocks of the prefix cache than it lists")

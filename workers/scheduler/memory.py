@@ -165,19 +165,21 @@ class SequenceMemory:
         cache = self.banks[sequence.bank].cache
         if cache is None:
             return
-        first, full = int(self._table.published[slot]), int(self._table.computed[slot]) // self._block_size
+        size, first, chain = self._block_size, sequence.published, sequence.chain
+        full = self._table.computed.item(slot) // size
         if full <= first:
             return
-        size, have = self._block_size, len(sequence.chain) // DIGEST_BYTES
+        have = len(chain) // DIGEST_BYTES
         if have < full:
-            root = sequence.chain[-DIGEST_BYTES:] or sequence.request.prefix_root
-            sequence.chain += chain_digests(root, self._table.tokens[slot, have * size : full * size], size)
-        digests = sequence.chain[first * DIGEST_BYTES : full * DIGEST_BYTES]
+            root = chain[-DIGEST_BYTES:] or sequence.request.prefix_root
+            chain += chain_digests(root, self._table.tokens[slot, have * size : full * size], size)
+            sequence.chain = chain
         blocks = self._table.block_tables[slot, first:full].astype(np.intp)
+        digests = chain[first * DIGEST_BYTES : full * DIGEST_BYTES]
         sequence.run, known = cache.publish(sequence.run or cache.root, digests, blocks)
         if len(known):
             sequence.known = np.concatenate((sequence.known, known))
-        self._table.published[slot] = full
+        sequence.published = full
 
     def release(self, slot: int) -> None:
         """The row ends; its blocks go back to the pool, where full ones stay shareable until they are needed."""
@@ -223,8 +225,9 @@ class SequenceMemory:
 
     def private_of(self, slot: int) -> Blocks:
         """Blocks of this row that nobody else can share."""
-        row = self._table.block_tables[slot, self._table.published[slot] : self._table.num_blocks[slot]]
-        known = self._table.sequence_in(slot).known
+        sequence = self._table.sequence_in(slot)
+        known = sequence.known
+        row = self._table.block_tables[slot, sequence.published : self._table.num_blocks.item(slot)]
         return np.concatenate((row, known)) if len(known) else row.astype(np.intp)
 
     def held_runs(self, bank: int) -> Counter[Run]:

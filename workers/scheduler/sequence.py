@@ -34,6 +34,7 @@ class Sequence:
     run: Run | None = None  # what it holds of the prefix cache, while it has a row
     known: Blocks = field(default_factory=lambda: NO_BLOCKS)  # blocks it computed though others had them cached
     slot: int | None = None
+    published: int = 0  # leading blocks already offered to the prefix cache, while it has a row
     bank: int = 0  # whose blocks it holds, while it has a row
     pinned: int | None = None  # the only bank it may have
     started: bool = False  # was admitted once

@@ -11,6 +11,7 @@ all zeros in `state`, `num_blocks` and `block_tables`.
 
 from __future__ import annotations
 
+import struct
 from enum import IntEnum
 
 import numpy as np
@@ -46,6 +47,7 @@ Slots = NDArray[np.intp]  # rows of the table; numpy gathers by native integers 
 # Rows of the matrix that holds what a step reads; `SequenceTable` says what each is.
 COMPUTED, LENGTH, LAST_TOKEN, PROMPT_LENGTH, LAST_POSITION, ROUTER_INDEX, ROUTER_SLOT, ATTEMPT = range(8)
 TEMPERATURE, TOP_P, MIN_P, TOP_K, CHOICE, LOGPROBS = range(8, 14)
+_PACKED_FIELDS = struct.Struct("=6iI i 3f 3i")  # the same, one row's
 _NUM_FIELDS = 14
 
 
@@ -63,7 +65,6 @@ class SequenceTable:
         self.block_tables: I32 = np.zeros((max_seqs, -(-max_length // block_size)), np.int32)
         self.num_blocks = np.zeros(max_seqs, np.int32)
         self.capacity = np.zeros(max_seqs, np.int32)  # tokens that its blocks hold
-        self.published = np.zeros(max_seqs, np.int32)  # leading blocks already offered to the prefix cache
         self.arrival = np.zeros(max_seqs, np.int64)  # order of submission
         self.bank = np.zeros(max_seqs, np.uint16)  # whose blocks the row holds
         self.fields: I32 = np.zeros((_NUM_FIELDS, max_seqs), np.int32)
@@ -72,8 +73,6 @@ class SequenceTable:
         self.last_token = self.fields[LAST_TOKEN]
         self.prompt_length = self.fields[PROMPT_LENGTH]
         self.last_position = self.fields[LAST_POSITION]  # of the token with which the choice ends by LENGTH
-        self._router_slot = self.fields[ROUTER_SLOT].view(np.uint32)
-        self._sampling_floats = self.fields[TEMPERATURE : MIN_P + 1].view(np.float32)
         self.stop_ids: I32 = np.full((_FIRST_STOP_WIDTH, max_seqs), NO_TOKEN, np.int32)
         self.seed: U64 = np.zeros(max_seqs, np.uint64)
         self.edits = EditColumns(self.tokens, self.length, self.prompt_length)
@@ -113,6 +112,7 @@ class SequenceTable:
         """Give the sequence a row; `computed` leading tokens have their KV in `blocks`. Returns the slot."""
         slot = self._empty.pop()
         sequence.slot = slot
+        sequence.published = computed // self.block_size
         self.sequences[slot] = sequence
         self._versions += 1
         self.version[slot] = self._versions
@@ -123,23 +123,26 @@ class SequenceTable:
         self.block_tables[slot, :count] = blocks
         self.num_blocks[slot] = count
         self.capacity[slot] = count * self.block_size
-        self.published[slot] = computed // self.block_size
         self.arrival[slot] = sequence.arrival
         self.bank[slot] = sequence.bank
         key, sampling, prompt_length = sequence.key, sequence.request.sampling, sequence.prompt_length
-        self._router_slot[slot] = key.slot
-        self._sampling_floats[:, slot] = (sampling.temperature, sampling.top_p, sampling.min_p)
-        self.fields[:ROUTER_SLOT, slot] = (
+        packed = _PACKED_FIELDS.pack(
             computed,
             length,
             context[-1],
             prompt_length,
-            sequence.max_length - 1,
+            prompt_length + sampling.max_tokens - 1,
             sequence.router_index,
+            key.slot,
+            key.attempt,
+            sampling.temperature,
+            sampling.top_p,
+            sampling.min_p,
+            sampling.top_k,
+            sampling.choice,
+            -1 if sampling.logprobs is None else sampling.logprobs,
         )
-        self.fields[ATTEMPT, slot] = key.attempt
-        logprobs = -1 if sampling.logprobs is None else sampling.logprobs
-        self.fields[TOP_K:, slot] = (sampling.top_k, sampling.choice, logprobs)
+        self.fields[:, slot] = np.frombuffer(packed, np.int32)
         self.seed[slot] = sampling.seed & _SEED_MASK
         self._set_stop_ids(slot, sampling.stop_token_ids)
         self.asking += sequence.asks_of_prompt
@@ -193,5 +196,8 @@ class SequenceTable:
         if count > width:
             padding = np.full((count - width, self.max_seqs), NO_TOKEN, np.int32)
             self.stop_ids = np.concatenate((self.stop_ids, padding))
-        self.stop_ids[:, slot] = NO_TOKEN
-        self.stop_ids[:count, slot] = stops
+            width = count
+        if width > 1:
+            self.stop_ids[:, slot] = (*stops, *(NO_TOKEN,) * (width - count))
+        else:
+            self.stop_ids[0, slot] = stops[0] if stops else NO_TOKEN

@@ -20,6 +20,8 @@ def test_allocates_distinct_blocks_and_bumps_their_generations():
     blocks = pool.allocate(3)
     assert sorted(blocks.tolist()) == [0, 1, 2]
     assert generations.tolist() == [1, 1, 1, 0]
+    assert sorted(BlockPool(4, generations).allocate(4).tolist()) == [0, 1, 2, 3]
+    assert generations.tolist() == [2, 2, 2, 2]
     assert (pool.num_free, pool.num_owned, pool.num_quarantined) == (1, 3, 0)
     with pytest.raises(IntegrityError, match="1 are free"):
         pool.allocate(2)
@@ -48,7 +50,7 @@ def test_blank_blocks_go_before_cached_ones_which_are_reclaimed():
     again = pool.allocate(3)
     assert asked == [3]
     assert again.tolist() == cached[1:].tolist()
-    assert pool.generations[cached].tolist() == [1, 2, 2, 2]
+    assert pool.generations[cached].tolist() == [1, 3, 3, 3]
     pool.check_integrity()
 
 
@@ -117,6 +119,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.cached: set[int] = set()
         self.idle: list[int] = []  # of the cached ones, in the order in which they are given back
         self.generation = [0] * size
+        self.allocations = 0
         self.pool.reclaim_by(self.reclaim)
 
     def reclaim(self, count):
@@ -140,8 +143,9 @@ class PoolMachine(RuleBasedStateMachine):
         assert len(set(blocks)) == count
         assert set(blocks) <= blank | idle
         assert len(set(blocks) & blank) == min(count, len(blank))
+        self.allocations += 1
         for block in blocks:
-            self.generation[block] += 1
+            self.generation[block] = self.allocations
         self.private.append(blocks)
 
     def draw(self, data, groups):

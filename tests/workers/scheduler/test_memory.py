@@ -37,7 +37,7 @@ class Setting:
         placement = self.memory.place(sequence, 0, 0)
         assert placement is not None
         slot = self.table.insert(sequence, placement.blocks, len(tokens), PREFILL)
-        self.table.published[slot] = 0
+        sequence.published = 0
         self.memory.release(slot)
 
 

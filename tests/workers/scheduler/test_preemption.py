@@ -30,8 +30,8 @@ def add(roster: Roster, arrival: int, state: int = DECODE, priority: int = 0, se
     sequence = Sequence(key, Work.GENERATE, request, arrival, index, 9.0, context_of(request), sends_kv)
     roster.enter(sequence)
     roster.waiting.remove(sequence)
-    slot = roster.table.insert(sequence, roster.memory.banks[0].pool.allocate(1), 4, state)
-    roster.table.published[slot] = 0
+    roster.table.insert(sequence, roster.memory.banks[0].pool.allocate(1), 4, state)
+    sequence.published = 0
     return sequence
 
 
