@@ -142,7 +142,9 @@ def integers(typecode: str, what: str) -> Codec:
 
 def column(dtype: str) -> Codec:
     """A numpy column as its raw little-endian bytes; the decoded one is read-only and copies nothing."""
-    kind = np.dtype(dtype).newbyteorder("<")
+    kind = np.dtype(dtype)
+    if sys.byteorder == "big":
+        kind = kind.newbyteorder("<")
 
     def pack(values: NDArray[Any]) -> bytes:
         if values.dtype is not kind and values.dtype != kind:

@@ -47,7 +47,8 @@ class Inbox:
         if len(self._posts) >= MAX_INBOX and isinstance(message, Reserve | Prefill | Generate):
             return False
         self._posts.append((router_id, message))
-        self._awake.set()
+        if not self._awake.is_set():  # asking is cheap; whoever clears it looks here afterwards
+            self._awake.set()
         return True
 
     def take(self) -> tuple[str, Post] | None:

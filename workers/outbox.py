@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 from penstock.workers.frames import merge_frames
 from penstock.workers.protocol import Embedding, KVEvents, KVSnapshot, Load, PromptLogprobs, TokenFrame, ToRouter
@@ -70,31 +71,29 @@ class Outbox:
         self._bytes = 0
 
 
+_PAYLOADS: dict[type, Callable[[Any], int]] = {
+    TokenFrame: lambda frame: 17 * len(frame.slots) + 5 * len(frame.logprobs) + 8 * len(frame.top_ids),
+    PromptLogprobs: lambda message: 5 * len(message.logprobs) + 8 * len(message.top_ids),
+    Embedding: lambda message: 4 * len(message.values),
+    KVEvents: lambda message: len(message.stored) + len(message.evicted),
+    KVSnapshot: lambda message: len(message.digests),
+}
+
+
 def _size(message: ToRouter) -> int:
-    match message:
-        case TokenFrame():
-            return _SMALL + 17 * len(message.slots) + 5 * len(message.logprobs) + 8 * len(message.top_ids)
-        case PromptLogprobs():
-            return _SMALL + 5 * len(message.logprobs) + 8 * len(message.top_ids)
-        case Embedding():
-            return _SMALL + 4 * len(message.values)
-        case KVEvents():
-            return _SMALL + len(message.stored) + len(message.evicted)
-        case KVSnapshot():
-            return _SMALL + len(message.digests)
-        case _:
-            return _SMALL
+    payload = _PAYLOADS.get(type(message))
+    return _SMALL if payload is None else _SMALL + payload(message)
 
 
 def _merged(messages: list[ToRouter]) -> list[ToRouter]:
     if len(messages) < 2:
         return messages
-    newest_load = next((message for message in reversed(messages) if isinstance(message, Load)), None)
+    loads = [message for message in messages if type(message) is Load]
     merged: list[ToRouter] = []
     run: list[TokenFrame] = []
     tokens = 0
     for message in messages:
-        if isinstance(message, Load) and message is not newest_load:
+        if loads and isinstance(message, Load) and message is not loads[-1]:
             continue
         if isinstance(message, TokenFrame) and tokens + len(message.tokens) <= _MAX_FRAME_TOKENS:
             run.append(message)
