@@ -33,5 +33,6 @@ PY
     "$root/.venv/bin/pip" install -q -c "$root/deploy/constraints.txt" -e "$root${extra:+[$extra]}"
     # The CPU's kernels in C++: compiled here, so that the first start need not; without a compiler torch serves.
     "$root/.venv/bin/python" -m penstock.kernels.native.build >&2 || true
+    "$root/.venv/bin/python" -m penstock.workers.native.library >&2 || true
     echo "$wanted $extra" > "$stamp"
 }

@@ -57,13 +57,17 @@ def machine_level() -> str:
 
 def library_path(level: str) -> Path:
     """The compiled kernels for this instruction set, compiled now where the cache has none. Raises BuildError."""
-    sources = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in {".cpp", ".h"})
-    flags = (*_FLAGS, *LEVELS[level][1])
+    return compiled(Path(__file__).parent, f"kernels-{level}", (*_FLAGS, *LEVELS[level][1]))
+
+
+def compiled(sources_in: Path, name: str, flags: tuple[str, ...]) -> Path:
+    """The library of a folder's C++ sources, compiled now where the cache has none. Raises BuildError."""
+    sources = sorted(path for path in sources_in.iterdir() if path.suffix in {".cpp", ".h"})
     digest = hashlib.sha256("\0".join(flags).encode())
     for source in sources:
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     folder = _cache_folder()
-    target = folder / f"kernels-{level}-{digest.hexdigest()[:16]}.so"
+    target = folder / f"{name}-{digest.hexdigest()[:16]}.so"
     if not target.exists():
         with (folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -89,7 +93,7 @@ def _compile(target: Path, sources: list[str], flags: tuple[str, ...]) -> None:
     compiler = next((found for found in map(shutil.which, _COMPILERS) if found), None)
     if compiler is None:
         raise BuildError(f"no C++ compiler ({', '.join(_COMPILERS)}) is installed")
-    logger.info("compiling the CPU kernels with %s (once, a few seconds)", compiler)
+    logger.info("compiling %s with %s (once, a few seconds)", target.stem, compiler)
     unfinished = target.with_suffix(f".{os.getpid()}")
     try:
         # Nothing of this machine's environment enters the command: fixed flags and files of this package.

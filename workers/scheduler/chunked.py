@@ -6,15 +6,14 @@ first, then prefills under way, then new ones. The scheduler calls it; it reads 
 
 from __future__ import annotations
 
-from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
 
 from penstock.workers.scheduler.plan import I32, StepPlan
-from penstock.workers.scheduler.row_layout import RowLayout
+from penstock.workers.scheduler.row_layout import RowGatherer
 from penstock.workers.scheduler.scoring import NO_ROWS, NO_SPANS, Spans, plan_embeddings, plan_scores
-from penstock.workers.scheduler.table import COMPUTED, LAST_TOKEN, PREFILL, SequenceTable, Slots
+from penstock.workers.scheduler.table import COMPUTED, PREFILL, SequenceTable, Slots
 
 _NO_COPIES = np.zeros((0, 2), np.int32)
 
@@ -63,50 +62,32 @@ def continue_prefills(table: SequenceTable, budget: StepBudget) -> None:
         budget.add_chunk(slot, int(table.length[slot] - table.computed[slot]))
 
 
-def assemble(table: SequenceTable, layout: RowLayout, step: int, decode: Slots, budget: StepBudget) -> OpenStep:
-    """The plan for these decode rows and the budget's chunks. Decode rows all sample and compute one token."""
-    slots = layout.order(decode)
-    num_decode, num_rows = len(slots), len(slots) + len(budget.slots)
-    offsets = np.arange(num_rows + 1, dtype=np.int32)
-    sample_rows = offsets[:num_rows]
-    borders: list[int] = []
-    if budget.slots:
-        slots = np.concatenate((slots, budget.slots))
-        borders = list(accumulate(budget.counts, initial=num_decode))
-        sample_rows = sample_rows.copy()
-        offsets[num_decode:] = borders
-    fields = table.fields.take(slots, axis=1)
-    starts, token_ids = fields[COMPUTED], fields[LAST_TOKEN]
-    ends = starts + 1
-    if budget.slots:
-        ends[num_decode:] += np.array(budget.counts, np.int32) - 1
-        token_ids = np.concatenate((token_ids[:num_decode], *_chunks(table, budget, starts[num_decode:])))
-    sampled, of_sampled = slots, fields
+def assemble(table: SequenceTable, gatherer: RowGatherer, step: int, num_decode: int, budget: StepBudget) -> OpenStep:
+    """The plan for all rows that decode and the budget's chunks. Decode rows all sample and compute one token."""
+    rows = gatherer.gather(num_decode, budget.slots, budget.counts)
+    starts = rows.fields[COMPUTED]
+    sample_rows = np.arange(len(starts), dtype=np.int32)
+    sampled, of_sampled, seeds = rows.slots, rows.fields, rows.seeds
     if not all(budget.finishing):
         sample_rows = sample_rows[np.array([True] * num_decode + budget.finishing)]
-        sampled, of_sampled = slots[sample_rows], fields[:, sample_rows]
+        sampled, of_sampled, seeds = sampled[sample_rows], of_sampled[:, sample_rows], seeds[sample_rows]
     scored, spans, embed_rows = None, NO_SPANS, NO_ROWS
     if table.asking and budget.slots:
+        borders = rows.offsets[num_decode:].tolist()
         scored, spans = plan_scores(table, budget.slots, starts[num_decode:].tolist(), borders)
         embed_rows = plan_embeddings(table, sampled[num_decode:].tolist(), num_decode)
     plan = StepPlan(
         step=step,
-        slots=slots.astype(np.int32),
+        slots=rows.plan_slots,
         starts=starts,
-        offsets=offsets,
-        token_ids=token_ids,
-        block_tables=layout.lay_out(slots, -(-int(np.maximum.reduce(ends)) // table.block_size)),
+        offsets=rows.offsets,
+        token_ids=rows.token_ids,
+        block_tables=rows.block_tables,
         sample_rows=sample_rows,
-        sampling=table.sampling(sampled, of_sampled),
+        sampling=table.sampling(sampled, of_sampled, seeds),
         num_decode=num_decode,
         copies=np.array(budget.copies, np.int32) if budget.copies else _NO_COPIES,
         scored=scored,
         embed_rows=embed_rows,
     )
-    return OpenStep(plan, slots, ends, sampled, of_sampled, table.removals, spans)
-
-
-def _chunks(table: SequenceTable, budget: StepBudget, starts: I32) -> list[I32]:
-    """Tokens that prefill rows feed to the model."""
-    rows = zip(budget.slots, starts.tolist(), budget.counts, strict=True)
-    return [table.tokens[slot, start : start + count] for slot, start, count in rows]
+    return OpenStep(plan, rows.slots, rows.computed, sampled, of_sampled, table.removals, spans)

@@ -1,26 +1,51 @@
-"""In which order sequences stand in a step's plan, kept from step to step, and their block tables in that order.
+"""The rows of a step: what its plan takes out of the sequence table, in an order that is kept from step to step.
 
 Part of the scheduler: `chunked.py` asks it when a plan is put together. A decoding sequence keeps its row as long as no
 row before the last ones falls empty, so from one step to the next only few rows of the tables change, and only those
 are copied: tables of hundreds of long contexts would else be the largest thing a step touches. Knows no budgets.
+`native_rows.py` does the same in one call.
 
 Invariant: row r of the laid-out tables is that of the sequence in `_slots[r]`, as it was at version `_versions[r]`.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple, Protocol
+
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.workers.scheduler.plan import I32
-from penstock.workers.scheduler.table import SequenceTable, Slots
+from penstock.workers.scheduler.plan import I32, U64
+from penstock.workers.scheduler.row_arena import offsets_of
+from penstock.workers.scheduler.table import COMPUTED, DECODE, LAST_TOKEN, SequenceTable, Slots
 
 _MORE_COLUMNS = 16  # laid out beyond those that are needed, so that growing contexts seldom widen the tables
 _NO_SLOTS: Slots = np.zeros(0, np.intp)
 
 
+class StepRows(NamedTuple):
+    """N rows, first those that decode; they compute one token each."""
+
+    slots: Slots  # [N]
+    plan_slots: I32  # [N] the same
+    fields: I32  # [fields, N] of the table
+    seeds: U64  # [N]
+    computed: I32  # [N] tokens with KV after the step
+    offsets: I32  # [N + 1] into token_ids
+    token_ids: I32  # what the rows feed to the model
+    block_tables: I32  # [N, widest]; valid until the next step's rows are gathered
+
+
+class RowGatherer(Protocol):
+    """Puts the rows of one table's steps together."""
+
+    def gather(self, num_decode: int, chunk_slots: list[int], chunk_counts: list[int]) -> StepRows:
+        """Rows of all `num_decode` sequences that decode, and of these prefill chunks."""
+        ...
+
+
 class RowLayout:
-    """The rows of one table's plans; no row is taken at first."""
+    """The definition, in numpy. No row is taken at first."""
 
     def __init__(self, table: SequenceTable) -> None:
         self._table = table
@@ -28,6 +53,31 @@ class RowLayout:
         self._tables: I32 = np.zeros_like(table.block_tables)
         self._versions: NDArray[np.int64] = np.full(table.max_seqs, -1, np.int64)
         self._width = 0  # columns laid out
+
+    def gather(self, num_decode: int, chunk_slots: list[int], chunk_counts: list[int]) -> StepRows:
+        """See `RowGatherer`."""
+        table = self._table
+        slots = self.order(table.rows_in(DECODE))
+        if chunk_slots:
+            slots = np.concatenate((slots, chunk_slots))
+        counts = np.ones(len(slots), np.int32)
+        counts[num_decode:] = chunk_counts
+        fields = table.fields.take(slots, axis=1)
+        computed = fields[COMPUTED] + counts
+        starts = fields[COMPUTED, num_decode:].tolist()
+        chunks = zip(chunk_slots, starts, computed[num_decode:].tolist(), strict=True)
+        return StepRows(
+            slots,
+            slots.astype(np.int32),
+            fields,
+            table.seed[slots],
+            computed,
+            offsets_of(counts),
+            np.concatenate(
+                (fields[LAST_TOKEN, :num_decode], *(table.tokens[slot, start:end] for slot, start, end in chunks))
+            ),
+            self.lay_out(slots, -(-int(computed.max()) // table.block_size)),
+        )
 
     def order(self, decode: Slots) -> Slots:
         """The decoding slots, given in any order, in that of their rows: where they stood last, as far as possible."""

@@ -40,11 +40,11 @@ from penstock.workers.scheduler.figures import count_figures
 from penstock.workers.scheduler.handover import grant, hand_over
 from penstock.workers.scheduler.integrity import check_scheduler
 from penstock.workers.scheduler.memory import Placement, SequenceMemory
+from penstock.workers.scheduler.native_rows import gatherer_for
 from penstock.workers.scheduler.outcome import committed_rows, take_tokens
 from penstock.workers.scheduler.plan import StepPlan, StepResult
 from penstock.workers.scheduler.preemption import ready_decodes
 from penstock.workers.scheduler.roster import Roster
-from penstock.workers.scheduler.row_layout import RowLayout
 from penstock.workers.scheduler.scoring import take_embeddings, take_scores
 from penstock.workers.scheduler.sequence import Sequence, context_of
 from penstock.workers.scheduler.table import ATTEMPT, PREFILL, RESERVED, ROUTER_INDEX, ROUTER_SLOT, SequenceTable
@@ -65,7 +65,7 @@ class Scheduler:
         # No more sequences than tokens in a step: then every decode always fits, and a prefill beside them too.
         max_seqs = min(settings.max_num_seqs, settings.max_num_batched_tokens)
         self._table = SequenceTable(max_seqs, settings.max_model_len, layout.block_size)
-        self._rows = RowLayout(self._table)
+        self._rows = gatherer_for(self._table)
         self._memory = SequenceMemory(self._table, layout, banks)
         self._roster = Roster(self._table, self._memory, layout)
         self._pace = AdmissionPace()
@@ -193,7 +193,7 @@ class Scheduler:
         if not len(decode) and not budget.slots:
             return None
         self._step += 1
-        self._open_step = assemble(self._table, self._rows, self._step, decode, budget)
+        self._open_step = assemble(self._table, self._rows, self._step, len(decode), budget)
         return self._open_step.plan
 
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> StepOutcome:

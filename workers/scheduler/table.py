@@ -176,15 +176,15 @@ class SequenceTable:
         self.last_token[slots] = tokens
         self.length[slots] = positions + 1
 
-    def sampling(self, slots: Slots, fields: I32) -> SamplingBatch:
-        """Columns for rows that sample their next token; `fields` are theirs."""
+    def sampling(self, slots: Slots, fields: I32, seeds: U64) -> SamplingBatch:
+        """Columns for rows that sample their next token; `fields` and `seeds` are theirs."""
         floats = fields[TEMPERATURE : MIN_P + 1].view(np.float32)
         return SamplingBatch(
             temperature=floats[0],
             top_k=fields[TOP_K],
             top_p=floats[1],
             min_p=floats[2],
-            seed=self.seed[slots],
+            seed=seeds,
             choice=fields[CHOICE],
             position=fields[LENGTH],
             logprobs=fields[LOGPROBS],

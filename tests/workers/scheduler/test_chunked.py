@@ -35,7 +35,7 @@ def test_the_plan_is_self_contained():
     decoding, prefilling = insert(table, 3, 6, 5, DECODE), insert(table, 1, 9, 4, PREFILL)
     budget = StepBudget(31, 0)
     continue_prefills(table, budget)
-    plan = assemble(table, RowLayout(table), 7, np.array([decoding]), budget).plan
+    plan = assemble(table, RowLayout(table), 7, 1, budget).plan
     assert plan.step == 7
     assert plan.num_decode == 1
     assert plan.slots.tolist() == [decoding, prefilling]
@@ -56,13 +56,13 @@ def test_steps_compute_every_token_once_within_budget(lengths, tokens, limit):
     table = SequenceTable(5, 64, 4)
     for arrival, length in enumerate(lengths):
         insert(table, arrival, length, 0, PREFILL)
-    none, layout = np.zeros(0, np.intp), RowLayout(table)
+    layout = RowLayout(table)
     for _ in range(200):
         budget = StepBudget(tokens, limit)
         continue_prefills(table, budget)
         if not budget.slots:
             break
-        step = assemble(table, layout, 1, none, budget)
+        step = assemble(table, layout, 1, 0, budget)
         assert step.plan.num_tokens <= tokens
         assert np.diff(step.plan.offsets).max() <= (limit or tokens)
         assert (step.plan.starts == table.computed[step.slots]).all()

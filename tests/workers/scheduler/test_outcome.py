@@ -42,7 +42,7 @@ def test_rows_cancelled_during_the_step_are_left_out():
     table = filled_table([(), (), ()], state=PREFILL)
     budget = StepBudget(10, 0)
     continue_prefills(table, budget)
-    step = assemble(table, RowLayout(table), 1, np.zeros(0, np.intp), budget)
+    step = assemble(table, RowLayout(table), 1, 0, budget)
     tokens = np.array([10, 11, 12], np.int32)
     column = np.arange(3, dtype=np.float32)
     logprobs = SampledLogprobs(column, np.zeros(3, np.int32), np.zeros((3, 0), np.int32), np.zeros((3, 0), np.float32))
