@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from penstock.workers.errors import IntegrityError
 from penstock.workers.kv.block_pool import BlockPool, Blocks
 from penstock.workers.kv.cache_changes import CacheChanges, shorten
+from penstock.workers.native.digests import chain_of
 from penstock.workers.protocol import DIGEST_BYTES
 
 I32 = NDArray[np.int32]
@@ -41,8 +42,7 @@ NO_BLOCKS: Blocks = np.zeros(0, np.intp)
 
 def chain(root: bytes, tokens: Sequence[int] | I32, block_size: int) -> list[bytes]:
     """Digests (32 bytes each) of all full blocks of `tokens`, the first one following `root`."""
-    raw = np.asarray(tokens, _TOKEN).tobytes()
-    width = 4 * block_size
+    raw, width = np.asarray(tokens, _TOKEN).tobytes(), 4 * block_size
     digest, digests = root, []
     for start in range(0, len(raw) // width * width, width):
         digest = sha256(digest + raw[start : start + width]).digest()
@@ -52,7 +52,8 @@ def chain(root: bytes, tokens: Sequence[int] | I32, block_size: int) -> list[byt
 
 def chain_digests(root: bytes, tokens: Sequence[int] | I32, block_size: int) -> bytes:
     """The same as one string, as `GenerateRequest.prefix_digests` carries it."""
-    return b"".join(chain(root, tokens, block_size))
+    fast = chain_of(root, np.asarray(tokens, _TOKEN).tobytes(), 4 * block_size)
+    return b"".join(chain(root, tokens, block_size)) if fast is None else fast
 
 
 @dataclass(slots=True, eq=False)

@@ -1,4 +1,4 @@
-"""The compiled functions of this folder; `scheduler/native_rows.py` asks whether they are there.
+"""The compiled functions of this folder; `scheduler/native_rows.py` and `digests.py` ask whether they are there.
 
 They are compiled at their first use, or by `python -m penstock.workers.native.library` when an environment is made.
 
@@ -21,6 +21,7 @@ _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared")
 _ADDRESS, _SIZE = ctypes.c_void_p, ctypes.c_int64
 _SIGNATURES: dict[str, list[type]] = {
     "penstock_gather_rows": [_ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _ADDRESS, _SIZE],
+    "penstock_chain": [_ADDRESS, _ADDRESS, _SIZE, _SIZE, _ADDRESS],
 }
 
 
