@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared")
 _ADDRESS, _SIZE = ctypes.c_void_p, ctypes.c_int64
 _SIGNATURES: dict[str, list[type]] = {
-    "penstock_gather_rows": [_ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _ADDRESS, _SIZE],
+    "penstock_gather_rows": [_ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _ADDRESS, _SIZE],
     "penstock_chain": [_ADDRESS, _ADDRESS, _SIZE, _SIZE, _ADDRESS],
 }
 

@@ -71,14 +71,15 @@ void lay_out(const Table& table, Layout& layout, const int64_t* slots, int64_t r
 
 }  // namespace
 
-// `chunks`: slots, then token counts of the prefill rows. `longs`: slots [N], seeds [N]; `ints`: slots [N], ends [N],
-// offsets [N + 1], fields [num_fields, N], token_ids. Returns the width of the block tables, or -1 unless `num_decode`
+// `chunks`: slots, then token counts of the prefill rows. `rows_out`: slots [N] and seeds [N], then as 32 bits slots [N],
+// ends [N], offsets [N + 1], fields [num_fields, N] and token_ids. Returns the width of the block tables, or -1 unless `num_decode`
 // rows decode: then nothing has changed but scratch.
-extern "C" int64_t penstock_gather_rows(const Table* table, Layout* layout, int64_t* longs, int32_t* ints,
-                                        int64_t num_decode, const int64_t* chunks, int64_t num_chunks) {
+extern "C" int64_t penstock_gather_rows(const Table* table, Layout* layout, int64_t* rows_out, int64_t num_decode,
+                                        const int64_t* chunks, int64_t num_chunks) {
   const int64_t rows = num_decode + num_chunks;
   if (std::count(table->state, table->state + table->max_seqs, kDecode) != num_decode) return -1;
-  int64_t* slots = longs;
+  int64_t *slots = rows_out, *seeds = rows_out + rows;
+  int32_t* ints = reinterpret_cast<int32_t*>(rows_out + 2 * rows);
   order(*table, *layout, slots);
   std::copy_n(chunks, num_chunks, slots + num_decode);
   int32_t* ends = ints + rows;
@@ -100,7 +101,7 @@ extern "C" int64_t penstock_gather_rows(const Table* table, Layout* layout, int6
       count = chunks[num_chunks + row - num_decode];
       std::memcpy(token_ids + offset, table->tokens + slot * table->max_length + start, count * sizeof(int32_t));
     }
-    longs[rows + row] = table->seed[slot];
+    seeds[row] = table->seed[slot];
     ints[row] = slot;
     ends[row] = start + count;
     offsets[row] = offset;

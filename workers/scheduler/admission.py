@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from penstock.workers.kv.layout import KVLayout
 from penstock.workers.protocol import FailureCode, GenerateRequest
-from penstock.workers.scheduler.events import Work
+from penstock.workers.scheduler.events import PREFILL_WORK, Work
 
 MAX_STOP_IDS = 128  # bound of one request's stop ids: all rows are compared with all of their ids at every step
 
@@ -16,7 +16,7 @@ Refusal = tuple[FailureCode, str]
 
 def growth_of(work: Work, remaining: int) -> int:
     """Tokens beyond the context whose KV this worker will hold at most. The last token's KV is never computed."""
-    return 0 if work is Work.PREFILL else max(0, remaining - 1)
+    return 0 if work is PREFILL_WORK else max(0, remaining - 1)
 
 
 def refusal(

@@ -34,6 +34,10 @@ class Work(Enum):
     GENERATE = auto()  # both phases here
 
 
+# Looking up an enum's member takes longer than most of what is asked by it: plain names for what every request meets.
+RESERVE_WORK, PREFILL_WORK, GENERATE_WORK = Work
+
+
 @dataclass(frozen=True, slots=True)
 class QueuedEvent:
     """Sent once for a request that could not be admitted at once; `position` requests stand before it."""

@@ -23,7 +23,7 @@ from penstock.workers.kv.block_pool import BlockPool, Blocks
 from penstock.workers.kv.layout import KVLayout
 from penstock.workers.kv.prefix_cache import NO_BLOCKS, Match, PrefixCache, Run, chain_digests
 from penstock.workers.protocol import DIGEST_BYTES, GenerateRequest
-from penstock.workers.scheduler.events import SequenceKey, Work
+from penstock.workers.scheduler.events import RESERVE_WORK, SequenceKey
 from penstock.workers.scheduler.plan import I32
 from penstock.workers.scheduler.sequence import Sequence
 from penstock.workers.scheduler.table import EMPTY, SequenceTable, Slots
@@ -125,7 +125,7 @@ class SequenceMemory:
         if cache is None or not sequence.chain or sequence.unscored:  # what is to be scored is always computed
             return Placement(pool.allocate(total), 0) if left >= total else None
         match = cache.match(sequence.chain)
-        if sequence.work is Work.RESERVE or match.num_blocks * self._block_size < length:
+        if sequence.work is RESERVE_WORK or match.num_blocks * self._block_size < length:
             shared = match.num_blocks
             if left - match.num_idle < total - shared:
                 return None

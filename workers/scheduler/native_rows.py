@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from penstock.workers.errors import IntegrityError
 from penstock.workers.native.library import load
@@ -66,14 +64,15 @@ class NativeRows:
     def gather(self, num_decode: int, chunk_slots: list[int], chunk_counts: list[int]) -> StepRows:
         """See `RowGatherer`. Raises IntegrityError unless so many rows decode."""
         rows, fields = num_decode + len(chunk_slots), self._num_fields
-        longs = np.empty((2, rows), np.int64)
         ends = 3 * rows + 1  # of what comes before the fields
-        ints = np.empty(ends + fields * rows + num_decode + sum(chunk_counts), np.int32)
+        num_ints = ends + fields * rows + num_decode + sum(chunk_counts)
+        longs = np.empty(2 * rows + (num_ints + 1) // 2, np.int64)
+        ints = longs[2 * rows :].view(np.int32)[:num_ints]
         chunks = array("q", chunk_slots + chunk_counts)
         width = self._gather(
             *self._addresses,
-            _address(longs),
-            _address(ints),
+            # Several times as fast as `longs.ctypes.data`.
+            ctypes.addressof(ctypes.c_char.from_buffer(longs.data)),
             num_decode,
             chunks.buffer_info()[0],
             len(chunk_slots),
@@ -81,17 +80,12 @@ class NativeRows:
         if width < 0:
             raise IntegrityError(f"{num_decode} rows are planned to decode, others do")
         return StepRows(
-            longs[0],
+            longs[:rows],
             ints[:rows],
             ints[ends : ends + fields * rows].reshape(fields, rows),
-            longs[1].view(np.uint64),
+            longs[rows : 2 * rows].view(np.uint64),
             ints[rows : 2 * rows],
             ints[2 * rows : ends],
             ints[ends + fields * rows :],
             self._tables[:rows, :width],
         )
-
-
-def _address(values: NDArray[Any]) -> int:
-    """Where they lie; several times as fast as `values.ctypes.data`."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(values.data))

@@ -27,6 +27,8 @@ from penstock.workers.protocol import FailureCode, GenerateRequest, Tokens
 from penstock.workers.scheduler.admission import growth_of, refusal, refusal_of_prefill
 from penstock.workers.scheduler.chunked import OpenStep, StepBudget, assemble, continue_prefills
 from penstock.workers.scheduler.events import (
+    PREFILL_WORK,
+    RESERVE_WORK,
     QueuedEvent,
     RefusedEvent,
     SchedulerEvent,
@@ -100,7 +102,7 @@ class Scheduler:
             self._refuse(key, FailureCode.BAD_REQUEST, "prompt: holds a token id outside 32 bits")
             return
         reason = refusal(request, work, self._settings.max_model_len, self._layout, self._num_blocks)
-        if reason is None and work is Work.PREFILL:
+        if reason is None and work is PREFILL_WORK:
             reason = refusal_of_prefill(request, sends_kv, first_block, self._layout)
         if reason is not None:
             self._refuse(key, *reason)
@@ -125,7 +127,7 @@ class Scheduler:
                 chain=self._memory.first_digests(request, context),
                 pinned=bank,
                 # Who computes the context scores it, and a reservation's context is computed elsewhere.
-                scored=len(request.prompt) if work is Work.RESERVE else 1,
+                scored=len(request.prompt) if work is RESERVE_WORK else 1,
             )
             self._roster.enter(sequence)
             self._unannounced.append(sequence)
@@ -264,7 +266,7 @@ class Scheduler:
         """Start sequences from the queue's head while rows, blocks and tokens last."""
         while not self._table.is_full:
             sequence = self._roster.waiting.first(self._memory.lingering)
-            if sequence is None or (sequence.work is not Work.RESERVE and not budget.left):
+            if sequence is None or (sequence.work is not RESERVE_WORK and not budget.left):
                 return
             growth = growth_of(sequence.work, sequence.remaining)
             if sequence.preemptions < self._settings.max_preemptions:
@@ -277,7 +279,7 @@ class Scheduler:
 
     def _start(self, sequence: Sequence, placement: Placement, budget: StepBudget) -> None:
         self._roster.waiting.remove(sequence)
-        if sequence.work is Work.RESERVE:
+        if sequence.work is RESERVE_WORK:
             self._table.insert(sequence, placement.blocks, placement.computed, RESERVED)
             self._roster.events.append(grant(sequence, placement, self._layout, self._memory.pool_of(sequence)))
         else:

@@ -10,7 +10,7 @@ import bisect
 import math
 from collections.abc import Container
 
-from penstock.workers.scheduler.events import SequenceKey, Work
+from penstock.workers.scheduler.events import RESERVE_WORK, SequenceKey
 from penstock.workers.scheduler.sequence import Sequence
 
 _LEAST_RETRY_S = 1.0
@@ -95,4 +95,4 @@ def _order(sequence: Sequence) -> tuple[bool, int, int]:
 
 
 def _tokens(sequence: Sequence) -> int:
-    return 0 if sequence.work is Work.RESERVE else len(sequence.context)
+    return 0 if sequence.work is RESERVE_WORK else len(sequence.context)
