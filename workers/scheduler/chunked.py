@@ -7,13 +7,13 @@ first, then prefills under way, then new ones. The scheduler calls it; it reads 
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import NamedTuple
 
 import numpy as np
 
+from penstock.workers.scheduler.open_steps import OpenStep
 from penstock.workers.scheduler.plan import I32, StepPlan
 from penstock.workers.scheduler.row_layout import RowLayout
-from penstock.workers.scheduler.scoring import NO_ROWS, NO_SPANS, Spans, plan_embeddings, plan_scores
+from penstock.workers.scheduler.scoring import NO_ROWS, NO_SPANS, plan_embeddings, plan_scores
 from penstock.workers.scheduler.table import COMPUTED, LAST_TOKEN, PREFILL, SequenceTable, Slots
 
 _NO_COPIES = np.zeros((0, 2), np.int32)
@@ -40,18 +40,6 @@ class StepBudget:
             self.left -= count
 
 
-class OpenStep(NamedTuple):
-    """A plan, with what its commit needs again in the form the table likes best."""
-
-    plan: StepPlan
-    slots: Slots  # [N]
-    computed: I32  # [N] tokens with KV after the step
-    sampled: Slots  # [S] slots of the rows that sample
-    fields: I32  # [fields, S] of the table, of these rows
-    removals: int  # the table's count when planned: unchanged means that every row is still there
-    spans: Spans  # prompt tokens scored, in the plan's order
-
-
 def continue_prefills(table: SequenceTable, budget: StepBudget) -> None:
     """Chunks for prefills under way, oldest request first."""
     slots = table.rows_in(PREFILL)
@@ -63,8 +51,18 @@ def continue_prefills(table: SequenceTable, budget: StepBudget) -> None:
         budget.add_chunk(slot, int(table.length[slot] - table.computed[slot]))
 
 
-def assemble(table: SequenceTable, layout: RowLayout, step: int, decode: Slots, budget: StepBudget) -> OpenStep:
-    """The plan for these decode rows and the budget's chunks. Decode rows all sample and compute one token."""
+def assemble(
+    table: SequenceTable,
+    layout: RowLayout,
+    step: int,
+    decode: Slots,
+    budget: StepBudget,
+    before: OpenStep | None = None,
+) -> OpenStep:
+    """The plan for these decode rows and the budget's chunks. Decode rows all sample and compute one token.
+
+    `before`: the step under way, whose tokens are not known yet; the plan names them by where they are sampled.
+    """
     slots = layout.order(decode)
     num_decode, num_rows = len(slots), len(slots) + len(budget.slots)
     offsets = np.arange(num_rows + 1, dtype=np.int32)
@@ -77,6 +75,8 @@ def assemble(table: SequenceTable, layout: RowLayout, step: int, decode: Slots, 
         offsets[num_decode:] = borders
     fields = table.fields.take(slots, axis=1)
     starts, token_ids = fields[COMPUTED], fields[LAST_TOKEN]
+    if before is not None:
+        _name_unknown(table, token_ids[:num_decode], slots[:num_decode], before.sampled)
     ends = starts + 1
     if budget.slots:
         ends[num_decode:] += np.array(budget.counts, np.int32) - 1
@@ -102,11 +102,20 @@ def assemble(table: SequenceTable, layout: RowLayout, step: int, decode: Slots, 
         copies=np.array(budget.copies, np.int32) if budget.copies else _NO_COPIES,
         scored=scored,
         embed_rows=embed_rows,
+        follows=before is not None,
     )
-    return OpenStep(plan, slots, ends, sampled, of_sampled, table.removals, spans)
+    return OpenStep(plan, slots, ends, sampled, of_sampled, spans)
 
 
 def _chunks(table: SequenceTable, budget: StepBudget, starts: I32) -> list[I32]:
     """Tokens that prefill rows feed to the model."""
     rows = zip(budget.slots, starts.tolist(), budget.counts, strict=True)
     return [table.tokens[slot, start : start + count] for slot, start, count in rows]
+
+
+def _name_unknown(table: SequenceTable, token_ids: I32, slots: Slots, sampled: Slots) -> None:
+    """Put -1 - i for the token of each row that is sampled as the i-th of the step under way."""
+    names = np.zeros(table.max_seqs, np.int32)
+    names[sampled] = np.arange(-1, -1 - len(sampled), -1, dtype=np.int32)
+    named = names[slots]
+    np.copyto(token_ids, named, where=named < 0)
