@@ -18,7 +18,7 @@ from penstock.router.placement import POLICIES
 from penstock.workers.errors import ConfigError
 from penstock.workers.parallel.shards import MOST_RANKS
 from penstock.workers.protocol import Role
-from penstock.workers.settings import DEVICE_NAME, LOST_EXPERTS
+from penstock.workers.settings import DEVICE_NAME, LOST_EXPERTS, PLAN_AHEAD
 
 CHOICES = {
     "runner.kind": ("model", "oracle"),
@@ -30,6 +30,7 @@ CHOICES = {
     "router.placement.policy": tuple(POLICIES),
     "front.metrics_aliases": ("vllm", "none"),
     "ranks.lost_experts": LOST_EXPERTS,
+    "scheduler.plan_ahead": PLAN_AHEAD,
     "logs.format": ("text", "json"),
     "logs.level": ("debug", "info", "warning", "error"),
 }

@@ -190,7 +190,9 @@ def build_worker(
     observation = Observation(storage.block_bytes, tracer)
     handover = HandOver(transfer, identity, lambda: os.urandom(_SESSION_ID_BYTES), observation)
     feed = KVEventFeed(BankedCaches(caches) if len(caches) > 1 else next(iter(caches), None), service)
-    parts = EngineParts(scheduler, computing.runner, handover, feed, service, observation, computing.prepare)
+    parts = EngineParts(
+        scheduler, computing.runner, handover, feed, service, observation, computing.prepare, computing.start
+    )
     engine = Engine(parts, time.monotonic, awake)
     facts = _facts(settings, count * num_blocks, storage.block_bytes, transfer.address, time.monotonic() - began)
     return Worker(settings, facts, engine, service, transfer, sink, leader)

@@ -14,7 +14,7 @@ from penstock.workers.kv.layout import KVLayout
 from penstock.workers.kv.storage import KVStorage
 from penstock.workers.oracle import OracleGroup, OracleRunner, oracle_layout
 from penstock.workers.parallel.shards import WHOLE, TensorShard
-from penstock.workers.scheduler.plan import Runner
+from penstock.workers.scheduler.plan import Runner, StartStep
 from penstock.workers.settings import WorkerSettings
 from penstock.workers.transfer.port import BlockStorage
 
@@ -35,6 +35,7 @@ class Computing:
     layout: KVLayout
     prepare: Callable[[], bool] | None = None  # see EngineParts
     model: ModelRunner | None = None  # the runner, where it is a model's
+    start: StartStep | None = None  # see EngineParts
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,8 @@ def _build_model(settings: WorkerSettings, group: RankGroup | None) -> Computing
     if model.device.type == "cpu":
         storage = _create_storage(settings, model.layout)
         model.attach(storage)
-        return Computing(model, storage, model.layout, model=model)
+        start = model.start if group is None and settings.scheduler.plan_ahead == "always" else None
+        return Computing(model, storage, model.layout, model=model, start=start)
     from penstock.workers.device_pool import PoolWish, open_pool
     from penstock.workers.device_transfer import CardStorage
 
@@ -83,7 +85,8 @@ def _build_model(settings: WorkerSettings, group: RankGroup | None) -> Computing
     # Ranks profile together or not at all: none may remember a start that another has forgotten.
     pool = open_pool(model, PoolWish(settings.kv, needed, settings.runner.record_dir if group is None else ""))
     idle = model.use_idle_time if group is None else None
-    return Computing(model, CardStorage(pool), model.layout, idle, model)
+    start = model.start if group is None and settings.scheduler.plan_ahead != "never" else None
+    return Computing(model, CardStorage(pool), model.layout, idle, model, start)
 
 
 def _create_storage(settings: WorkerSettings, layout: KVLayout) -> KVStorage:

@@ -7,7 +7,7 @@ parameter, so the whole loop runs without torch and without a network. It knows 
 Invariants:
 - everything but `post`, `load`, `drained` and `stop` happens on the engine thread;
 - every request that was accepted from the inbox ends in a frame with an end reason, in one `Failed`, or by `Cancel`;
-- a runner that raises costs the sequences of that step, typed, and nothing else; three times in a row end the loop.
+- a runner that raises costs the sequences of its steps, typed, and nothing else; three times in a row end the loop.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from penstock.workers.errors import DeviceError
 from penstock.workers.frames import frame_of_ended, prompt_logprobs_of, split_by_router
 from penstock.workers.handover import HandOver
 from penstock.workers.inbox import Attached, Detached, Drain, Inbox, Post
@@ -52,13 +51,12 @@ from penstock.workers.scheduler.events import (
     StepOutcome,
     Work,
 )
-from penstock.workers.scheduler.plan import Runner, StepPlan
+from penstock.workers.scheduler.plan import Runner, StartStep
 from penstock.workers.scheduler.scheduler import Scheduler
-from penstock.workers.step_time import Progress, StepTimeModel
+from penstock.workers.step_runs import Landed, StepRuns
 
 log = logging.getLogger(__name__)
 
-_MAX_FAILED_STEPS = 3
 _IDLE_S = 0.25  # longest sleep of an idle loop: leases are looked at so often
 _STATS_EVERY_S = 0.05
 _REQUESTS = (Reserve, Prefill, Generate)  # a union would be built anew for every message
@@ -76,6 +74,7 @@ class EngineParts:
     reporter: Reporter
     observation: Observation = field(default_factory=Observation)
     prepare: Callable[[], bool] | None = None  # one piece of work for idle moments; False: there is none
+    start: StartStep | None = None  # of the runner, where it computes beside the host: then steps are planned ahead
 
 
 class Engine:
@@ -84,7 +83,7 @@ class Engine:
     def __init__(self, parts: EngineParts, clock: Callable[[], float], awake: threading.Event) -> None:
         """`awake` is what the transfer thread sets when it has an event."""
         self._scheduler = parts.scheduler
-        self._runner = parts.runner
+        self._vocab_size = parts.runner.vocab_size
         self._handover = parts.handover
         self._feed = parts.feed
         self._reporter = parts.reporter
@@ -92,12 +91,10 @@ class Engine:
         self._prepare = parts.prepare
         self._clock = clock
         self._leases = RouterLeases()
-        self._step_time = StepTimeModel()
         self._inbox = Inbox(awake)
         self._awake = awake
         self._stopping = False
-        self._failed_steps = 0
-        self._progress = Progress()
+        self._steps = StepRuns(parts.scheduler, parts.runner, parts.start, parts.observation, clock)
         self._stats = parts.scheduler.stats()
         self._stats_due = 0.0
 
@@ -121,7 +118,7 @@ class Engine:
 
     def load(self) -> Load:
         """The heartbeat's content; figures are at most a step or 50 ms old."""
-        stats, progress = self._stats, self._progress
+        stats, progress = self._stats, self._steps.progress
         age_s = 0.0 if progress.since is None else max(0.0, self._clock() - progress.since)
         return Load(
             progress.step,
@@ -148,6 +145,7 @@ class Engine:
             if self.step() or (self._prepare is not None and self._prepare()):
                 continue
             self._awake.wait(self._sleep_s())
+        self._take_in(self._steps.turn(None))
 
     def step(self) -> bool:
         """One turn of the loop; False when there was nothing to compute."""
@@ -156,49 +154,29 @@ class Engine:
         self._handover.poll(self._scheduler, now)
         plan = self._scheduler.plan(now)
         self._report_events()  # what was granted or started is said before its first token
-        outcome = None if plan is None else self._compute(plan)
-        if plan is not None and outcome is not None:
-            self._report_tokens(plan.step, outcome)
-            self._handover.offer(outcome.offers, outcome.sent_tails)
-            self._report_events()
-        self._feed.flush(now, idle=plan is None)
-        if plan is None or now >= self._stats_due:
+        landed = self._steps.turn(plan)
+        self._take_in(landed)
+        idle = plan is None and not landed
+        self._feed.flush(now, idle=idle)
+        if idle or now >= self._stats_due:
             self._stats = self._scheduler.stats()
             self._stats_due = now + _STATS_EVERY_S
-        return plan is not None
+        return not idle
 
     def _sleep_s(self) -> float:
         deadline = self._scheduler.next_deadline
         return _IDLE_S if deadline is None else min(_IDLE_S, max(0.0, deadline - self._clock()))
 
-    def _compute(self, plan: StepPlan) -> StepOutcome | None:
-        """Run and commit; None when the runner failed and the step was undone."""
-        began = self._clock()
-        self._progress = Progress(plan.step, began, self._step_time.predict(plan.num_tokens))
-        try:
-            result = self._runner.run(plan)
-        except DeviceError:
-            raise
-        except Exception as error:  # the edge around model code: whatever it raises costs this step's sequences only
-            log.exception("step %d failed", plan.step)
-            self._abort(plan, error)
-            return None
-        ended = self._clock()
-        self._failed_steps = 0
-        self._step_time.observe(plan.num_tokens, ended - began)
-        self._progress = Progress(plan.step, None, self._step_time.predict(plan.num_tokens))
-        outcome = self._scheduler.commit(plan, result, ended)
-        self._observation.stepped(plan.num_tokens, outcome, began, ended)
-        return outcome
-
-    def _abort(self, plan: StepPlan, error: Exception) -> None:
-        self._progress = Progress(plan.step, None, 0.0)
-        self._failed_steps += 1
-        for key in self._scheduler.abort_step(plan, self._clock()):
-            self._handover.drop(key, "the step failed")
-            self._fail(key, FailureCode.INTERNAL, "the step that computed this request failed")
-        if self._failed_steps >= _MAX_FAILED_STEPS:
-            raise DeviceError(f"{self._failed_steps} steps failed in a row") from error
+    def _take_in(self, landed: list[Landed]) -> None:
+        """What steps brought goes to those who wait for it."""
+        for step, outcome, lost in landed:
+            if outcome is not None:
+                self._report_tokens(step, outcome)
+                self._handover.offer(outcome.offers, outcome.sent_tails)
+                self._report_events()
+            for key in lost:
+                self._handover.drop(key, "the step failed")
+                self._fail(key, FailureCode.INTERNAL, "the step that computed this request failed")
 
     # --- what comes in ---
 
@@ -241,7 +219,7 @@ class Engine:
 
     def _submit(self, key: SequenceKey, message: Reserve | Prefill | Generate, now: float) -> None:
         request, work = message.request, _WORK[type(message)]
-        unknown = problem_with_tokens(request, self._runner.vocab_size)
+        unknown = problem_with_tokens(request, self._vocab_size)
         if unknown is not None:
             self._fail(key, FailureCode.BAD_REQUEST, unknown)
             return
@@ -293,7 +271,7 @@ class Engine:
                 self._handover.drop(key, message)
                 self._fail(key, code, message, retry_after_s)
             case EndedEvent():
-                send(key.router_id, frame_of_ended(self._progress.step, event))
+                send(key.router_id, frame_of_ended(self._steps.progress.step, event))
             case PreemptedEvent():
                 log.info("preempted slot %d of %s", key.slot, key.router_id)
 

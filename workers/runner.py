@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -140,6 +141,7 @@ class ModelRunner:
         self._parts = parts
         self._decoder = parts.decoder
         self._thread_id: int | None = None
+        self._collected_at = 0.0
         self._pass: ForwardPass | None = None
         self._graphs: DecodeGraphs | None = None
         self._keeper: StartKeeper | None = None
@@ -226,6 +228,10 @@ class ModelRunner:
         """See `Runner.run`."""
         return self.collect(self.launch(plan))
 
+    def start(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """See `StartStep`; worth it where the device is not the CPU."""
+        return functools.partial(self.collect, self.launch(plan))
+
     def launch(self, plan: StepPlan) -> Launched:
         """Start a step; what it reads of the plan is taken before this returns.
 
@@ -278,8 +284,10 @@ class ModelRunner:
             if launched.pending is not None:
                 result = dataclasses.replace(result, token_ids=launched.pending.take())
             if launched.bucket is not None and self._graphs is not None:
-                seconds = time.perf_counter() - launched.began
+                # Until the step before was done the device had that one.
+                seconds = time.perf_counter() - max(launched.began, self._collected_at)
                 self._graphs.saw(launched.bucket, seconds, replayed=launched.replayed)
+            self._collected_at = time.perf_counter()
             return result
 
     def use_idle_time(self) -> bool:
@@ -304,6 +312,7 @@ class ModelRunner:
         # What lies on the device already is for the rows of this rank's part.
         columns = self._inputs.columns if self._parts.attention is None else None
         tokens = draw(logits, plan.sampling, columns)
+        self._inputs.sampled(plan.step, tokens)
         pending, token_ids = None, _NO_TOKENS
         if self._outputs is not None:
             pending = self._outputs.send(tokens)

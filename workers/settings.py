@@ -15,6 +15,7 @@ from typing import Any
 from penstock.workers.errors import ConfigError
 from penstock.workers.protocol import Role
 
+PLAN_AHEAD = ("auto", "always", "never")
 LOST_EXPERTS = ("refuse", "degrade")
 DEVICE_NAME = re.compile(r"cpu|auto|cuda(:[0-9]{1,2})?")
 
@@ -31,6 +32,7 @@ class SchedulerSettings:
     reserve_tokens: int = 256  # growth reserved beyond the context at admission
     max_preemptions: int = 3  # after so many a sequence gets its whole remainder reserved
     watermark: float = 0.01  # share of blocks kept for sequences already running
+    plan_ahead: str = "auto"  # auto | always | never: plan a step while one runs; auto = on a GPU, with one rank
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,6 +135,7 @@ class StepInputs:
         self._turn = 0
         self._shape: _Shape | None = None
         self._tensors: StepTensors | None = None
+        self._sampled: tuple[int, Tensor] | None = None  # a step and its tokens
         # Tables of padded steps keep their full width, so that a captured step finds every row where it was.
         self._starts = np.zeros(limits.max_rows, np.int32)
         self._offsets = np.arange(limits.max_rows + 1, dtype=np.int32)
@@ -144,7 +145,7 @@ class StepInputs:
         """The plan's inputs on the device. With `rows`, a plan that only decodes is padded to so many rows.
 
         Padded rows feed token 0 at position 0 and want their state, which the caller drops. Raises IntegrityError for
-        a plan beyond the limits.
+        a plan beyond the limits, and for one that follows another step than that of the last `sampled`.
         """
         num_rows, padding = len(plan.starts), 0
         if rows:
@@ -164,7 +165,13 @@ class StepInputs:
             host.send(self._device, _used(*shape))
         if self._tensors is None or self._shape != shape:
             self._tensors, self._shape = _device_tensors(self._device, *shape), shape
+        if plan.follows:
+            _fetch(self._tensors.token_ids, self._tokens_before(plan))
         return self._tensors
+
+    def sampled(self, step: int, tokens: Tensor) -> None:
+        """The tokens [S] int64 that this step samples, on the device; the next may be planned before they are known."""
+        self._sampled = step, tokens
 
     @property
     def columns(self) -> tuple[Tensor, ...] | None:
@@ -195,6 +202,11 @@ class StepInputs:
                 f"a block table is {plan.block_tables.shape[1]} wide; the runner holds {limits.table_width}"
             )
 
+    def _tokens_before(self, plan: StepPlan) -> Tensor:
+        if self._sampled is None or self._sampled[0] != plan.step - 1:
+            raise IntegrityError(f"step {plan.step} follows {plan.step - 1}, whose tokens are not here")
+        return self._sampled[1]
+
     def _write(self, arrays: _HostArrays, plan: StepPlan, tokens: int, sampled: int, padding: int) -> None:
         rows = len(plan.starts)
         arrays.token_ids[:tokens] = plan.token_ids
@@ -212,6 +224,13 @@ class StepInputs:
             arrays.wanted[sampled:] = self._arange[sampled : sampled + padding]
         elif plan.scored is not None:
             arrays.wanted[sampled:] = plan.scored.token_rows
+
+
+def _fetch(token_ids: Tensor, before: Tensor) -> None:
+    """Put the token that was sampled as the i-th of `before` where -1 - i stands; asynchronous on a GPU."""
+    if len(before):
+        places = -1 - token_ids
+        torch.where(places >= 0, before[places.clamp_(min=0, max=len(before) - 1)], token_ids, out=token_ids)
 
 
 def _used(tokens: int, wanted: int, sampled: int) -> int:

@@ -195,7 +195,7 @@ def measure_scheduler(load: Load) -> dict[str, object]:
     while (plan := scheduler.plan(0.0)) is not None:
         scheduler.commit(plan, runner.run(plan), 0.0)
     scheduler.take_events()
-    _settle()
+    settle()
     for step, requests in enumerate(arrivals):
         begin = time.perf_counter()
         for index, request in requests:
@@ -245,7 +245,7 @@ def measure_engine(load: Load) -> dict[str, object]:
         engine.post("router", Generate(index, 0, request))
     while engine.step():
         router.outbox.take()
-    _settle()
+    settle()
     for step, requests in enumerate(arrivals):
         begin, begin_cpu = time.perf_counter(), time.thread_time()
         for index, request in requests:
@@ -269,7 +269,7 @@ def measure_engine(load: Load) -> dict[str, object]:
     }
 
 
-def _settle() -> None:
+def settle() -> None:
     """What a worker does before it serves."""
     gc.collect()
     gc.freeze()

@@ -52,7 +52,7 @@ def test_every_key() -> None:
         ).split(),
         "scheduler": (
             "max_num_seqs max_num_batched_tokens long_prefill_token_threshold max_model_len max_waiting "
-            "reserve_tokens max_preemptions watermark"
+            "reserve_tokens max_preemptions watermark plan_ahead"
         ).split(),
         "kv": ["block_size", "num_blocks", "memory_bytes", "gpu_memory_utilization", "prefix_caching"],
         "transfer": "transport host lease_s digest digest_sample max_frame_bytes socket_buffer_bytes".split(),

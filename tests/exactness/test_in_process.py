@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -45,6 +46,28 @@ def test_newer_families_split_in_small_chunks_with_preemption(
     checkpoint: Callable[[CheckpointSpec], Any], spec: CheckpointSpec
 ) -> None:
     require_exact(checkpoint(spec), Variant(split=True, chunk=16, caching=True, preempt=True), count=24)
+
+
+AHEAD = (
+    Variant(split=True, chunk=16, caching=True, preempt=True, ahead=True),
+    Variant(split=False, chunk=0, caching=True, preempt=False, ahead=True),
+)
+
+
+@pytest.mark.parametrize(("spec", "variant"), list(zip(ONE_OF_EACH[::3], AHEAD, strict=False)), ids=lambda v: _id(v))
+def test_steps_planned_before_the_last_ones_tokens_are_known(
+    checkpoint: Callable[[CheckpointSpec], Any], spec: CheckpointSpec, variant: Variant
+) -> None:
+    require_exact(checkpoint(spec), variant)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", [replace(variant, ahead=True) for variant in all_variants()], ids=str)
+@pytest.mark.parametrize("spec", [SPECS[0], ONE_OF_EACH[-1]], ids=lambda spec: spec.name)
+def test_the_same_in_every_variant(
+    checkpoint: Callable[[CheckpointSpec], Any], spec: CheckpointSpec, variant: Variant
+) -> None:
+    require_exact(checkpoint(spec), variant)
 
 
 @pytest.mark.slow
@@ -116,6 +139,7 @@ def _check_what_happened(
     assert 0 <= computing.longest_chunk - (variant.chunk or longest) <= again
     assert all(hosted.widest_step <= variant.step_tokens for hosted in cluster.workers.values())
     assert (decoding.preemptions > 0) == variant.preempt
+    assert (decoding.planned_ahead > decoding.steps // 2) == variant.ahead
     cached = sum(answer.cached_tokens for answer in answers)
     assert (cached > 0) == variant.caching
     if variant.split:

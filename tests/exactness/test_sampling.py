@@ -37,7 +37,10 @@ RESUMED_AT = (1, 13, 30)
 MIXED = Variant(split=False, chunk=0, caching=False, preempt=True)
 
 
-@pytest.mark.parametrize("variant", [SPLIT, MIXED], ids=str)
+AHEAD = Variant(split=True, chunk=16, caching=True, preempt=True, ahead=True)
+
+
+@pytest.mark.parametrize("variant", [SPLIT, MIXED, AHEAD], ids=str)
 def test_alone_or_among_32_others_is_the_same(sampled: Any, checkpoint: Callable[..., Any], variant: Variant) -> None:
     """And the same as in one mixed worker inside this process."""
     found = sampled(variant)

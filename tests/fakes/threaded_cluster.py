@@ -27,7 +27,7 @@ from penstock.workers.assembly import Worker, build_worker
 from penstock.workers.kv.layout import KVLayout
 from penstock.workers.kv.storage import KVStorage
 from penstock.workers.protocol import GenerateRequest
-from penstock.workers.scheduler.plan import Runner, StepPlan, StepResult
+from penstock.workers.scheduler.plan import Runner, StartStep, StepPlan, StepResult
 from penstock.workers.scheduler.scheduler import Scheduler
 from penstock.workers.settings import WorkerSettings
 from penstock.workers.transfer.endpoint import TransferCounters
@@ -53,17 +53,20 @@ class HostedWorker:
         self.chunk_tokens = 0  # tokens computed in rows that are no decodes
         self.widest_step = 0  # most tokens in one step
         self.steps = 0
+        self.planned_ahead = 0  # of these steps
         self.storage: KVStorage
         self.transfers: TransferCounters
         self.preemptions = 0
         self._inner: Runner
+        self._start_inner: StartStep | None
         self._on_plan = on_plan
         build_runner = assembly._build_runner
 
         def watched(given: WorkerSettings) -> Any:
             found = build_runner(given)
             self._inner, self.storage = found.runner, found.storage
-            return dataclasses.replace(found, runner=self)
+            self._start_inner = found.start
+            return dataclasses.replace(found, runner=self, start=found.start and self.start)
 
         with mock.patch.object(assembly, "_build_runner", watched):
             self.worker: Worker = build_worker(settings)
@@ -77,6 +80,16 @@ class HostedWorker:
         return self._inner.vocab_size
 
     def run(self, plan: StepPlan) -> StepResult:
+        self._watch(plan)
+        return self._inner.run(plan)
+
+    def start(self, plan: StepPlan) -> Callable[[], StepResult]:
+        self._watch(plan)
+        self.planned_ahead += plan.follows
+        assert self._start_inner is not None
+        return self._start_inner(plan)
+
+    def _watch(self, plan: StepPlan) -> None:
         chunks = np.diff(plan.offsets)[plan.num_decode :]
         self.steps += 1
         self.widest_step = max(self.widest_step, plan.num_tokens)
@@ -84,7 +97,6 @@ class HostedWorker:
         self.chunk_tokens += int(chunks.sum())
         if self._on_plan is not None:
             self._on_plan(self, plan)
-        return self._inner.run(plan)
 
     @property
     def idle(self) -> bool:

@@ -26,17 +26,21 @@ ROOT = b"\7" * 32
 
 @dataclass(frozen=True)
 class Variant:
-    """`chunk`: most tokens of one prompt in one step, 0 = all. `preempt`: a pool so small that sequences give way."""
+    """`chunk`: most tokens of one prompt in one step, 0 = all. `preempt`: a pool so small that sequences give way.
+
+    `ahead`: every step is planned before the tokens of the one before are known.
+    """
 
     split: bool
     chunk: int
     caching: bool
     preempt: bool
     transport: str = "auto"
+    ahead: bool = False
 
     def __str__(self) -> str:
         words = ["split" if self.split else "mixed", f"chunk{self.chunk or '-none'}"]
-        return "-".join(words + ["cache"] * self.caching + ["preempt"] * self.preempt)
+        return "-".join(words + ["cache"] * self.caching + ["preempt"] * self.preempt + ["ahead"] * self.ahead)
 
     @property
     def factors(self) -> tuple[bool, int, bool, bool]:
@@ -56,6 +60,7 @@ class Variant:
             max_model_len=MAX_MODEL_LEN,
             reserve_tokens=0 if self.preempt else MAX_MODEL_LEN,
             watermark=0.0 if self.preempt else 0.01,
+            plan_ahead="always" if self.ahead else "auto",
         )
 
     @property
@@ -96,6 +101,7 @@ class Variant:
                 "max_model_len": scheduler.max_model_len,
                 "reserve_tokens": scheduler.reserve_tokens,
                 "watermark": scheduler.watermark,
+                "plan_ahead": scheduler.plan_ahead,
             },
             "kv": {"num_blocks": kv.num_blocks, "block_size": kv.block_size, "prefix_caching": kv.prefix_caching},
             "transfer": {"transport": self.transport},

@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,7 @@ from fakes.exactness import CheckpointSpec, make_checkpoint
 from fakes.in_process import load_runner
 
 from penstock.workers import model_build
-from penstock.workers.errors import ConfigError, DeviceError, ModelError
+from penstock.workers.errors import ConfigError, DeviceError, IntegrityError, ModelError
 from penstock.workers.forward_pass import kv_view
 from penstock.workers.model_build import build_model_runner
 from penstock.workers.scheduler.plan import SamplingBatch, StepPlan
@@ -159,6 +160,21 @@ def test_a_step_may_be_launched_before_the_last_was_collected(model_dir):
     assert runner.collect(first).token_ids.tolist() == expected[0]
     third = runner.launch(plans[2])
     assert [runner.collect(each).token_ids.tolist() for each in (second, third)] == expected[1:]
+
+
+def test_a_plan_may_name_tokens_by_the_row_that_samples_them(model_dir):
+    runner = load_runner(model_dir, max_model_len=64)
+    runner.attach(storage(runner))
+    first = plan([5, 6, 7], 0, [0])
+    token = int(runner.run(first).token_ids[0])
+    expected = runner.run(plan([token], 3, [0])).token_ids.tolist()
+    runner.attach(storage(runner))
+    follower = replace(plan([-1], 3, [0]), step=first.step + 1, follows=True)
+    waits = [runner.start(first), runner.start(follower)]
+    assert waits[0]().token_ids.tolist() == [token]
+    assert waits[1]().token_ids.tolist() == expected
+    with pytest.raises(IntegrityError, match="whose tokens are not here"):
+        runner.start(replace(follower, step=first.step + 5))
 
 
 def test_what_a_plan_held_may_change_once_the_step_is_launched(model_dir):

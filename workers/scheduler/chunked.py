@@ -6,13 +6,12 @@ first, then prefills under way, then new ones. The scheduler calls it; it reads 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
+from penstock.workers.scheduler.open_steps import OpenStep
 from penstock.workers.scheduler.plan import I32, StepPlan
 from penstock.workers.scheduler.row_layout import RowGatherer
-from penstock.workers.scheduler.scoring import NO_ROWS, NO_SPANS, Spans, plan_embeddings, plan_scores
+from penstock.workers.scheduler.scoring import NO_ROWS, NO_SPANS, plan_embeddings, plan_scores
 from penstock.workers.scheduler.table import COMPUTED, PREFILL, SequenceTable, Slots
 
 _NO_COPIES = np.zeros((0, 2), np.int32)
@@ -39,18 +38,6 @@ class StepBudget:
             self.left -= count
 
 
-class OpenStep(NamedTuple):
-    """A plan, with what its commit needs again in the form the table likes best."""
-
-    plan: StepPlan
-    slots: Slots  # [N]
-    computed: I32  # [N] tokens with KV after the step
-    sampled: Slots  # [S] slots of the rows that sample
-    fields: I32  # [fields, S] of the table, of these rows
-    removals: int  # the table's count when planned: unchanged means that every row is still there
-    spans: Spans  # prompt tokens scored, in the plan's order
-
-
 def continue_prefills(table: SequenceTable, budget: StepBudget) -> None:
     """Chunks for prefills under way, oldest request first."""
     slots = table.rows_in(PREFILL)
@@ -62,9 +49,21 @@ def continue_prefills(table: SequenceTable, budget: StepBudget) -> None:
         budget.add_chunk(slot, int(table.length[slot] - table.computed[slot]))
 
 
-def assemble(table: SequenceTable, gatherer: RowGatherer, step: int, num_decode: int, budget: StepBudget) -> OpenStep:
-    """The plan for all rows that decode and the budget's chunks. Decode rows all sample and compute one token."""
+def assemble(
+    table: SequenceTable,
+    gatherer: RowGatherer,
+    step: int,
+    num_decode: int,
+    budget: StepBudget,
+    before: OpenStep | None = None,
+) -> OpenStep:
+    """The plan for all rows that decode and the budget's chunks. Decode rows all sample and compute one token.
+
+    `before`: the step under way, whose tokens are not known yet; the plan names them by where they are sampled.
+    """
     rows = gatherer.gather(num_decode, budget.slots, budget.counts)
+    if before is not None:
+        _name_unknown(table, rows.token_ids[:num_decode], rows.slots[:num_decode], before.sampled)
     starts = rows.fields[COMPUTED]
     sample_rows = np.arange(len(starts), dtype=np.int32)
     sampled, of_sampled, seeds = rows.slots, rows.fields, rows.seeds
@@ -89,5 +88,14 @@ def assemble(table: SequenceTable, gatherer: RowGatherer, step: int, num_decode:
         copies=np.array(budget.copies, np.int32) if budget.copies else _NO_COPIES,
         scored=scored,
         embed_rows=embed_rows,
+        follows=before is not None,
     )
-    return OpenStep(plan, rows.slots, rows.computed, sampled, of_sampled, table.removals, spans)
+    return OpenStep(plan, rows.slots, rows.computed, sampled, of_sampled, spans)
+
+
+def _name_unknown(table: SequenceTable, token_ids: I32, slots: Slots, sampled: Slots) -> None:
+    """Put -1 - i for the token of each row that is sampled as the i-th of the step under way."""
+    names = np.zeros(table.max_seqs, np.int32)
+    names[sampled] = np.arange(-1, -1 - len(sampled), -1, dtype=np.int32)
+    named = names[slots]
+    np.copyto(token_ids, named, where=named < 0)

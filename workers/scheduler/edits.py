@@ -20,6 +20,7 @@ from penstock.workers.scheduler.row_arena import RowArena, gather_ranges, offset
 Slots = NDArray[np.intp]
 
 _PENALTIES, _BAD_WORDS, _MIN_TOKENS, _LISTS = 1, 2, 4, 8  # bits of `_wishes`
+_READING = _PENALTIES | _BAD_WORDS
 
 
 class EditColumns:
@@ -29,6 +30,7 @@ class EditColumns:
         """`tokens` [max_seqs, max_length]; `length` and `prompt_length` [max_seqs]."""
         max_seqs, max_length = tokens.shape
         self.active = 0  # rows with any wish
+        self.reading = 0  # rows whose wishes depend on which tokens were generated
         self.min_tokens: I32 = np.zeros(max_seqs, np.int32)  # stop tokens do not end a choice before so many
         self._tokens = tokens.reshape(-1)
         self._row_starts = np.arange(max_seqs) * max_length
@@ -52,6 +54,7 @@ class EditColumns:
         if not wishes:
             return
         self.active += 1
+        self.reading += wishes & _READING != 0
         self._wishes[slot] = wishes
         if wishes & _PENALTIES:
             penalties = (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty)
@@ -76,6 +79,7 @@ class EditColumns:
         if not self._wishes[slot]:
             return
         self.active -= 1
+        self.reading -= int(self._wishes[slot]) & _READING != 0
         self._wishes[slot] = 0
         self.min_tokens[slot] = 0
         self._penalties[:, slot] = (0.0, 0.0, 1.0)

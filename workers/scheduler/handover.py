@@ -38,13 +38,14 @@ def hand_over(
     sampled = dict(
         zip(rows.sampled[rows.num_decode :].tolist(), range(rows.num_decode, len(rows.sampled)), strict=True)
     )
-    for slot in rows.slots[rows.num_decode :].tolist():
+    prefills = zip(rows.slots[rows.num_decode :].tolist(), rows.computed[rows.num_decode :].tolist(), strict=True)
+    for slot, computed in prefills:
         sequence = roster.table.sequence_in(slot)
         if not sequence.sends_kv:
             continue
         row = sampled.get(slot)
         if row is None:
-            _offer(roster, sequence, slot, int(roster.table.computed[slot]) // layout.block_size, offers)
+            _offer(roster, sequence, slot, computed // layout.block_size, offers)
             continue
         end = EndReason(int(ends[row]))
         if end is EndReason.NONE:

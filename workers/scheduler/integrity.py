@@ -38,8 +38,12 @@ def _check_places(roster: Roster) -> None:
     if any(sequence.slot is not None for sequence in queued):
         raise IntegrityError("a sequence waits and has a slot")
     known = [roster.find(key) for key in roster.known_keys()]
-    if len(known) != len(queued) + len(placed) or any(s is not roster.find(s.key) for s in (*queued, *placed)):
+    leaving = roster.under_way.leaving
+    running = [sequence for sequence in placed if sequence.slot not in leaving]
+    if len(known) != len(queued) + len(running) or any(s is not roster.find(s.key) for s in (*queued, *running)):
         raise IntegrityError("the known sequences are not those that wait or run")
+    if not all(roster.under_way.holds(slot) for slot in leaving):
+        raise IntegrityError("a row that no step computes was not emptied")
     if len(placed) != roster.table.num_sequences:
         raise IntegrityError("the table's count of empty rows is wrong")
 
@@ -62,7 +66,7 @@ def _check_row(table: SequenceTable, slot: int, sequence: Sequence | None) -> No
     left = length - computed
     if (state is State.DECODE and left != 1) or left < 0 or (state is State.PREFILL and left < 1):
         raise IntegrityError(f"row {slot} is {state.name} with {left} tokens left to compute")
-    if length > int(table.last_position[slot]):
+    if state is not State.LAST and length > int(table.last_position[slot]):
         raise IntegrityError(f"row {slot} is longer than it may become")
 
 

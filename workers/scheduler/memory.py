@@ -58,7 +58,9 @@ class SequenceMemory:
         self._table = table
         self._layout = layout
         self._block_size = layout.block_size
-        self._copy_sources: list[tuple[int, Run]] = []  # (bank, held because the step under way copies from its end)
+        self._copy_sources: list[
+            tuple[int, Run]
+        ] = []  # (bank, held because a step under way copies from its end), oldest first
 
     def pool_of(self, sequence: Sequence) -> BlockPool:
         """Where the blocks of a sequence with a row come from."""
@@ -157,8 +159,8 @@ class SequenceMemory:
             self._table.append_blocks(slots, pool.allocate(len(slots)))
         return True
 
-    def publish_row(self, slot: int) -> None:
-        """Offer all blocks of this row that are full, and not yet published, to the prefix cache."""
+    def publish_row(self, slot: int, computed: int) -> None:
+        """Offer to the prefix cache what is full of this row's first `computed` tokens, and not yet published."""
         sequence = self._table.sequences[slot]
         if sequence is None or not sequence.request.cache_prefix:
             return
@@ -166,7 +168,7 @@ class SequenceMemory:
         if cache is None:
             return
         size, first, chain = self._block_size, sequence.published, sequence.chain
-        full = self._table.computed.item(slot) // size
+        full = computed // size
         if full <= first:
             return
         have = len(chain) // DIGEST_BYTES
@@ -183,7 +185,7 @@ class SequenceMemory:
 
     def release(self, slot: int) -> None:
         """The row ends; its blocks go back to the pool, where full ones stay shareable until they are needed."""
-        self.publish_row(slot)
+        self.publish_row(slot, self._table.computed.item(slot))
         bank = self._table.sequence_in(slot).bank
         self._let_go(bank, *self._empty_row(slot))
 
@@ -217,11 +219,11 @@ class SequenceMemory:
             self._let_go(left.bank, left.blocks, left.run)
         return True
 
-    def end_copies(self) -> None:
-        """The step's copies are made (or will never be): let their sources go."""
-        for bank, run in self._copy_sources:
+    def end_copies(self, count: int, *, newest: bool = False) -> None:
+        """So many copies of the oldest or newest step are made, or will never be: let their sources go."""
+        for _ in range(count):
+            bank, run = self._copy_sources.pop(-1 if newest else 0)
             self._let_go(bank, NO_BLOCKS, run)
-        self._copy_sources.clear()
 
     def private_of(self, slot: int) -> Blocks:
         """Blocks of this row that nobody else can share."""

@@ -5,6 +5,7 @@ Called by `Scheduler.commit`, which then deals with the rows that ended. Knows n
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -12,11 +13,9 @@ from numpy.typing import NDArray
 
 from penstock.workers.errors import IntegrityError
 from penstock.workers.protocol import EndReason
-from penstock.workers.scheduler.chunked import OpenStep
+from penstock.workers.scheduler.open_steps import OpenStep
 from penstock.workers.scheduler.plan import I32, SampledLogprobs, StepResult
 from penstock.workers.scheduler.table import (
-    DECODE,
-    EMPTY,
     LAST_POSITION,
     LENGTH,
     PROMPT_LENGTH,
@@ -28,7 +27,7 @@ STOP, LENGTH_END = np.uint8(EndReason.STOP), np.uint8(EndReason.LENGTH)
 
 
 class CommittedRows(NamedTuple):
-    """A step and its result without the rows whose sequence was cancelled while the step ran."""
+    """A step and its result without the rows whose sequence was over before the result was known."""
 
     slots: Slots  # [N] computed rows
     computed: I32  # [N] tokens with KV in each
@@ -39,16 +38,17 @@ class CommittedRows(NamedTuple):
     logprobs: SampledLogprobs | None
 
 
-def committed_rows(table: SequenceTable, step: OpenStep, result: StepResult) -> CommittedRows:
-    """Raises IntegrityError where the result does not belong to the step's plan."""
+def committed_rows(step: OpenStep, result: StepResult, leaving: Collection[int]) -> CommittedRows:
+    """Without the `leaving` slots. Raises IntegrityError where the result does not belong to the step's plan."""
     tokens, logprobs = result.token_ids, result.logprobs
     if len(tokens) != len(step.sampled):
         raise IntegrityError(f"{len(tokens)} tokens sampled for {len(step.sampled)} rows")
     num_decode = step.plan.num_decode
-    if step.removals == table.removals:
+    if not leaving:
         return CommittedRows(step.slots, step.computed, num_decode, step.sampled, step.fields, tokens, logprobs)
-    alive = table.state[step.slots] != EMPTY
-    kept = table.state[step.sampled] != EMPTY
+    gone = list(leaving)
+    alive = np.isin(step.slots, gone, invert=True)
+    kept = np.isin(step.sampled, gone, invert=True)
     return CommittedRows(
         slots=step.slots[alive],
         computed=step.computed[alive],
@@ -60,15 +60,13 @@ def committed_rows(table: SequenceTable, step: OpenStep, result: StepResult) -> 
     )
 
 
-def take_tokens(table: SequenceTable, slots: Slots, fields: I32, tokens: I32) -> tuple[I32, NDArray[np.uint8]]:
-    """Append one sampled token to each row; `fields` are the table's of these rows. They decode from now on.
+def judge_tokens(table: SequenceTable, slots: Slots, fields: I32, tokens: I32) -> tuple[I32, NDArray[np.uint8]]:
+    """What one sampled token means for each row; `fields` are the table's of these rows, before it came.
 
     A stop token ends its choice unless more were to come before one may (`min_tokens`). Returns (index of the token
     among the generated ones, int32 [S]; EndReason, uint8 [S]).
     """
     positions = fields[LENGTH]
-    table.append_tokens(slots, positions, tokens)
-    table.state[slots] = DECODE
     starts: I32 = positions - fields[PROMPT_LENGTH]
     ends = (positions >= fields[LAST_POSITION]).view(np.uint8) * LENGTH_END
     stop_ids = table.stop_ids.take(slots, axis=1)

@@ -6,6 +6,7 @@ A plan is self-contained: a runner needs nothing but the plan, its weights and i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -82,7 +83,7 @@ class StepPlan:
     slots: I32  # [N] rows of the sequence table, for the commit
     starts: I32  # [N] tokens whose KV is already there
     offsets: I32  # [N + 1] into token_ids
-    token_ids: I32  # [total]
+    token_ids: I32  # [total]; -1 - i: what the i-th sampled row of the step before gets, where the plan `follows` it
     block_tables: I32  # [N, widest]; unused entries are 0; a view of kept rows, valid until the next plan is made
     sample_rows: I32  # [S] indices of rows whose last token's logits are sampled
     sampling: SamplingBatch
@@ -90,11 +91,17 @@ class StepPlan:
     copies: I32 = field(default_factory=lambda: np.zeros((0, 2), np.int32))  # [(src, dst)] block copies before the run
     scored: ScoredPrompt | None = None
     embed_rows: I32 = field(default_factory=lambda: np.zeros(0, np.int32))  # of `sample_rows`: whose state is wanted
+    follows: bool = False  # planned before the tokens of the step before were known
 
     @property
     def num_tokens(self) -> int:
         """Tokens computed by this step."""
         return int(self.offsets[-1])
+
+    @property
+    def brings_more(self) -> bool:
+        """Somebody wants logprobs or states of this step, not only tokens."""
+        return self.scored is not None or len(self.embed_rows) > 0 or bool((self.sampling.logprobs >= 0).any())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -131,3 +138,8 @@ class Runner(Protocol):
     def run(self, plan: StepPlan) -> StepResult:
         """Copy blocks, compute every row, write its KV and sample. Returns when the KV bytes are in the storage."""
         ...
+
+
+# Begins a step and returns while it is computed; what it returns waits for the result. What the plan points to is read
+# before it returns. Steps are waited for in the order in which they were begun, and at most two are under way.
+StartStep = Callable[[StepPlan], Callable[[], StepResult]]

@@ -3,10 +3,13 @@
 Part of the scheduler: `scheduler.py` decides, this module carries out: enter, preempt, end, refuse, and what transfer
 events do to a sequence. Knows no budgets and no plans.
 
-Invariant: every known sequence either stands in `waiting` or has a slot in `table`, never both.
+Invariant: every known sequence either stands in `waiting` or has a slot in `table`, never both. A row whose sequence is
+over stays while a step under way computes it (`open_steps.py`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import numpy as np
 
@@ -22,10 +25,11 @@ from penstock.workers.scheduler.events import (
     Work,
 )
 from penstock.workers.scheduler.memory import SequenceMemory
-from penstock.workers.scheduler.outcome import take_tokens
+from penstock.workers.scheduler.open_steps import OpenSteps
+from penstock.workers.scheduler.outcome import judge_tokens
 from penstock.workers.scheduler.router_names import RouterNames
 from penstock.workers.scheduler.sequence import Sequence
-from penstock.workers.scheduler.table import PREFILL, RESERVED, SequenceTable
+from penstock.workers.scheduler.table import LENGTH, PREFILL, RESERVED, SequenceTable
 from penstock.workers.scheduler.waiting import WaitingQueue
 
 
@@ -36,6 +40,7 @@ class Roster:
         self.table = table
         self.memory = memory
         self.waiting = WaitingQueue()
+        self.under_way = OpenSteps(table)
         self.routers = RouterNames()
         self.events: list[SchedulerEvent] = []
         self.preemptions = 0
@@ -70,9 +75,9 @@ class Roster:
             end = self._layout.blocks_for(len(sequence.context))
             self.memory.quarantine_reserved(slot, sequence.key, sequence.granted, end)
         elif sequence.offered > sequence.first_block:
-            self.memory.hold_for_reader(slot, sequence.key)
+            self._vacate(slot, sequence.key)
         else:
-            self.memory.release(slot)
+            self._vacate(slot)
 
     def refuse(self, sequence: Sequence, code: FailureCode, message: str) -> None:
         """The sequence leaves with a `RefusedEvent`; no transfer may touch its blocks any more."""
@@ -80,7 +85,7 @@ class Roster:
         if sequence.slot is None:
             self.waiting.remove(sequence)
         else:
-            self.memory.release(sequence.slot)
+            self._vacate(sequence.slot)
         self.events.append(RefusedEvent(sequence.key, code, message))
 
     def cancel(self, key: SequenceKey) -> None:
@@ -110,6 +115,32 @@ class Roster:
         self.waiting.push(sequence)
         self.events.append(PreemptedEvent(sequence.key))
 
+    def empty_left_rows(self) -> None:
+        """A step has ended: rows that had to stay for it alone are emptied."""
+        for slot, reader in self.under_way.freed():
+            self._empty(slot, reader)
+
+    @property
+    def busy_keys(self) -> Collection[SequenceKey]:
+        """Keys of sequences that are over and whose blocks a transfer may still touch."""
+        leaving = self.under_way.leaving
+        if not leaving:
+            return self.memory.lingering
+        return {*self.memory.lingering, *(key for key in leaving.values() if key is not None)}
+
+    def _vacate(self, slot: int, reader: SequenceKey | None = None) -> None:
+        """The row's sequence is over. `reader`: under this key a peer reads its blocks."""
+        if self.under_way.holds(slot):
+            self.under_way.leave(slot, reader)
+        else:
+            self._empty(slot, reader)
+
+    def _empty(self, slot: int, reader: SequenceKey | None) -> None:
+        if reader is None:
+            self.memory.release(slot)
+        else:
+            self.memory.hold_for_reader(slot, reader)
+
     # --- transfer events ------------------------------------------------------------------------------------------
 
     def kv_arrived(self, key: SequenceKey, tokens: Tokens) -> None:
@@ -122,10 +153,13 @@ class Roster:
             return
         slot = sequence.slot
         self.table.computed[slot] = len(sequence.context)
-        self.memory.publish_row(slot)
+        self.memory.publish_row(slot, len(sequence.context))
         row, first = np.array([slot]), len(sequence.request.emitted)
         for count, token in enumerate(tokens, start=1):
-            _, ends = take_tokens(self.table, row, self.table.fields[:, row], np.array([token], np.int32))
+            fields, sampled = self.table.fields[:, row], np.array([token], np.int32)
+            self.table.lengthen(row, fields)
+            self.table.store_tokens(row, fields[LENGTH], sampled)
+            _, ends = judge_tokens(self.table, row, fields, sampled)
             if ends[0]:
                 self.events.append(EndedEvent(key, first, tokens[:count], EndReason(int(ends[0]))))
                 self.forget(sequence)
@@ -144,6 +178,7 @@ class Roster:
         """Nobody reads the blocks of a sending prefill any more: it was acknowledged, or the transfer failed."""
         if self.memory.settle(key):
             return
+        self.under_way.read(key)
         sequence = self._known.get(key)
         if sequence is not None and sequence.sends_kv:
             self.refuse(sequence, FailureCode.TRANSFER_FAILED, "the decode worker took no more KV blocks")

@@ -12,8 +12,11 @@ A key lives from `submit` to exactly one of: an end in a `StepOutcome` row, `End
 touch outlive it under the same key until `kv_sent`, `kv_closed`, `kv_failed` or `kv_arrived` settles them; a new
 sequence of that key waits as long.
 
+While one step runs the next may be planned: `plan` again, before the first is committed. Steps are committed in their
+order. Whether a token ends its sequence is then known one step late: what is computed past an end is dropped.
+
 Invariants: a step holds at most `max_num_batched_tokens` tokens, and every decode-ready sequence unless memory made
-it give way; plans and commits alternate; `check_integrity` holds between any two calls.
+it give way; at most two plans are not committed; `check_integrity` holds between any two calls.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from penstock.workers.kv.banks import Bank
 from penstock.workers.kv.layout import KVLayout
 from penstock.workers.protocol import FailureCode, GenerateRequest, Tokens
 from penstock.workers.scheduler.admission import growth_of, refusal, refusal_of_prefill
-from penstock.workers.scheduler.chunked import OpenStep, StepBudget, assemble, continue_prefills
+from penstock.workers.scheduler.chunked import StepBudget, assemble, continue_prefills
 from penstock.workers.scheduler.events import (
     PREFILL_WORK,
     RESERVE_WORK,
@@ -43,13 +46,22 @@ from penstock.workers.scheduler.handover import grant, hand_over
 from penstock.workers.scheduler.integrity import check_scheduler
 from penstock.workers.scheduler.memory import Placement, SequenceMemory
 from penstock.workers.scheduler.native_rows import gatherer_for
-from penstock.workers.scheduler.outcome import committed_rows, take_tokens
+from penstock.workers.scheduler.open_steps import MOST_STEPS
+from penstock.workers.scheduler.outcome import committed_rows, judge_tokens
 from penstock.workers.scheduler.plan import StepPlan, StepResult
 from penstock.workers.scheduler.preemption import ready_decodes
 from penstock.workers.scheduler.roster import Roster
 from penstock.workers.scheduler.scoring import take_embeddings, take_scores
 from penstock.workers.scheduler.sequence import Sequence, context_of
-from penstock.workers.scheduler.table import ATTEMPT, PREFILL, RESERVED, ROUTER_INDEX, ROUTER_SLOT, SequenceTable
+from penstock.workers.scheduler.table import (
+    ATTEMPT,
+    LENGTH,
+    PREFILL,
+    RESERVED,
+    ROUTER_INDEX,
+    ROUTER_SLOT,
+    SequenceTable,
+)
 from penstock.workers.scheduler.waiting import AdmissionPace
 from penstock.workers.settings import SchedulerSettings
 
@@ -75,7 +87,6 @@ class Scheduler:
         self._unannounced: list[Sequence] = []
         self._arrivals = 0
         self._step = 0
-        self._open_step: OpenStep | None = None
         self._draining = False
 
     def submit(
@@ -178,14 +189,25 @@ class Scheduler:
     # --- steps ----------------------------------------------------------------------------------------------------
 
     def plan(self, now: float) -> StepPlan | None:
-        """The next step, or None if nothing can be computed now. A commit or an abort_step must follow a plan."""
-        if self._open_step is not None:
-            raise IntegrityError("planned a step before the last one was committed")
+        """The next step, or None if nothing can be computed now. A commit or an abort_step must follow a plan.
+
+        While a step is under way: also None where the next depends on what this one brings.
+        """
+        under_way = self._roster.under_way
+        if len(under_way) == MOST_STEPS:
+            raise IntegrityError(f"planned a step while {MOST_STEPS} are not committed")
         for sequence in self._roster.waiting.expired(now):
             waited = sequence.request.queue_timeout_s
             self._roster.refuse(sequence, FailureCode.DEADLINE, f"not admitted within {waited:g} s")
-        settings = self._settings
-        decode, gave_way = ready_decodes(self._roster, settings.max_preemptions)
+        settings, before = self._settings, under_way.newest
+        if before is not None:
+            if self._table.edits.reading:
+                return None
+            under_way.advance(before)
+        ready = ready_decodes(self._roster, settings.max_preemptions)
+        if ready is None:
+            return None
+        decode, gave_way = ready
         budget = StepBudget(settings.max_num_batched_tokens - len(decode), settings.long_prefill_token_threshold)
         continue_prefills(self._table, budget)
         # Blocks that a preemption freed are for those still running, unless none is.
@@ -195,24 +217,27 @@ class Scheduler:
         if not len(decode) and not budget.slots:
             return None
         self._step += 1
-        self._open_step = assemble(self._table, self._rows, self._step, len(decode), budget)
-        return self._open_step.plan
+        step = assemble(self._table, self._rows, self._step, len(decode), budget, before)
+        under_way.begin(step)
+        return step.plan
 
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> StepOutcome:
-        """Take the step's result in. Raises IntegrityError if it does not fit the plan, which then stays open."""
-        step = self._check_open(plan)
-        table, memory = self._table, self._memory
-        rows = committed_rows(table, step, result)
-        scored = take_scores(table, step.spans, result) if plan.scored is not None else []
-        embedded = take_embeddings(table, step.sampled, plan, result) if len(plan.embed_rows) else []
-        self._open_step = None
-        table.computed[rows.slots] = rows.computed
+        """Take the oldest step's result in. Raises IntegrityError if it does not fit the plan, which stays open."""
+        table, memory, under_way = self._table, self._memory, self._roster.under_way
+        step = under_way.oldest_is(plan)
+        rows = committed_rows(step, result, under_way.leaving)
+        scored = take_scores(table, step.spans, result, under_way.leaving) if plan.scored is not None else []
+        embedded = take_embeddings(table, step.sampled, plan, result, under_way.leaving) if len(plan.embed_rows) else []
+        under_way.advance(step)
+        under_way.end(step)
+        table.store_tokens(step.sampled, step.fields[LENGTH], result.token_ids)
         # Blocks that decoding fills are published when the sequence ends: nobody can ask for them before.
-        for slot in rows.slots[rows.num_decode :].tolist():
-            memory.publish_row(slot)
-        memory.end_copies()
+        prefills = rows.slots[rows.num_decode :].tolist()
+        for slot, computed in zip(prefills, rows.computed[rows.num_decode :].tolist(), strict=True):
+            memory.publish_row(slot, computed)
+        memory.end_copies(len(plan.copies))
         fields = rows.fields
-        starts, ends = take_tokens(table, rows.sampled, fields, rows.tokens)
+        starts, ends = judge_tokens(table, rows.sampled, fields, rows.tokens)
         offers, tails = hand_over(self._roster, self._layout, rows, ends)
         outcome = StepOutcome(
             router_ids=self._roster.routers.names,
@@ -230,18 +255,22 @@ class Scheduler:
         )
         for slot in rows.sampled[ends.nonzero()[0]].tolist():
             self._roster.end(table.sequence_in(slot))
+        if under_way.leaving:
+            self._roster.empty_left_rows()
         return outcome
 
     def abort_step(self, plan: StepPlan, now: float) -> list[SequenceKey]:
-        """The step failed: end all its sequences without events and return their keys, for the caller to report."""
-        self._check_open(plan)
-        self._open_step = None
-        self._memory.end_copies()
-        lost = [self._table.sequences[slot] for slot in plan.slots.tolist()]
-        sequences = [sequence for sequence in lost if sequence is not None]
-        for sequence in sequences:
+        """The newest step failed: end all its sequences without events; their keys, for the caller to report."""
+        under_way = self._roster.under_way
+        step = under_way.newest_is(plan)
+        under_way.end(step)
+        self._memory.end_copies(len(plan.copies), newest=True)
+        self._table.computed[step.slots] = plan.starts  # what it would have computed is not there
+        lost = [self._table.sequence_in(slot) for slot in plan.slots.tolist() if slot not in under_way.leaving]
+        for sequence in lost:
             self._roster.end(sequence)
-        return [sequence.key for sequence in sequences]
+        self._roster.empty_left_rows()
+        return [sequence.key for sequence in lost]
 
     def take_events(self) -> list[SchedulerEvent]:
         """Events since the last call, oldest first."""
@@ -265,7 +294,7 @@ class Scheduler:
     def _admit(self, budget: StepBudget, now: float) -> None:
         """Start sequences from the queue's head while rows, blocks and tokens last."""
         while not self._table.is_full:
-            sequence = self._roster.waiting.first(self._memory.lingering)
+            sequence = self._roster.waiting.first(self._roster.busy_keys)
             if sequence is None or (sequence.work is not RESERVE_WORK and not budget.left):
                 return
             growth = growth_of(sequence.work, sequence.remaining)
@@ -300,8 +329,3 @@ class Scheduler:
 
     def _refuse(self, key: SequenceKey, code: FailureCode, message: str, retry_after_s: float | None = None) -> None:
         self._roster.events.append(RefusedEvent(key, code, message, retry_after_s))
-
-    def _check_open(self, plan: StepPlan) -> OpenStep:
-        if self._open_step is None or self._open_step.plan is not plan:
-            raise IntegrityError("this plan is not the step under way")
-        return self._open_step

@@ -11,6 +11,7 @@ only, and while it is short of the prompt the sequence's prefix is not taken fro
 from __future__ import annotations
 
 from collections import abc
+from collections.abc import Container
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,8 +72,8 @@ def plan_embeddings(table: SequenceTable, sampled: list[int], first_row: int) ->
     return np.array(rows, np.int32) if rows else NO_ROWS
 
 
-def take_scores(table: SequenceTable, spans: Spans, result: StepResult) -> list[ScoredChunk]:
-    """A step's scores for the sequences that are still here. Raises IntegrityError if they do not fit the plan."""
+def take_scores(table: SequenceTable, spans: Spans, result: StepResult, over: Container[int] = ()) -> list[ScoredChunk]:
+    """A step's scores but for the slots whose sequence is `over`. Raises IntegrityError if they do not fit the plan."""
     scores, count = result.scored, sum(span.count for span in spans)
     if scores is None or len(scores.chosen) != count:
         raise IntegrityError("the step did not score the prompt tokens that it was to score")
@@ -81,9 +82,9 @@ def take_scores(table: SequenceTable, spans: Spans, result: StepResult) -> list[
     for span in spans:
         part = slice(begin, begin + span.count)
         begin += span.count
-        sequence = table.sequences[span.slot]
-        if sequence is None:
-            continue  # cancelled while the step ran
+        if span.slot in over:
+            continue
+        sequence = table.sequence_in(span.slot)
         sequence.scored = span.start + span.count
         columns = SampledLogprobs(
             scores.chosen[part], scores.top_counts[part], scores.top_ids[part], scores.top_logprobs[part]
@@ -92,15 +93,19 @@ def take_scores(table: SequenceTable, spans: Spans, result: StepResult) -> list[
     return chunks
 
 
-def take_embeddings(table: SequenceTable, slots: Slots, plan: StepPlan, result: StepResult) -> list[EmbeddedPrompt]:
-    """A step's embeddings; `slots` [S] are those of its sampled rows. Raises IntegrityError if some are missing."""
+def take_embeddings(
+    table: SequenceTable, slots: Slots, plan: StepPlan, result: StepResult, over: Container[int] = ()
+) -> list[EmbeddedPrompt]:
+    """A step's embeddings but for slots that are `over`; `slots` [S] are those of its sampled rows.
+
+    Raises IntegrityError if some are missing.
+    """
     if result.embeddings is None or len(result.embeddings) != len(plan.embed_rows):
         raise IntegrityError("the step did not embed the prompts that it was to embed")
     found = []
     for row, values in zip(plan.embed_rows.tolist(), result.embeddings, strict=True):
-        sequence = table.sequences[slots[row]]
-        if sequence is not None:
-            found.append(EmbeddedPrompt(sequence.key, values))
+        if slots[row] not in over:
+            found.append(EmbeddedPrompt(table.sequence_in(int(slots[row])).key, values))
     return found
 
 

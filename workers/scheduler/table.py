@@ -36,10 +36,11 @@ class State(IntEnum):
     PREFILL = 1  # more than one known token has no KV yet
     DECODE = 2  # exactly one known token has no KV yet
     RESERVED = 3  # blocks wait for KV from a peer
+    LAST = 4  # nothing more is computed for it once the steps under way are done
 
 
 # Looking up an enum's member costs more than a numpy operation on a small column: plain ints for the hot path.
-EMPTY, PREFILL, DECODE, RESERVED = (int(state) for state in State)
+EMPTY, PREFILL, DECODE, RESERVED, LAST = (int(state) for state in State)
 
 Slots = NDArray[np.intp]  # rows of the table; numpy gathers by native integers fastest
 
@@ -79,7 +80,6 @@ class SequenceTable:
         self.asking = 0  # rows whose prompt is to be scored or embedded
         self.version = np.zeros(max_seqs, np.int64)  # of a row's block table; no two tables ever have the same
         self._versions = 0
-        self.removals = 0  # rows emptied so far
         self._empty = list(range(max_seqs - 1, -1, -1))
 
     @property
@@ -155,7 +155,6 @@ class SequenceTable:
         sequence.slot = None
         self.asking -= sequence.asks_of_prompt
         self.sequences[slot] = None
-        self.removals += 1
         self.edits.empty(slot)
         self.state[slot] = EMPTY
         self.block_tables[slot, : self.num_blocks[slot]] = 0
@@ -170,11 +169,19 @@ class SequenceTable:
         self.version[slots] = np.arange(self._versions + 1, self._versions + 1 + len(slots))
         self._versions += len(slots)
 
-    def append_tokens(self, slots: Slots, positions: I32, tokens: I32) -> None:
-        """One more known token for each of these rows, at `positions`, which were their lengths."""
+    def lengthen(self, slots: Slots, fields: I32) -> None:
+        """One more token for each of these rows, to be known soon; `fields` are theirs. They decode or end."""
+        positions = fields[LENGTH]
+        self.length[slots] = positions + 1
+        self.state[slots] = DECODE
+        full = (positions >= fields[LAST_POSITION]).nonzero()[0]
+        if len(full):
+            self.state[slots[full]] = LAST
+
+    def store_tokens(self, slots: Slots, positions: I32, tokens: I32) -> None:
+        """The tokens by which these rows were lengthened, at `positions`."""
         self._flat_tokens[self._row_starts[slots] + positions] = tokens
         self.last_token[slots] = tokens
-        self.length[slots] = positions + 1
 
     def sampling(self, slots: Slots, fields: I32, seeds: U64) -> SamplingBatch:
         """Columns for rows that sample their next token; `fields` and `seeds` are theirs."""

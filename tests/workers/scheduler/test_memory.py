@@ -75,7 +75,7 @@ def test_a_reservation_takes_all_its_hits_and_copies_nothing():
     assert generate.computed == 11
     runs = setting.memory.held_runs(0)
     assert sum(runs.values()) == 1, "the copy's source; the sequences have no rows yet"
-    setting.memory.end_copies()
+    setting.memory.end_copies(1)
     assert not setting.memory.held_runs(0)
     assert setting.pool.num_owned == 4
 
@@ -119,11 +119,11 @@ def test_publishing_names_full_computed_blocks_once():
     assert setting.cache is not None
     for computed, published in ((3, 0), (4, 1), (7, 1), (11, 2)):
         setting.table.computed[slot] = computed
-        setting.memory.publish_row(slot)
+        setting.memory.publish_row(slot, computed)
         assert len(setting.cache) == published
-    setting.table.append_tokens(np.array([slot]), np.array([11]), np.array([11], np.int32))
+    setting.table.store_tokens(np.array([slot]), np.array([11]), np.array([11], np.int32))
     setting.table.computed[slot] = 12
-    setting.memory.publish_row(slot)
+    setting.memory.publish_row(slot, 12)
     assert sequence.chain == chain_digests(bytes(32), TOKENS, 4)
     assert setting.cache.match(sequence.chain).blocks.tolist() == placement.blocks[:3].tolist()
 
@@ -139,7 +139,7 @@ def test_banks_share_the_work_unless_one_knows_much_of_the_context():
         assert placement is not None
         slot = table.insert(sequence, placement.blocks, placement.computed, PREFILL)
         table.computed[slot] = len(tokens)
-        setting.memory.publish_row(slot)
+        setting.memory.publish_row(slot, int(setting.table.computed[slot]))
         return sequence.bank
 
     assert sorted(start([100 + number] * 8) for number in range(4)) == [0, 0, 1, 1]

@@ -8,11 +8,11 @@ from penstock.workers.errors import IntegrityError
 from penstock.workers.protocol import EndReason
 from penstock.workers.scheduler.chunked import StepBudget, assemble, continue_prefills
 from penstock.workers.scheduler.events import SequenceKey, Work
-from penstock.workers.scheduler.outcome import committed_rows, take_tokens
+from penstock.workers.scheduler.outcome import committed_rows, judge_tokens
 from penstock.workers.scheduler.plan import SampledLogprobs, StepResult
 from penstock.workers.scheduler.row_layout import RowLayout
 from penstock.workers.scheduler.sequence import Sequence, context_of
-from penstock.workers.scheduler.table import DECODE, PREFILL, SequenceTable
+from penstock.workers.scheduler.table import DECODE, LAST, LENGTH, PREFILL, SequenceTable
 
 
 def filled_table(stops: list[tuple[int, ...]], max_tokens: int = 2, state: int = DECODE) -> SequenceTable:
@@ -24,18 +24,28 @@ def filled_table(stops: list[tuple[int, ...]], max_tokens: int = 2, state: int =
     return table
 
 
+def sample(table: SequenceTable, slots, tokens: list[int]):
+    """One token for each of these rows."""
+    fields, sampled = table.fields[:, slots], np.array(tokens, np.int32)
+    table.lengthen(slots, fields)
+    table.store_tokens(slots, fields[LENGTH], sampled)
+    return judge_tokens(table, slots, fields, sampled)
+
+
 def test_stop_wins_over_length_and_padding_matches_nothing():
     table = filled_table([(7,), (), (5, 6, 7), (8,)])
     slots = np.arange(4)
-    index, ends = take_tokens(table, slots, table.fields[:, slots], np.array([1, 7, 9, 8], np.int32))
+    index, ends = sample(table, slots, [1, 7, 9, 8])
     assert index.tolist() == [0, 0, 0, 0]
     assert ends.tolist() == [EndReason.NONE, EndReason.NONE, EndReason.NONE, EndReason.STOP]
-    index, ends = take_tokens(table, slots[:3], table.fields[:, slots[:3]], np.array([7, 7, 7], np.int32))
+    assert table.state.tolist() == [DECODE] * 4
+    index, ends = sample(table, slots[:3], [7, 7, 7])
     assert index.tolist() == [1, 1, 1]
     assert ends.tolist() == [EndReason.STOP, EndReason.LENGTH, EndReason.STOP]
     assert ends.dtype == np.uint8
     assert table.tokens[0, :5].tolist() == [1, 2, 3, 1, 7]
     assert table.length.tolist() == [5, 5, 5, 4]
+    assert table.state.tolist() == [LAST, LAST, LAST, DECODE]
 
 
 def test_rows_cancelled_during_the_step_are_left_out():
@@ -47,11 +57,10 @@ def test_rows_cancelled_during_the_step_are_left_out():
     column = np.arange(3, dtype=np.float32)
     logprobs = SampledLogprobs(column, np.zeros(3, np.int32), np.zeros((3, 0), np.int32), np.zeros((3, 0), np.float32))
     with pytest.raises(IntegrityError, match="2 tokens sampled for 3 rows"):
-        committed_rows(table, step, StepResult(tokens[:2]))
-    whole = committed_rows(table, step, StepResult(tokens, logprobs))
+        committed_rows(step, StepResult(tokens[:2]), ())
+    whole = committed_rows(step, StepResult(tokens, logprobs), ())
     assert whole.tokens is tokens
-    table.remove(1)
-    rows = committed_rows(table, step, StepResult(tokens, logprobs))
+    rows = committed_rows(step, StepResult(tokens, logprobs), {1: None})
     assert rows.slots.tolist() == rows.sampled.tolist() == [0, 2]
     assert rows.tokens.tolist() == [10, 12]
     assert rows.logprobs is not None

@@ -1,14 +1,17 @@
 """The whole scheduler under random requests, steps, transfers, cancels and failures (hypothesis).
 
 Blocks hold real content (fakes.content_runner): a peer writes granted blocks late and in pieces, also after a cancel,
-and reads offered ones until the end. Checked after every rule: integrity, block conservation, one terminal event per
-key, right tokens at the right indices, step budget, and that no decode-ready sequence is skipped while memory allows.
+and reads offered ones until the end. Steps run one at a time, or on a device that is still busy with one when the
+next is planned, and computes at the last moment. Checked after every rule: integrity, block conservation, one terminal
+event per key, right tokens at the right indices, step budget, and that no decode-ready sequence is skipped while memory
+allows.
 """
 
 from dataclasses import dataclass, field
 
 import numpy as np
 from fakes.content_runner import GARBAGE, ContentRunner, expected_tokens, next_token, slot_values
+from fakes.late_device import LateDevice
 from fakes.scheduler_stand import held_blocks
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -79,6 +82,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         self.scheduler = Scheduler(self.settings, self.layout, *self.banks)
         self.runner = ContentRunner(count * blocks, BLOCK)
+        self.device = LateDevice(self.runner.run)
+        self.flight = []
         self.now = 0.0
         self.serial = 0
         self.jobs: dict[SequenceKey, Job] = {}
@@ -233,7 +238,43 @@ class SchedulerMachine(RuleBasedStateMachine):
     def eventful_step(self, data, fails):
         self.step(fails, interrupt=lambda rows: data.draw(st.sampled_from(rows)))
 
+    @rule(turns=st.integers(1, 6), works=st.booleans())
+    def overlapped_turns(self, turns, works):
+        """As the engine does on a device: start the next step, then wait for the one before. One may stay under way."""
+        for _ in range(turns):
+            plan = self.scheduler.plan(self.now)
+            self.take_events()
+            if plan is not None:
+                assert plan.follows == bool(self.flight)
+                assert 0 < plan.num_tokens <= self.settings.max_num_batched_tokens
+                self.flight.append((plan, self.device.start(plan)))
+            if works:
+                self.device.work()
+            if self.flight and (plan is None or len(self.flight) == 2):
+                self.land()
+            self.adds_up()
+
+    @precondition(lambda self: self.flight)
+    @rule(all_fail=st.booleans())
+    def steps_under_way_fail(self, all_fail):
+        while self.flight:
+            plan, _ = self.flight.pop()
+            self.device.drop(plan.step)
+            for key in self.scheduler.abort_step(plan, self.now):
+                self.end(key, "aborted")
+                self.jobs[key].sending = bool(self.jobs[key].offered)
+            self.adds_up()
+            if not all_fail:
+                return
+
+    def land(self):
+        plan, wait = self.flight.pop(0)
+        self.check(self.scheduler.commit(plan, wait(), self.now))
+        self.take_events()
+
     def step(self, fails, interrupt):
+        while self.flight:
+            self.land()
         table = self.scheduler._table
         ready = {table.sequence_in(slot).key for slot in table.rows_in(State.DECODE).tolist()}
         before = {key: job.preemptions for key, job in self.jobs.items()}
@@ -361,7 +402,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for pool, _ in self.banks:
             assert pool.num_free + pool.num_owned + pool.num_quarantined == pool.num_blocks
         assert stats.quarantined_blocks == sum(len(grant.blocks) for grant in self.quarantined.values())
-        assert stats.waiting + stats.running == len(self.live())
+        assert stats.waiting + stats.running == len(self.live()) + len(self.scheduler._roster.under_way.leaving)
         held = set().union(*(held_blocks(*bank) for bank in self.banks))
         assert len(held) == sum(pool.num_owned for pool, _ in self.banks)
         for job in self.jobs.values():
@@ -373,6 +414,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         for key in sorted(self.quarantined, key=lambda key: key.slot):
             self.scheduler.kv_closed(key, self.now)
+        while self.flight:
+            self.land()
         for _ in range(2000):
             for key, job in self.jobs.items():
                 if job.grant is not None and job.terminal is None:

@@ -8,7 +8,7 @@ from penstock.workers.errors import IntegrityError
 from penstock.workers.protocol import SamplingParams
 from penstock.workers.scheduler.events import SequenceKey, Work
 from penstock.workers.scheduler.sequence import Sequence, context_of
-from penstock.workers.scheduler.table import DECODE, NO_TOKEN, PREFILL, SequenceTable
+from penstock.workers.scheduler.table import DECODE, LENGTH, NO_TOKEN, PREFILL, SequenceTable
 
 
 def sequence(slot: int, stop: tuple[int, ...] = (), emitted: tuple[int, ...] = ()) -> Sequence:
@@ -25,8 +25,11 @@ def test_insert_append_remove():
     assert table.rows_in(PREFILL).tolist() == [slot]
     assert (table.length[slot], table.computed[slot], table.prompt_length[slot]) == (4, 2, 3)
     assert (table.capacity[slot], table.last_position[slot], table.last_token[slot]) == (8, 11, 8)
-    table.append_tokens(np.array([slot]), table.length[[slot]], np.array([11], np.int32))
-    assert table.length[slot] == 5
+    rows = np.array([slot])
+    fields = table.fields[:, rows]
+    table.lengthen(rows, fields)
+    assert (table.length[slot], table.state[slot]) == (5, DECODE)
+    table.store_tokens(rows, fields[LENGTH], np.array([11], np.int32))
     assert table.tokens[slot, :5].tolist() == [4, 5, 6, 8, 11]
     assert table.last_token[slot] == 11
     table.append_blocks(np.array([slot]), [5])
