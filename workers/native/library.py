@@ -21,6 +21,9 @@ _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared")
 _ADDRESS, _SIZE = ctypes.c_void_p, ctypes.c_int64
 _SIGNATURES: dict[str, list[type]] = {
     "penstock_gather_rows": [_ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _ADDRESS, _SIZE],
+    "penstock_ready_rows": [_ADDRESS, _ADDRESS],
+    "penstock_advance_rows": [_ADDRESS, _ADDRESS, _SIZE, _ADDRESS, _SIZE],
+    "penstock_take_tokens": [_ADDRESS, _ADDRESS, _SIZE, _ADDRESS, _SIZE, _ADDRESS, _ADDRESS, _SIZE, _ADDRESS, _ADDRESS],
     "penstock_chain": [_ADDRESS, _ADDRESS, _SIZE, _SIZE, _ADDRESS],
 }
 

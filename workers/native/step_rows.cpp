@@ -1,23 +1,28 @@
-// The rows of one step, gathered from the columns of a worker's sequence table. Called by scheduler/native_rows.py;
-// what the columns mean, and the same in numpy, is in scheduler/table.py and scheduler/row_layout.py.
+// What a step reads of the columns of a worker's sequence table, and what it writes there. Called by
+// scheduler/native_rows.py; what the columns mean, and the same in numpy, is in table.py and row_layout.py beside it.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 
 namespace {
 
-constexpr uint8_t kDecode = 2;                                 // State.DECODE
-constexpr int64_t kComputed = 0, kLastToken = 2;               // rows of `fields`
+constexpr uint8_t kDecode = 2, kLast = 4;      // State
+constexpr uint8_t kStop = 1, kLengthEnd = 2;  // EndReason
+constexpr int64_t kComputed = 0, kLength = 1, kLastToken = 2, kPromptLength = 3, kLastPosition = 4;  // of `fields`
 constexpr int64_t kMoreColumns = 16;
 
 struct Table {  // by slot
-  const uint8_t* state;
-  const int32_t* fields;  // [num_fields, max_seqs]
+  uint8_t* state;
+  int32_t* fields;  // [num_fields, max_seqs]
   const uint64_t* seed;
-  const int32_t* tokens;  // [max_seqs, max_length]
+  int32_t* tokens;              // [max_seqs, max_length]
   const int32_t* block_tables;  // [max_seqs, table_width]
   const int64_t* version;
+  const int32_t* capacity;
+  const int32_t* min_tokens;
   int64_t max_seqs, num_fields, max_length, table_width, block_size;
+
+  int32_t& at(int64_t field, int64_t slot) const { return fields[field * max_seqs + slot]; }
 };
 
 struct Layout {  // by row, as the last step left it
@@ -27,6 +32,17 @@ struct Layout {  // by row, as the last step left it
   uint8_t* wanted;  // scratch, by slot
   int64_t* movers;  // scratch
   int64_t num_rows, width;
+};
+
+// A step's rows as `penstock_gather_rows` left them, of which `sample_rows` sample; none given: all do.
+struct Rows {
+  const int64_t* slots;
+  int64_t count;
+  const int32_t* sample_rows;
+
+  const int32_t* ends() const { return reinterpret_cast<const int32_t*>(slots + 2 * count) + count; }
+  const int32_t* fields() const { return ends() + 2 * count + 1; }
+  int64_t sampled(int64_t number) const { return sample_rows ? sample_rows[number] : number; }
 };
 
 // The decoding slots in the order of their rows; those without a row fill the holes, then the end.
@@ -112,4 +128,49 @@ extern "C" int64_t penstock_gather_rows(const Table* table, Layout* layout, int6
   const int64_t width = (longest + table->block_size - 1) / table->block_size;
   lay_out(*table, *layout, slots, rows, width);
   return width;
+}
+
+// How many rows decode, and of these, 2^32 times, how many have no room for their token: they go to `full`.
+extern "C" int64_t penstock_ready_rows(const Table* table, int64_t* full) {
+  int64_t decoding = 0, num_full = 0;
+  for (int64_t slot = 0; slot < table->max_seqs; ++slot) {
+    if (table->state[slot] != kDecode) continue;
+    ++decoding;
+    if (table->at(kComputed, slot) == table->capacity[slot]) full[num_full++] = slot;
+  }
+  return decoding | num_full << 32;
+}
+
+// What a step does to its rows whatever it samples.
+extern "C" int64_t penstock_advance_rows(const Table* table, const int64_t* slots, int64_t count,
+                                         const int32_t* sample_rows, int64_t num_sampled) {
+  const Rows rows{slots, count, sample_rows};
+  for (int64_t row = 0; row < count; ++row) table->at(kComputed, slots[row]) = rows.ends()[row];
+  const int32_t *length = rows.fields() + kLength * count, *last = rows.fields() + kLastPosition * count;
+  for (int64_t number = 0; number < num_sampled; ++number) {
+    const int64_t row = rows.sampled(number), slot = slots[row];
+    table->at(kLength, slot) = length[row] + 1;
+    table->state[slot] = length[row] >= last[row] ? kLast : kDecode;
+  }
+  return 0;
+}
+
+// The tokens that a step sampled, stored and judged. `stop_ids` [num_stops, max_seqs]; `starts`, `ends` [num_sampled].
+extern "C" int64_t penstock_take_tokens(const Table* table, const int64_t* slots, int64_t count,
+                                        const int32_t* sample_rows, int64_t num_sampled, const int32_t* tokens,
+                                        const int32_t* stop_ids, int64_t num_stops, int32_t* starts, uint8_t* ends) {
+  const Rows rows{slots, count, sample_rows};
+  const int32_t* fields = rows.fields();
+  for (int64_t number = 0; number < num_sampled; ++number) {
+    const int64_t row = rows.sampled(number), slot = slots[row];
+    const int32_t token = tokens[number], position = fields[kLength * count + row];
+    table->tokens[slot * table->max_length + position] = token;
+    table->at(kLastToken, slot) = token;
+    starts[number] = position - fields[kPromptLength * count + row];
+    bool stopped = false;
+    for (int64_t stop = 0; stop < num_stops; ++stop) stopped |= stop_ids[stop * table->max_seqs + slot] == token;
+    stopped &= starts[number] >= table->min_tokens[slot];
+    ends[number] = stopped ? kStop : position >= fields[kLastPosition * count + row] ? kLengthEnd : 0;
+  }
+  return 0;
 }

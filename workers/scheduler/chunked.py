@@ -10,7 +10,7 @@ import numpy as np
 
 from penstock.workers.scheduler.open_steps import OpenStep
 from penstock.workers.scheduler.plan import I32, StepPlan
-from penstock.workers.scheduler.row_layout import RowGatherer
+from penstock.workers.scheduler.row_layout import TableSteps
 from penstock.workers.scheduler.scoring import NO_ROWS, NO_SPANS, plan_embeddings, plan_scores
 from penstock.workers.scheduler.table import COMPUTED, PREFILL, SequenceTable, Slots
 
@@ -51,7 +51,7 @@ def continue_prefills(table: SequenceTable, budget: StepBudget) -> None:
 
 def assemble(
     table: SequenceTable,
-    gatherer: RowGatherer,
+    steps: TableSteps,
     step: int,
     num_decode: int,
     budget: StepBudget,
@@ -61,7 +61,7 @@ def assemble(
 
     `before`: the step under way, whose tokens are not known yet; the plan names them by where they are sampled.
     """
-    rows = gatherer.gather(num_decode, budget.slots, budget.counts)
+    rows = steps.gather(num_decode, budget.slots, budget.counts)
     if before is not None:
         _name_unknown(table, rows.token_ids[:num_decode], rows.slots[:num_decode], before.sampled)
     starts = rows.fields[COMPUTED]
@@ -90,7 +90,7 @@ def assemble(
         embed_rows=embed_rows,
         follows=before is not None,
     )
-    return OpenStep(plan, rows.slots, rows.computed, sampled, of_sampled, spans)
+    return OpenStep(plan, rows, sampled, of_sampled, spans)
 
 
 def _name_unknown(table: SequenceTable, token_ids: I32, slots: Slots, sampled: Slots) -> None:

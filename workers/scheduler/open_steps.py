@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from penstock.workers.errors import IntegrityError
 from penstock.workers.scheduler.events import SequenceKey
 from penstock.workers.scheduler.plan import I32, StepPlan
+from penstock.workers.scheduler.row_layout import StepRows, TableSteps
 from penstock.workers.scheduler.scoring import Spans
 from penstock.workers.scheduler.table import LAST, SequenceTable, Slots
 
@@ -26,8 +27,7 @@ class OpenStep:
     """A plan, with what its commit needs again in the form the table likes best."""
 
     plan: StepPlan
-    slots: Slots  # [N]
-    computed: I32  # [N] tokens with KV after the step
+    rows: StepRows
     sampled: Slots  # [S] slots of the rows that sample
     fields: I32  # [fields, S] of the table, of these rows, before the step
     spans: Spans  # prompt tokens scored, in the plan's order
@@ -37,8 +37,9 @@ class OpenStep:
 class OpenSteps:
     """The steps under way over one table, oldest first."""
 
-    def __init__(self, table: SequenceTable) -> None:
+    def __init__(self, table: SequenceTable, over: TableSteps) -> None:
         self._table = table
+        self._over = over
         self._steps: list[OpenStep] = []
         # Rows of sequences that are over; the key of those whose blocks a peer reads, to be held for it afterwards.
         self.leaving: dict[int, SequenceKey | None] = {}
@@ -73,7 +74,7 @@ class OpenSteps:
 
     def holds(self, slot: int) -> bool:
         """Whether an open step computes this row."""
-        return any((step.slots == slot).any() for step in self._steps)
+        return any((step.rows.slots == slot).any() for step in self._steps)
 
     def freed(self) -> list[tuple[int, SequenceKey | None]]:
         """Rows to be emptied now, and for which reader their blocks are to be held; they are not leaving any more."""
@@ -97,8 +98,7 @@ class OpenSteps:
             return
         step.advanced = True
         table = self._table
-        table.computed[step.slots] = step.computed
-        table.lengthen(step.sampled, step.fields)
+        self._over.advance(step.rows, step.plan.sample_rows)
         for slot in step.sampled[step.plan.num_decode :].tolist():
             if table.sequence_in(slot).sends_kv:  # whoever goes on with it, it is not this worker
                 table.state[slot] = LAST

@@ -12,7 +12,7 @@ import numpy as np
 from penstock.workers.errors import IntegrityError
 from penstock.workers.scheduler.roster import Roster
 from penstock.workers.scheduler.sequence import Sequence
-from penstock.workers.scheduler.table import DECODE, PREFILL, SequenceTable, Slots
+from penstock.workers.scheduler.table import DECODE, PREFILL, SequenceTable
 
 
 def choose_victim(table: SequenceTable, max_preemptions: int, bank: int = 0) -> Sequence | None:
@@ -29,17 +29,16 @@ def choose_victim(table: SequenceTable, max_preemptions: int, bank: int = 0) -> 
     )
 
 
-def ready_decodes(roster: Roster, max_preemptions: int) -> tuple[Slots, bool] | None:
-    """(slots of all decodes, each with room for its token; whether somebody was preempted for that).
+def ready_decodes(roster: Roster, max_preemptions: int) -> tuple[int, bool] | None:
+    """(number of decodes, each with room for its token; whether somebody was preempted for that).
 
     None if somebody would have to be while a step is under way: he computes its token again, which is not known yet.
     """
     table, gave_way = roster.table, False
     while True:
-        decodes = table.state == DECODE
-        full = (decodes & (table.computed == table.capacity)).nonzero()[0]
+        num_decode, full = roster.steps.ready()
         if not len(full) or roster.memory.grow(full):
-            return decodes.nonzero()[0], gave_way
+            return num_decode, gave_way
         if len(roster.under_way):
             return None
         # Rows of banks with room have grown; of those that are still full, one is in a bank that has too few blocks.

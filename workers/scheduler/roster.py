@@ -24,9 +24,10 @@ from penstock.workers.scheduler.events import (
     SequenceKey,
     Work,
 )
+from penstock.workers.scheduler.judgement import judge_tokens
 from penstock.workers.scheduler.memory import SequenceMemory
+from penstock.workers.scheduler.native_rows import steps_over
 from penstock.workers.scheduler.open_steps import OpenSteps
-from penstock.workers.scheduler.outcome import judge_tokens
 from penstock.workers.scheduler.router_names import RouterNames
 from penstock.workers.scheduler.sequence import Sequence
 from penstock.workers.scheduler.table import LENGTH, PREFILL, RESERVED, SequenceTable
@@ -40,7 +41,8 @@ class Roster:
         self.table = table
         self.memory = memory
         self.waiting = WaitingQueue()
-        self.under_way = OpenSteps(table)
+        self.steps = steps_over(table)
+        self.under_way = OpenSteps(table, self.steps)
         self.routers = RouterNames()
         self.events: list[SchedulerEvent] = []
         self.preemptions = 0

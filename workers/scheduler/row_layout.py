@@ -1,9 +1,9 @@
-"""The rows of a step: what its plan takes out of the sequence table, in an order that is kept from step to step.
+"""What a step reads of the sequence table, in an order of rows kept from step to step, and what it writes there.
 
-Part of the scheduler: `chunked.py` asks it when a plan is put together. A decoding sequence keeps its row as long as no
-row before the last ones falls empty, so from one step to the next only few rows of the tables change, and only those
-are copied: tables of hundreds of long contexts would else be the largest thing a step touches. Knows no budgets.
-`native_rows.py` does the same in one call.
+Part of the scheduler, which asks it when a plan is put together and when its result is there. A decoding sequence
+keeps its row as long as no row before the last ones falls empty, so from one step to the next only few rows of the
+tables change, and only those are copied: tables of hundreds of long contexts would else be the largest thing a step
+touches. Knows no budgets. `native_rows.py` does the same with one call for each.
 
 Invariant: row r of the laid-out tables is that of the sequence in `_slots[r]`, as it was at version `_versions[r]`.
 """
@@ -15,9 +15,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from penstock.workers.scheduler.judgement import Ends, judge_tokens
 from penstock.workers.scheduler.plan import I32, U64
 from penstock.workers.scheduler.row_arena import offsets_of
-from penstock.workers.scheduler.table import COMPUTED, DECODE, LAST_TOKEN, SequenceTable, Slots
+from penstock.workers.scheduler.table import COMPUTED, DECODE, LAST_TOKEN, LENGTH, SequenceTable, Slots
 
 _MORE_COLUMNS = 16  # laid out beyond those that are needed, so that growing contexts seldom widen the tables
 _NO_SLOTS: Slots = np.zeros(0, np.intp)
@@ -34,13 +35,26 @@ class StepRows(NamedTuple):
     offsets: I32  # [N + 1] into token_ids
     token_ids: I32  # what the rows feed to the model
     block_tables: I32  # [N, widest]; valid until the next step's rows are gathered
+    address: int = 0  # of all this in memory, where C++ put it there
 
 
-class RowGatherer(Protocol):
-    """Puts the rows of one table's steps together."""
+class TableSteps(Protocol):
+    """The steps over one table. `sample_rows` [S]: indices of the rows that sample."""
+
+    def ready(self) -> tuple[int, Slots]:
+        """How many rows decode, and those of them whose blocks have no room for their token."""
+        ...
 
     def gather(self, num_decode: int, chunk_slots: list[int], chunk_counts: list[int]) -> StepRows:
         """Rows of all `num_decode` sequences that decode, and of these prefill chunks."""
+        ...
+
+    def advance(self, rows: StepRows, sample_rows: I32) -> None:
+        """Take in what a step does to its rows whatever it samples."""
+        ...
+
+    def take_tokens(self, rows: StepRows, sample_rows: I32, tokens: I32) -> tuple[I32, Ends]:
+        """Store a step's tokens [S], and what they mean: see `judge_tokens`."""
         ...
 
 
@@ -54,8 +68,14 @@ class RowLayout:
         self._versions: NDArray[np.int64] = np.full(table.max_seqs, -1, np.int64)
         self._width = 0  # columns laid out
 
+    def ready(self) -> tuple[int, Slots]:
+        """See `TableSteps`."""
+        decodes = self._table.state == DECODE
+        full = (decodes & (self._table.computed == self._table.capacity)).nonzero()[0]
+        return int(np.count_nonzero(decodes)), full
+
     def gather(self, num_decode: int, chunk_slots: list[int], chunk_counts: list[int]) -> StepRows:
-        """See `RowGatherer`."""
+        """See `TableSteps`."""
         table = self._table
         slots = self.order(table.rows_in(DECODE))
         if chunk_slots:
@@ -78,6 +98,17 @@ class RowLayout:
             ),
             self.lay_out(slots, -(-int(computed.max()) // table.block_size)),
         )
+
+    def advance(self, rows: StepRows, sample_rows: I32) -> None:
+        """See `TableSteps`."""
+        self._table.computed[rows.slots] = rows.computed
+        self._table.lengthen(rows.slots[sample_rows], rows.fields[:, sample_rows])
+
+    def take_tokens(self, rows: StepRows, sample_rows: I32, tokens: I32) -> tuple[I32, Ends]:
+        """See `TableSteps`."""
+        slots, fields = rows.slots[sample_rows], rows.fields[:, sample_rows]
+        self._table.store_tokens(slots, fields[LENGTH], tokens)
+        return judge_tokens(self._table, slots, fields, tokens)
 
     def order(self, decode: Slots) -> Slots:
         """The decoding slots, given in any order, in that of their rows: where they stood last, as far as possible."""

@@ -45,9 +45,8 @@ from penstock.workers.scheduler.figures import count_figures
 from penstock.workers.scheduler.handover import grant, hand_over
 from penstock.workers.scheduler.integrity import check_scheduler
 from penstock.workers.scheduler.memory import Placement, SequenceMemory
-from penstock.workers.scheduler.native_rows import gatherer_for
 from penstock.workers.scheduler.open_steps import MOST_STEPS
-from penstock.workers.scheduler.outcome import committed_rows, judge_tokens
+from penstock.workers.scheduler.outcome import committed_rows
 from penstock.workers.scheduler.plan import StepPlan, StepResult
 from penstock.workers.scheduler.preemption import ready_decodes
 from penstock.workers.scheduler.roster import Roster
@@ -55,7 +54,6 @@ from penstock.workers.scheduler.scoring import take_embeddings, take_scores
 from penstock.workers.scheduler.sequence import Sequence, context_of
 from penstock.workers.scheduler.table import (
     ATTEMPT,
-    LENGTH,
     PREFILL,
     RESERVED,
     ROUTER_INDEX,
@@ -79,7 +77,6 @@ class Scheduler:
         # No more sequences than tokens in a step: then every decode always fits, and a prefill beside them too.
         max_seqs = min(settings.max_num_seqs, settings.max_num_batched_tokens)
         self._table = SequenceTable(max_seqs, settings.max_model_len, layout.block_size)
-        self._rows = gatherer_for(self._table)
         self._memory = SequenceMemory(self._table, layout, banks)
         self._roster = Roster(self._table, self._memory, layout)
         self._pace = AdmissionPace()
@@ -207,17 +204,17 @@ class Scheduler:
         ready = ready_decodes(self._roster, settings.max_preemptions)
         if ready is None:
             return None
-        decode, gave_way = ready
-        budget = StepBudget(settings.max_num_batched_tokens - len(decode), settings.long_prefill_token_threshold)
+        num_decode, gave_way = ready
+        budget = StepBudget(settings.max_num_batched_tokens - num_decode, settings.long_prefill_token_threshold)
         continue_prefills(self._table, budget)
         # Blocks that a preemption freed are for those still running, unless none is.
-        if not gave_way or not (len(decode) or budget.slots):
+        if not gave_way or not (num_decode or budget.slots):
             self._admit(budget, now)
         self._announce()
-        if not len(decode) and not budget.slots:
+        if not num_decode and not budget.slots:
             return None
         self._step += 1
-        step = assemble(self._table, self._rows, self._step, len(decode), budget, before)
+        step = assemble(self._table, self._roster.steps, self._step, num_decode, budget, before)
         under_way.begin(step)
         return step.plan
 
@@ -230,14 +227,15 @@ class Scheduler:
         embedded = take_embeddings(table, step.sampled, plan, result, under_way.leaving) if len(plan.embed_rows) else []
         under_way.advance(step)
         under_way.end(step)
-        table.store_tokens(step.sampled, step.fields[LENGTH], result.token_ids)
+        starts, ends = self._roster.steps.take_tokens(step.rows, plan.sample_rows, result.token_ids)
+        if rows.kept is not None:
+            starts, ends = starts[rows.kept], ends[rows.kept]
         # Blocks that decoding fills are published when the sequence ends: nobody can ask for them before.
         prefills = rows.slots[rows.num_decode :].tolist()
         for slot, computed in zip(prefills, rows.computed[rows.num_decode :].tolist(), strict=True):
             memory.publish_row(slot, computed)
         memory.end_copies(len(plan.copies))
         fields = rows.fields
-        starts, ends = judge_tokens(table, rows.sampled, fields, rows.tokens)
         offers, tails = hand_over(self._roster, self._layout, rows, ends)
         outcome = StepOutcome(
             router_ids=self._roster.routers.names,
@@ -265,7 +263,7 @@ class Scheduler:
         step = under_way.newest_is(plan)
         under_way.end(step)
         self._memory.end_copies(len(plan.copies), newest=True)
-        self._table.computed[step.slots] = plan.starts  # what it would have computed is not there
+        self._table.computed[step.rows.slots] = plan.starts  # what it would have computed is not there
         lost = [self._table.sequence_in(slot) for slot in plan.slots.tolist() if slot not in under_way.leaving]
         for sequence in lost:
             self._roster.end(sequence)

@@ -65,6 +65,6 @@ def test_steps_compute_every_token_once_within_budget(lengths, tokens, limit):
         step = assemble(table, layout, 1, 0, budget)
         assert step.plan.num_tokens <= tokens
         assert np.diff(step.plan.offsets).max() <= (limit or tokens)
-        assert (step.plan.starts == table.computed[step.slots]).all()
-        table.computed[step.slots] = step.computed
+        assert (step.plan.starts == table.computed[step.rows.slots]).all()
+        table.computed[step.rows.slots] = step.rows.computed
     assert (table.computed == table.length).all()

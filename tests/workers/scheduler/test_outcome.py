@@ -8,7 +8,8 @@ from penstock.workers.errors import IntegrityError
 from penstock.workers.protocol import EndReason
 from penstock.workers.scheduler.chunked import StepBudget, assemble, continue_prefills
 from penstock.workers.scheduler.events import SequenceKey, Work
-from penstock.workers.scheduler.outcome import committed_rows, judge_tokens
+from penstock.workers.scheduler.judgement import judge_tokens
+from penstock.workers.scheduler.outcome import committed_rows
 from penstock.workers.scheduler.plan import SampledLogprobs, StepResult
 from penstock.workers.scheduler.row_layout import RowLayout
 from penstock.workers.scheduler.sequence import Sequence, context_of
