@@ -40,10 +40,9 @@ class StepBudget:
 
 def continue_prefills(table: SequenceTable, budget: StepBudget) -> None:
     """Chunks for prefills under way, oldest request first."""
-    slots = table.rows_in(PREFILL)
-    if len(slots) > 1:
-        slots = slots[np.argsort(table.arrival[slots])]
-    for slot in slots.tolist():
+    slots = table.rows_in(PREFILL).tolist()
+    slots.sort(key=lambda slot: table.sequence_in(slot).arrival)
+    for slot in slots:
         if not budget.left:
             return
         budget.add_chunk(slot, int(table.length[slot] - table.computed[slot]))

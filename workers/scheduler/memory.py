@@ -162,37 +162,25 @@ class SequenceMemory:
     def publish_row(self, slot: int, computed: int) -> None:
         """Offer to the prefix cache what is full of this row's first `computed` tokens, and not yet published."""
         sequence = self._table.sequences[slot]
-        if sequence is None or not sequence.request.cache_prefix:
-            return
-        cache = self.banks[sequence.bank].cache
-        if cache is None:
-            return
-        size, first, chain = self._block_size, sequence.published, sequence.chain
-        full = computed // size
-        if full <= first:
-            return
-        have = len(chain) // DIGEST_BYTES
-        if have < full:
-            root = chain[-DIGEST_BYTES:] or sequence.request.prefix_root
-            chain += chain_digests(root, self._table.tokens[slot, have * size : full * size], size)
-            sequence.chain = chain
-        blocks = self._table.block_tables[slot, first:full].astype(np.intp)
-        digests = chain[first * DIGEST_BYTES : full * DIGEST_BYTES]
-        sequence.run, known = cache.publish(sequence.run or cache.root, digests, blocks)
-        if len(known):
-            sequence.known = np.concatenate((sequence.known, known))
-        sequence.published = full
+        if sequence is not None:
+            full = computed // self._block_size
+            self._publish(sequence, slot, self._table.block_tables[slot, sequence.published : full].astype(np.intp))
 
     def release(self, slot: int) -> None:
         """The row ends; its blocks go back to the pool, where full ones stay shareable until they are needed."""
-        self.publish_row(slot, self._table.computed.item(slot))
-        bank = self._table.sequence_in(slot).bank
-        self._let_go(bank, *self._empty_row(slot))
+        sequence = self._table.sequence_in(slot)
+        blocks = self._unpublished(sequence, slot)
+        full = self._table.computed.item(slot) // self._block_size - sequence.published
+        if full > 0 and self._publish(sequence, slot, blocks[:full]):
+            blocks = blocks[full:]
+        if len(sequence.known):
+            blocks = np.concatenate((blocks, sequence.known))
+        self._let_go(sequence.bank, blocks, self._empty_row(slot))
 
     def hold_for_reader(self, slot: int, key: SequenceKey) -> None:
         """The row ends while a peer still reads its blocks: keep them until `settle(key)`."""
         bank = self._table.sequence_in(slot).bank
-        blocks, run = self._empty_row(slot)
+        blocks, run = self.private_of(slot), self._empty_row(slot)
         self.lingering[key] = Lingering(blocks, False, run, bank)
 
     def quarantine_reserved(self, slot: int, key: SequenceKey, first: int, end: int) -> None:
@@ -201,7 +189,7 @@ class SequenceMemory:
         None of them is published: `first` is the number of blocks that were shared.
         """
         bank = self._table.sequence_in(slot).bank
-        blocks, run = self._empty_row(slot)
+        blocks, run = self.private_of(slot), self._empty_row(slot)
         written = blocks[: end - first]
         self._let_go(bank, blocks[end - first :], run)
         self.banks[bank].pool.quarantine(written)
@@ -228,9 +216,7 @@ class SequenceMemory:
     def private_of(self, slot: int) -> Blocks:
         """Blocks of this row that nobody else can share."""
         sequence = self._table.sequence_in(slot)
-        known = sequence.known
-        row = self._table.block_tables[slot, sequence.published : self._table.num_blocks.item(slot)]
-        return np.concatenate((row, known)) if len(known) else row.astype(np.intp)
+        return np.concatenate((self._unpublished(sequence, slot), sequence.known))
 
     def held_runs(self, bank: int) -> Counter[Run]:
         """How often each run of a bank's prefix cache is held."""
@@ -247,13 +233,36 @@ class SequenceMemory:
         sequence.run = None if cache is None else cache.hold(match, shared)
         return np.concatenate((blocks, pool.allocate(total - shared)))
 
-    def _empty_row(self, slot: int) -> tuple[Blocks, Run | None]:
-        """Empty the row; what it held: private blocks, and a run."""
+    def _unpublished(self, sequence: Sequence, slot: int) -> Blocks:
+        """The blocks of its row that were not yet offered to the prefix cache, in order."""
+        return self._table.block_tables[slot, sequence.published : self._table.num_blocks.item(slot)].astype(np.intp)
+
+    def _publish(self, sequence: Sequence, slot: int, blocks: Blocks) -> bool:
+        """Offer the next blocks of its row, all full, to the prefix cache. False: none of its are shared."""
+        cache = self.banks[sequence.bank].cache
+        if cache is None or not sequence.request.cache_prefix:
+            return False
+        if not len(blocks):
+            return True
+        size, first, chain = self._block_size, sequence.published, sequence.chain
+        full, have = first + len(blocks), len(chain) // DIGEST_BYTES
+        if have < full:
+            root = chain[-DIGEST_BYTES:] or sequence.request.prefix_root
+            chain += chain_digests(root, self._table.tokens[slot, have * size : full * size], size)
+            sequence.chain = chain
+        digests = chain[first * DIGEST_BYTES : full * DIGEST_BYTES]
+        sequence.run, known = cache.publish(sequence.run or cache.root, digests, blocks)
+        if len(known):
+            sequence.known = np.concatenate((sequence.known, known))
+        sequence.published = full
+        return True
+
+    def _empty_row(self, slot: int) -> Run | None:
+        """Empty the row; the run that it held."""
         sequence = self._table.sequence_in(slot)
-        blocks, run = self.private_of(slot), sequence.run
-        sequence.run, sequence.known = None, NO_BLOCKS
+        run, sequence.run, sequence.known = sequence.run, None, NO_BLOCKS
         self._table.remove(slot)
-        return blocks, run
+        return run
 
     def _let_go(self, bank: int, blocks: Blocks, run: Run | None) -> None:
         pool, cache = self.banks[bank]

@@ -69,6 +69,8 @@ class NativeRows:
         self._layout = _Layout(*(part.ctypes.data for part in kept), 0, 0)
         self._addresses = (ctypes.addressof(self._table), ctypes.addressof(self._layout))
         self._full_address = self._full.ctypes.data
+        self._tokens = np.zeros(max_seqs, np.int32)  # scratch, at a known address
+        self._tokens_address = self._tokens.ctypes.data
         self._stops = table.stop_ids
         self._stops_address = self._stops.ctypes.data
 
@@ -119,7 +121,7 @@ class NativeRows:
             self._stops = self._columns.stop_ids
             self._stops_address = self._stops.ctypes.data
         count = len(sample_rows)
-        sampled = np.ascontiguousarray(tokens, np.int32)
+        self._tokens[:count] = tokens
         starts = np.empty(count + count // 4 + 1, np.int32)  # and the ends, of one byte each
         address = _address(starts)
         self._library.penstock_take_tokens(
@@ -128,7 +130,7 @@ class NativeRows:
             len(rows.slots),
             _indices(rows, sample_rows),
             count,
-            sampled.ctypes.data,
+            self._tokens_address,
             self._stops_address,
             len(self._stops),
             address,

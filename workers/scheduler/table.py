@@ -66,7 +66,6 @@ class SequenceTable:
         self.block_tables: I32 = np.zeros((max_seqs, -(-max_length // block_size)), np.int32)
         self.num_blocks = np.zeros(max_seqs, np.int32)
         self.capacity = np.zeros(max_seqs, np.int32)  # tokens that its blocks hold
-        self.arrival = np.zeros(max_seqs, np.int64)  # order of submission
         self.bank = np.zeros(max_seqs, np.uint16)  # whose blocks the row holds
         self.fields: I32 = np.zeros((_NUM_FIELDS, max_seqs), np.int32)
         self.computed = self.fields[COMPUTED]  # known tokens with KV in the blocks
@@ -123,7 +122,6 @@ class SequenceTable:
         self.block_tables[slot, :count] = blocks
         self.num_blocks[slot] = count
         self.capacity[slot] = count * self.block_size
-        self.arrival[slot] = sequence.arrival
         self.bank[slot] = sequence.bank
         key, sampling, prompt_length = sequence.key, sequence.request.sampling, sequence.prompt_length
         packed = _PACKED_FIELDS.pack(
