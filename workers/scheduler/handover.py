@@ -34,12 +34,14 @@ def hand_over(
     """What a step's sending prefills have for their peers. Those done without an end leave their rows here."""
     offers: list[Offer] = []
     tails: list[SentTail] = []
+    prefills = rows.slots[rows.num_decode :].tolist()
+    if not any(roster.table.sequence_in(slot).sends_kv for slot in prefills):
+        return offers, tails
     # Every decode row samples, so the prefills that do come after them.
     sampled = dict(
         zip(rows.sampled[rows.num_decode :].tolist(), range(rows.num_decode, len(rows.sampled)), strict=True)
     )
-    prefills = zip(rows.slots[rows.num_decode :].tolist(), rows.computed[rows.num_decode :].tolist(), strict=True)
-    for slot, computed in prefills:
+    for slot, computed in zip(prefills, rows.computed[rows.num_decode :].tolist(), strict=True):
         sequence = roster.table.sequence_in(slot)
         if not sequence.sends_kv:
             continue
