@@ -86,14 +86,15 @@ def _size(message: ToRouter) -> int:
 
 
 def _merged(messages: list[ToRouter]) -> list[ToRouter]:
-    if len(messages) < 2:
+    kinds = [type(message) for message in messages]
+    if kinds.count(TokenFrame) < 2 and kinds.count(Load) < 2:
         return messages
-    loads = [message for message in messages if type(message) is Load]
+    newest_load = next((message for message in reversed(messages) if isinstance(message, Load)), None)
     merged: list[ToRouter] = []
     run: list[TokenFrame] = []
     tokens = 0
     for message in messages:
-        if loads and isinstance(message, Load) and message is not loads[-1]:
+        if isinstance(message, Load) and message is not newest_load:
             continue
         if isinstance(message, TokenFrame) and tokens + len(message.tokens) <= _MAX_FRAME_TOKENS:
             run.append(message)

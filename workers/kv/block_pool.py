@@ -78,14 +78,14 @@ class BlockPool:
             reclaimed = self._reclaim(-left)
             blocks = np.concatenate((blocks, reclaimed)) if len(blocks) else reclaimed
         self._allocations += 1
-        places = self._places(blocks)
+        places = blocks - self.first if self.first else blocks
         self._state[places] = _PRIVATE
         self.generations[places] = self._allocations
         return blocks
 
     def generations_of(self, blocks: Blocks) -> U64:
         """The numbers of these blocks, as they are now."""
-        found: U64 = self.generations[self._places(blocks)]
+        found: U64 = self.generations[blocks - self.first]
         return found
 
     def free(self, blocks: Blocks) -> None:
@@ -133,10 +133,8 @@ class BlockPool:
             raise IntegrityError("free + owned + quarantined is not the total")
 
     def _change(self, blocks: Blocks, before: int, after: int) -> None:
-        places = self._places(blocks)
-        if self._state[places].tobytes().count(before) != len(blocks):
+        places = blocks - self.first if self.first else blocks
+        state = self._state
+        if state[places].tobytes().count(before) != len(blocks):
             raise IntegrityError(f"some of the blocks {blocks} are not in state {before}")
-        self._state[places] = after
-
-    def _places(self, blocks: Blocks) -> Blocks:
-        return blocks - self.first if self.first else blocks
+        state[places] = after

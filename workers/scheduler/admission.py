@@ -16,7 +16,7 @@ Refusal = tuple[FailureCode, str]
 
 def growth_of(work: Work, remaining: int) -> int:
     """Tokens beyond the context whose KV this worker will hold at most. The last token's KV is never computed."""
-    return 0 if work is PREFILL_WORK else max(0, remaining - 1)
+    return 0 if work is PREFILL_WORK or remaining < 1 else remaining - 1
 
 
 def refusal(
