@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 from penstock.workers.errors import RefusedError, WireError
@@ -37,11 +38,16 @@ def oracle_settings(worker_id: str = "w", **changed: Any) -> WorkerSettings:
 class WorkerProcess:
     """One worker; as a context manager it leaves no process behind."""
 
-    def __init__(self, settings: WorkerSettings, code: str = "") -> None:
-        """`code`: Python that runs a worker its own way, instead of the module."""
+    def __init__(self, settings: WorkerSettings, code: str = "", environment: Mapping[str, str] | None = None) -> None:
+        """`code`: Python that runs a worker its own way, instead of the module. `environment` changes this one's."""
         command = [sys.executable, *(["-c", code] if code else ["-m", "penstock.workers.process"])]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, **(environment or {})},
         )
         assert self.process.stdin is not None
         assert self.process.stdout is not None

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -42,6 +43,11 @@ def answer(asked: GenerateRequest) -> list[int]:
     return list(expected_tokens(asked.prompt, asked.sampling, VOCAB))
 
 
+def found_in(folder: Path) -> list[str]:
+    """Names of all files and folders in it."""
+    return sorted(path.name for path in folder.rglob("*"))
+
+
 async def status_when(router: Attachment, blocks_free: int, within_s: float = 5.0) -> dict[str, int]:
     """The load once every block is back, or what it was at the end."""
     give_up = time.monotonic() + within_s
@@ -54,8 +60,10 @@ async def status_when(router: Attachment, blocks_free: int, within_s: float = 5.
         await asyncio.sleep(0.05)
 
 
-async def test_texts_over_a_real_process() -> None:
-    with WorkerProcess(oracle_settings()) as worker:
+@pytest.mark.parametrize("compiler", [True, False], ids=["C++", "numpy"])
+async def test_texts_over_a_real_process(compiler: bool, tmp_path: Path) -> None:
+    without = {"PATH": "", "HOME": str(tmp_path)}  # no compiler, and a cache in which nothing is compiled
+    with WorkerProcess(oracle_settings(), environment=None if compiler else without) as worker:
         router = await Attachment.open(worker.address)
         asked = {slot: request(slot, 10 + slot % 90, 10 + slot % 30) for slot in range(200)}
         for slot, each in asked.items():
@@ -70,6 +78,7 @@ async def test_texts_over_a_real_process() -> None:
         await router.close()
         worker.process.send_signal(signal.SIGTERM)
         assert worker.wait() == 0
+    assert found_in(tmp_path) == ([] if compiler else [".cache", "lock", "penstock"])
 
 
 async def test_a_killed_worker_is_noticed_at_once() -> None:

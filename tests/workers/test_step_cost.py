@@ -23,8 +23,8 @@ from penstock.workers.settings import SchedulerSettings
 from penstock.workers.wire import decode_to_router, decode_to_worker, encode
 
 BLOCK = 16
-STEADY_CALLS = 260  # of a turn in which nobody comes, goes or fills a block; 160 when this was written
-TURNOVER_CALLS = 900  # more, for one sequence that comes and one that goes
+STEADY_CALLS = 260  # of a turn in which nobody comes, goes or fills a block; 190 when this was written
+TURNOVER_CALLS = 600  # of one in which one sequence comes and another goes; 410 when this was written
 
 
 class Runner:
