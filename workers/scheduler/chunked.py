@@ -40,6 +40,8 @@ class StepBudget:
 
 def continue_prefills(table: SequenceTable, budget: StepBudget) -> None:
     """Chunks for prefills under way, oldest request first."""
+    if PREFILL not in table.state.tobytes():  # seen several times as fast as by numpy
+        return
     slots = table.rows_in(PREFILL).tolist()
     slots.sort(key=lambda slot: table.sequence_in(slot).arrival)
     for slot in slots:

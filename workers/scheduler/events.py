@@ -127,7 +127,7 @@ class EmbeddedPrompt(NamedTuple):
     values: NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # not frozen: that would triple what every step pays for making one
 class StepOutcome:
     """What a committed step means for the routers, as columns over its S sampled rows, and for the transfers.
 

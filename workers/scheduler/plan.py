@@ -53,9 +53,9 @@ class ScoredPrompt:
     alternatives: I32  # [M] how many of the most likely tokens are wanted beside it
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # not frozen: that would triple what every step pays for making one
 class SamplingBatch:
-    """Sampling parameters of the S rows that end this step with a new token, in row order."""
+    """Sampling parameters of the S rows that end this step with a new token, in row order. Nobody changes it."""
 
     temperature: F32  # 0 = greedy
     top_k: I32  # 0 = all
@@ -71,7 +71,7 @@ class SamplingBatch:
         return len(self.temperature)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # not frozen, as above; nobody changes it
 class StepPlan:
     """N rows, one per scheduled sequence; rows `[0, num_decode)` compute one token each, then come prefill chunks.
 
