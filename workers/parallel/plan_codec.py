@@ -3,7 +3,7 @@
 Used by `step_channel.py` once per step on every rank of a group, so it makes no object per row. It knows what a plan
 is made of, not what it means to a runner. Layout, little-endian:
 
-    head      step, number of rows that decode, flags (which optional parts follow), number of columns
+    head      step, number of rows that decode, flags (optional parts, `follows`), number of columns
     sizes     uint32 per column: its length in units of 4 bytes; then the width of the block tables
     contents  the columns one after the other, those of 8 bytes first, so that every one is aligned
 
@@ -24,7 +24,7 @@ from penstock.workers.scheduler.plan import LogitEdits, SamplingBatch, ScoredPro
 
 MAX_PLAN_BYTES = 64 << 20
 _HEAD = struct.Struct("<QIHH")
-_EDITS, _SCORED = 1, 2
+_EDITS, _SCORED, _FOLLOWS = 1, 2, 4
 
 _I4, _F4, _U8 = (np.dtype(code) for code in ("<i4", "<f4", "<u8"))
 _SAMPLING = ("seed", "temperature", "top_k", "top_p", "min_p", "choice", "position", "logprobs")
@@ -56,12 +56,13 @@ class _Parts:
         return _Parts(kinds, tuple(kind is _F4 for kind in kinds), struct.Struct(f"<{count}I{padding}"))
 
 
-_PARTS = tuple(_Parts.of(flags) for flags in range(4))
+_PARTS = tuple(_Parts.of(flags) for flags in range(8))
 
 
 def encode_plan(plan: StepPlan) -> bytes:
     """The plan as bytes. Raises WireError for one larger than a peer accepts."""
     flags = (_EDITS if plan.sampling.edits is not None else 0) | (_SCORED if plan.scored is not None else 0)
+    flags |= _FOLLOWS if plan.follows else 0
     columns: list[Any] = [*_SAMPLING_OF(plan.sampling), *_PLAN_OF(plan)]
     if flags & _EDITS:
         columns += _EDITS_OF(plan.sampling.edits)
@@ -137,6 +138,7 @@ def _put_together(step: int, num_decode: int, flags: int, columns: list[Any]) ->
         copies,
         scored,
         embed_rows,
+        follows=bool(flags & _FOLLOWS),
     )
 
 

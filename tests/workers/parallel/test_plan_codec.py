@@ -23,7 +23,7 @@ def test_plans_come_back_as_they_were(seed: int, rows: int, edits: bool, scored:
 
 
 def test_every_field_of_a_plan_travels() -> None:
-    plain = {"step", "num_decode", "sampling", "scored"}
+    plain = {"step", "num_decode", "sampling", "scored", "follows"}
     assert {field.name for field in fields(StepPlan)} == set(plan_codec._PLAN) | plain
     assert {field.name for field in fields(SamplingBatch)} == set(plan_codec._SAMPLING) | {"edits"}
 
