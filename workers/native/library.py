@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import platform
 from pathlib import Path
 
 from penstock.kernels.native.build import BuildError, compiled
@@ -32,7 +33,7 @@ _SIGNATURES: dict[str, list[type]] = {
 def load() -> ctypes.PyDLL | None:
     """The library, or None where it cannot be had: then why is logged, once."""
     try:
-        library = ctypes.PyDLL(str(compiled(Path(__file__).parent, "workers", _FLAGS)))
+        library = ctypes.PyDLL(str(compiled(Path(__file__).parent, f"workers-{platform.machine()}", _FLAGS)))
     except (BuildError, OSError) as error:
         log.warning("what a worker does in C++ is not available, numpy serves instead: %s", error)
         return None
