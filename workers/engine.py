@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from penstock.workers.errors import DeviceError
+from penstock.workers.errors import BanksLostError, DeviceError, ExpertsGoneError
 from penstock.workers.frames import frame_of_ended, prompt_logprobs_of, split_by_router
 from penstock.workers.handover import HandOver
 from penstock.workers.inbox import Attached, Detached, Drain, Inbox, Post
@@ -38,6 +38,7 @@ from penstock.workers.protocol import (
     RequestSnapshot,
     Reserve,
     Started,
+    Tokens,
 )
 from penstock.workers.request_check import problem_with_tokens
 from penstock.workers.scheduler.events import (
@@ -136,7 +137,7 @@ class Engine:
             len(self._handover),
             stats.preemptions,
             stats.draining,
-            self._observation.totals(stats.reserved),
+            self._observation.totals(stats.reserved, stats.lost_blocks),
         )
 
     # --- engine thread ---
@@ -145,7 +146,7 @@ class Engine:
         """Step until stopped; sleep while there is nothing to do."""
         while not self._stopping:
             self._awake.clear()
-            if self.step() or (self._prepare is not None and self._prepare()):
+            if self.step() or self._use_idle_time():
                 continue
             self._awake.wait(self._sleep_s())
 
@@ -179,6 +180,10 @@ class Engine:
             result = self._runner.run(plan)
         except DeviceError:
             raise
+        except BanksLostError as error:
+            self._progress = Progress(plan.step, None, 0.0)
+            self._go_on_without(error.banks, plan)
+            return None
         except Exception as error:  # the edge around model code: whatever it raises costs this step's sequences only
             log.exception("step %d failed", plan.step)
             self._abort(plan, error)
@@ -194,11 +199,28 @@ class Engine:
     def _abort(self, plan: StepPlan, error: Exception) -> None:
         self._progress = Progress(plan.step, None, 0.0)
         self._failed_steps += 1
+        reason = str(error) if isinstance(error, ExpertsGoneError) else "the step that computed this request failed"
         for key in self._scheduler.abort_step(plan, self._clock()):
             self._handover.drop(key, "the step failed")
-            self._fail(key, FailureCode.INTERNAL, "the step that computed this request failed")
+            self._fail(key, FailureCode.INTERNAL, reason)
         if self._failed_steps >= _MAX_FAILED_STEPS:
             raise DeviceError(f"{self._failed_steps} steps failed in a row") from error
+
+    def _use_idle_time(self) -> bool:
+        """One piece of work for idle moments; False where there is none."""
+        if self._prepare is None:
+            return False
+        try:
+            return self._prepare()
+        except BanksLostError as error:
+            self._go_on_without(error.banks)
+            return True
+
+    def _go_on_without(self, banks: Tokens, plan: StepPlan | None = None) -> None:
+        """Ranks are gone with their blocks: first their transfers end, then what they computed moves elsewhere."""
+        self._handover.poll(self._scheduler, self._clock())
+        self._scheduler.lose_banks(banks, plan)
+        self._report_events()
 
     # --- what comes in ---
 

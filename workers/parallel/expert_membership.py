@@ -50,12 +50,20 @@ class Regrouping(Protocol):
 class Membership:
     """One rank's part in the agreement."""
 
-    def __init__(self, store: Store, rank: int, grace_s: float, alive: Callable[[int], bool]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        grace_s: float,
+        alive: Callable[[int], bool],
+        call: Callable[[int], object] = lambda _epoch: None,
+    ) -> None:
         """`alive` is asked on rank 0 only; it must turn false for a rank that will not come, the sooner the better.
 
-        `grace_s` is how long a rank that lives may take to end its part of the step that failed.
+        `grace_s` is how long a rank that lives may take to end its part of the step that failed. `call` is made on
+        rank 0 before it waits, with the epoch, for ranks whose part had ended when others were lost.
         """
-        self._store, self._rank, self._grace_s, self._alive = store, rank, grace_s, alive
+        self._store, self._rank, self._grace_s, self._alive, self._call = store, rank, grace_s, alive, call
 
     def agree(self, epoch: int, members: tuple[int, ...]) -> tuple[int, ...]:
         """Those of `members` that go on as `epoch`. Collective over those that live; each asks for an epoch once.
@@ -69,6 +77,7 @@ class Membership:
             raise GroupError(f"rank 0 did not say who goes on as epoch {epoch}: {reason}", rank=LEADER) from error
 
     def _lead(self, epoch: int, members: tuple[int, ...]) -> tuple[int, ...]:
+        self._call(epoch)
         missing = {member for member in members if member != LEADER}
         deadline = time.monotonic() + self._grace_s
         while time.monotonic() < deadline:

@@ -59,9 +59,9 @@ def open_expert_ranks(
     number, tensor_rank = divmod(group.rank, group.tensor_parallel_size)
 
     def meet(name: str, rank: int, width: int, beside: bool) -> Collectives:
-        place = GroupPlace(
-            f"{settings.worker_id}/{settings.incarnation}/{name}-{tensor_rank}", rank, width, group.host, _TIMEOUT_S
-        )
+        life = f"{settings.worker_id}/{settings.incarnation}/{name}-{tensor_rank}"
+        # What runs beside steps must not spin for cores that steps want.
+        place = GroupPlace(life, rank, width, group.host, _TIMEOUT_S, share_memory=not beside)
         found = open_group(place, store, device)
         # What runs beside steps says nothing about where a step stands.
         return found if beside else WatchedCollectives(found, member.progress)

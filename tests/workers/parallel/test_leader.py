@@ -14,7 +14,14 @@ from fakes.random_plans import make_plan
 from penstock.workers.errors import ConfigError, GroupError, IntegrityError, PenstockError
 from penstock.workers.parallel import fence
 from penstock.workers.parallel.follower import EXIT_FAILED, Follower, FollowerParts
-from penstock.workers.parallel.group_messages import ForgetSession, Joined, SessionOver, SwitchExperts
+from penstock.workers.parallel.group_messages import (
+    ForgetSession,
+    GroupMessage,
+    Joined,
+    MeetAgain,
+    PumpExperts,
+    SessionOver,
+)
 from penstock.workers.parallel.leader import GroupLeader
 from penstock.workers.scheduler.plan import StepPlan
 from penstock.workers.settings import GroupSettings, WorkerSettings
@@ -202,18 +209,19 @@ def test_a_plan_out_of_order_is_refused_before_it_runs(ranks: Ranks) -> None:
     ranks.meet()
     ranks.complete()
     ranks.serve()
-    ranks.leader.sender._links[0]._sent += 1
+    ranks.leader.sender._links[1]._sent += 1
     ranks.leader.sender.send_plan(make_plan(1, 2))
     ranks.until(lambda: "served" in ranks.codes)
     assert ranks.runner.steps == []
     assert ranks.codes["served"] == EXIT_FAILED
 
 
-def test_experts_that_are_not_there_cannot_be_switched(ranks: Ranks) -> None:
+@pytest.mark.parametrize("message", [MeetAgain(1), PumpExperts()])
+def test_a_rank_that_cannot_go_on_without_others_is_not_asked_to(message: GroupMessage, ranks: Ranks) -> None:
     ranks.meet()
     ranks.complete()
     ranks.serve()
-    ranks.leader.sender.send(SwitchExperts(2))
+    ranks.leader.sender.send(message)
     ranks.until(lambda: "served" in ranks.codes)
     assert ranks.codes["served"] == EXIT_FAILED
 

@@ -104,7 +104,7 @@ def test_shared_memory_that_changed_is_noticed(channels: Channels) -> None:
 
 def test_a_lost_plan_is_noticed_by_the_next(channels: Channels) -> None:
     sender, (receiver,) = channels.open(1)
-    (link,) = sender._links
+    (link,) = sender._links.values()
     whole = link._write
     link._write = lambda data: None  # type: ignore[method-assign]
     sender.send_plan(make_plan(1, 2))
