@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -11,12 +12,11 @@ from fakes.loopback_transfer import LoopbackFabric, LoopbackTransfer
 from penstock.router.logprobs import PromptScores
 from penstock.workers import inbox as inbox_module
 from penstock.workers.engine import Engine, EngineParts
-from penstock.workers.errors import DeviceError
+from penstock.workers.errors import BanksLostError, DeviceError, ExpertsGoneError
 from penstock.workers.handover import GranterIdentity, HandOver
 from penstock.workers.inbox import Attached, Detached, Drain
-from penstock.workers.kv.banks import Bank
-from penstock.workers.kv.block_pool import BlockPool
-from penstock.workers.kv.prefix_cache import PrefixCache, chain_digests
+from penstock.workers.kv.banks import make_banks
+from penstock.workers.kv.prefix_cache import chain_digests
 from penstock.workers.kv.storage import KVStorage
 from penstock.workers.kv_feed import KVEventFeed
 from penstock.workers.oracle import OracleRunner, expected_embedding, expected_tokens, oracle_layout
@@ -102,22 +102,28 @@ class Faulty:
 class Bench:
     """One engine on a clock that the test turns."""
 
-    def __init__(self, fabric: LoopbackFabric, name: str = "w", num_blocks: int = 64, **limits: Any) -> None:
+    def __init__(
+        self, fabric: LoopbackFabric, name: str = "w", num_blocks: int = 64, banks: int = 1, **limits: Any
+    ) -> None:
         self.now = 100.0
         kv = KVSettings(block_size=BLOCK, num_blocks=num_blocks)
         runner_settings = RunnerSettings(kind="oracle", oracle_vocab=VOCAB)
         layout = oracle_layout(runner_settings, kv)
         self.storage = KVStorage.create(num_blocks, layout.block_bytes)
-        pool = BlockPool(num_blocks, self.storage.generations)
-        cache = PrefixCache(pool)
+        made = make_banks(banks, num_blocks // banks, self.storage.generations, prefix_caching=True)
+        cache = made[0].cache
         self.told = Told()
-        self.scheduler = Scheduler(SchedulerSettings(max_model_len=200, **limits), layout, Bank(pool, cache))
+        self.scheduler = Scheduler(SchedulerSettings(max_model_len=200 // banks, **limits), layout, *made)
         self.transfer = LoopbackTransfer(fabric, name, self.storage)
         self.runner = Faulty(OracleRunner(runner_settings, layout, self.storage.data))
         serial = itertools.count(1)
         identity = GranterIdentity(name, 1, "host", layout.compatibility, 10.0)
         self.handover = HandOver(self.transfer, identity, lambda: f"{name}{next(serial)}".encode().ljust(16))
-        parts = EngineParts(self.scheduler, self.runner, self.handover, KVEventFeed(cache, self.told), self.told)
+        feed = KVEventFeed(cache, self.told)
+        self.idle: list[Exception | bool] = []
+        parts = EngineParts(
+            self.scheduler, self.runner, self.handover, feed, self.told, prepare=lambda: self._prepare()
+        )
         self.awake = threading.Event()
         self.engine = Engine(parts, lambda: self.now, self.awake)
         self.engine.post("r", Attached(5.0))
@@ -135,6 +141,23 @@ class Bench:
             if not self.engine.step():
                 return
         raise AssertionError("never idle")
+
+    def _prepare(self) -> bool:
+        found = self.idle.pop() if self.idle else False
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def run_until(self, ready: Any) -> None:
+        """On the engine's own thread, as in a worker."""
+        running = threading.Thread(target=self.engine.run)
+        running.start()
+        give_up = time.monotonic() + 10
+        while not ready() and time.monotonic() < give_up:
+            time.sleep(0.01)
+        self.engine.stop()
+        running.join(10)
+        assert ready()
 
     def all_free(self) -> bool:
         stats = self.scheduler.stats()
@@ -568,3 +591,41 @@ def test_idle_moments_are_used_for_preparation_and_work_comes_first(fabric: Loop
     bench.engine.run()
     assert bench.told.text(1)[1] is EndReason.LENGTH
     assert seen == [0, 0, 0, 0]  # never beside running work, and until there is none left
+
+
+def test_sequences_whose_bank_is_lost_go_on_in_another(fabric: LoopbackFabric) -> None:
+    bench = Bench(fabric, banks=2)
+    asked = {slot: request(9, max_tokens=12, salt=slot) for slot in range(4)}
+    for slot, each in asked.items():
+        bench.post(Generate(slot, 1, each))
+    bench.step(3)
+    bench.runner.failures = [BanksLostError("rank 1 is gone", (1,))]
+    bench.until_idle()
+    for slot, each in asked.items():
+        assert bench.told.text(slot) == (answer(each), EndReason.LENGTH)
+    assert bench.told.of(Failed) == []
+    load = bench.engine.load()
+    assert (load.free_blocks, load.totals.blocks_lost, load.preemptions) == (32, 32, 2)
+
+
+def test_a_bank_that_is_lost_while_nothing_runs_takes_no_more(fabric: LoopbackFabric) -> None:
+    bench = Bench(fabric, banks=2)
+    bench.post(Reserve(1, 1, request(9, salt=1)))
+    bench.post(Reserve(2, 1, request(9, salt=2)))
+    bench.step()
+    assert len(bench.told.of(Granted)) == 2
+    bench.idle = [BanksLostError("rank 1 is gone", (1,))]
+    bench.run_until(lambda: bench.engine.load().totals.blocks_lost == 32)
+    (failed,) = bench.told.of(Failed)  # the one whose blocks a peer was to write there
+    assert failed.code is FailureCode.TRANSFER_FAILED
+    bench.scheduler.check_integrity()
+
+
+def test_experts_that_stay_gone_are_named_to_whom_they_fail(fabric: LoopbackFabric) -> None:
+    bench = Bench(fabric)
+    bench.post(Generate(1, 1, request()))
+    bench.runner.failures = [ExpertsGoneError("nobody can refill layer 0: experts 4, 5", ((0, 4), (0, 5)))]
+    bench.step()
+    (failed,) = bench.told.of(Failed)
+    assert (failed.code, failed.message) == (FailureCode.INTERNAL, "nobody can refill layer 0: experts 4, 5")
+    assert bench.all_free()
