@@ -75,8 +75,17 @@ def plant(tmp_path_factory: pytest.TempPathFactory) -> Plant:
 class Drill:
     """A cluster under streams; afterwards no block is held, no process is left and no worker was started again."""
 
-    def __init__(self, plant: Plant, workers: Sequence[WorkerSettings], log: Path, **cluster: Any) -> None:
+    def __init__(
+        self,
+        plant: Plant,
+        workers: Sequence[WorkerSettings],
+        log: Path,
+        first_fault_at: int = STREAMS * 12,
+        **cluster: Any,
+    ) -> None:
+        """`first_fault_at`: tokens of all streams after which the first fault comes."""
         self.plant = plant
+        self._fault_at = first_fault_at
         self.log = log
         self.victim = workers[-1].worker_id
         self._cluster = LocalCluster(workers, log_file=log, **cluster)
@@ -94,7 +103,7 @@ class Drill:
             pids = [pid for status in cluster.fleet.workers() for pid in status.pids]
             for number, fault in enumerate(waves):
                 streams = Streams(cluster, self.plant.requests(tokens, number))
-                await streams.until_tokens(STREAMS * 12)
+                await streams.until_tokens(STREAMS * 12 if number else self._fault_at)
                 await fault(cluster.process(self.victim))
                 found.append(await streams.ended())
                 print(f"longest gap {found[-1].longest_gap_s:.2f} s, failed {found[-1].failed}")
@@ -231,6 +240,20 @@ def test_a_rank_that_sends_or_takes_kv_is_killed(victim: Role, plant: Plant, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("experts", [True, False])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_prompts_that_ranks_compute_together(rank: int, experts: bool, plant: Plant, tmp_path: Path) -> None:
+    """A rank is killed while they do, chunk by chunk; ranks that have all experts themselves go on as well."""
+    together = {"context_parallel_size": RANKS, "context_parallel_threshold": 16}
+    alone = {} if experts else {"expert_parallel_size": 1, "redundant_experts": 0}
+    worker = expert_worker(plant.model_dir, RANKS, **together, **alone)
+    worker = replace(worker, scheduler=replace(worker.scheduler, long_prefill_token_threshold=16))
+    drill = Drill(plant, [worker], tmp_path / "log", first_fault_at=1)
+    require_right(plant, drill.run(signals(signal.SIGKILL, rank), nothing))
+    assert drill.statuses[0].ranks_lost == 1
+
+
+@pytest.mark.slow
 def test_an_idle_group_goes_on_too(plant: Plant, tmp_path: Path) -> None:
     async def scenario() -> None:
         worker = expert_worker(plant.model_dir, RANKS, redundant_experts=0)
@@ -247,6 +270,34 @@ def test_an_idle_group_goes_on_too(plant: Plant, tmp_path: Path) -> None:
     wanted = plant.texts()  # before this loop runs
     assert len(wanted) == STREAMS
     asyncio.run(asyncio.wait_for(scenario(), 90))
+
+
+@pytest.mark.slow
+def test_experts_follow_the_load_while_they_serve(tmp_path: Path) -> None:
+    """A power-law router over 16 experts; no text changes when they move."""
+    model_dir = expert_checkpoint(tmp_path / "model", experts=16, favour=1.2)
+    requests = [expert_request(number, 200, sampled=True) for number in range(48)]
+    (wanted,) = asyncio.run(undisturbed(model_dir, [requests], tmp_path / "log"))
+    worker = expert_worker(model_dir, RANKS, redundant_experts=1, expert_rebalance_steps=40)
+
+    async def scenario() -> list[float]:
+        said: list[float] = []
+        async with LocalCluster([replace(worker, heartbeat_s=0.05)], log_file=tmp_path / "log") as cluster:
+            streams = Streams(cluster, requests)
+            ending = asyncio.ensure_future(streams.ended())
+            while not ending.done():
+                await asyncio.sleep(0.02)
+                status = cluster.fleet.workers()[0]
+                if status.step < 40 and status.step:
+                    said = [status.totals.expert_skew]
+            answers = await ending
+            assert answers.failed == []
+            assert answers.wrong(wanted) == 0
+            return [*said, cluster.fleet.workers()[0].totals.expert_skew]
+
+    before, after = asyncio.run(asyncio.wait_for(scenario(), 100))
+    assert before > 1.4, "there is something to level"
+    assert after <= 1.2
 
 
 @pytest.mark.slow

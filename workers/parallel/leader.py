@@ -143,8 +143,8 @@ class GroupLeader:
 
     @property
     def on_one_host(self) -> bool:
-        """Every rank is on this host, so that one that is lost can be made sure to have ended."""
-        return len(self._processes) == self.width - 1
+        """Every rank is on this host and can be ended from here, so that a lost one is sure to have ended."""
+        return len(self._processes) == self.width - 1 and all(process.held for process in self._processes)
 
     def is_alive(self, rank: int) -> bool:
         """Whether this rank may still come to where the others are."""
