@@ -133,6 +133,11 @@ class Follower:
         """Ranks of the group."""
         return self._settings.group.width
 
+    @property
+    def serves(self) -> bool:
+        """All ranks have loaded."""
+        return self._num_blocks is not None
+
     # --- start ------------------------------------------------------------------------------------------------------
 
     def wake(self) -> None:

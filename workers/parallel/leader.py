@@ -92,6 +92,11 @@ class GroupLeader:
         """This one's."""
         return 0
 
+    @property
+    def serves(self) -> bool:
+        """All ranks have loaded."""
+        return self._watch.armed
+
     # --- start ------------------------------------------------------------------------------------------------------
 
     def meet(self) -> None:
