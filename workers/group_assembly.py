@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from penstock.workers.computing import Computing, RankGroup, build_computing
 from penstock.workers.errors import ConfigError
 from penstock.workers.kv.layout import KVLayout
-from penstock.workers.parallel.attention_ranks import Banks
 from penstock.workers.parallel.follower import Follower, FollowerParts
 from penstock.workers.parallel.group_messages import Joined, MeetAgain, PumpExperts, SessionOver
 from penstock.workers.parallel.group_runner import GroupRunner
@@ -196,6 +195,8 @@ def use_banks(settings: WorkerSettings, computing: Computing, num_blocks: int) -
     group, model = settings.group, computing.model
     if model is None or attention_ranks(settings) == 1:
         return num_blocks
+    from penstock.workers.parallel.attention_ranks import Banks  # late: it imports torch
+
     needed = computing.layout.blocks_for(settings.scheduler.max_model_len)
     shares = group.context_parallel_size > 1 and group.context_parallel_threshold > 0
     banks = Banks(num_blocks - needed, needed, group.context_parallel_threshold) if shares else Banks(num_blocks)
