@@ -4,7 +4,9 @@ The controller gives it to the supervisor. A worker of width K is K actors in on
 so that they outlive a controller that Ray restarts, and leased, so that they do not outlive the cluster. One that Ray
 cannot place yet waits for as long as it takes, and it is said for what. Knows nothing of what a worker does.
 
-Invariant: a worker is all of its actors or none: what ends one ends the others, and gives back what they held.
+Invariant: a worker is all of its actors or none: what ends one ends the others, and gives back what they held. Only
+a group that may go on without some of its ranks is whole as long as rank 0 lives; a controller that comes back then
+does not adopt what is left of it, but starts it anew.
 """
 
 from __future__ import annotations
@@ -47,9 +49,15 @@ class HostedActor:
     """One running worker: an actor, or one for each of its ranks."""
 
     def __init__(
-        self, handles: Sequence[Any], facts: Sequence[Mapping[str, object]], placement: Placement | None = None
+        self,
+        handles: Sequence[Any],
+        facts: Sequence[Mapping[str, object]],
+        placement: Placement | None = None,
+        *,
+        outlives_ranks: bool = False,
     ) -> None:
-        """`handles` and `facts` by rank."""
+        """`handles` and `facts` by rank. `outlives_ranks`: it is rank 0's to end the others."""
+        self._deciding = 1 if outlives_ranks else len(handles)
         self.handles = tuple(handles)
         self.pids = tuple(int(str(each["pid"])) for each in facts)
         self.facts = {**facts[0], "width": len(handles), "pids": self.pids}
@@ -69,7 +77,7 @@ class HostedActor:
         """Returns once all its actors are gone; Ray fails the pending call at once when the process of one dies."""
         waits = [asyncio.ensure_future(_gone(handle)) for handle in self.handles]
         try:
-            await until_done(waits, 1)
+            await until_done(waits[: self._deciding], 1)
             first = {rank: one.result() for rank, one in enumerate(waits) if one.done()}
             await until_done(waits, len(waits), FOLLOW_S)
         finally:
@@ -155,7 +163,7 @@ class ActorHost:
         worker_id, adopted = settings.worker_id, None
         lives = self._orphans.get(worker_id, {})
         for life in sorted(lives, key=lambda life: int(life.rpartition("/")[2]), reverse=True):
-            adopted = await self._adopt_life(life, lives[life], settings.group.width)
+            adopted = await self._adopt_life(life, lives[life], settings)
             if adopted is not None:
                 del lives[life]
                 placement = self._placements.pop(life, None)
@@ -165,8 +173,9 @@ class ActorHost:
         self._end_orphans(worker_id)
         return adopted
 
-    async def _adopt_life(self, life: str, names: Mapping[int, str], width: int) -> HostedActor | None:
+    async def _adopt_life(self, life: str, names: Mapping[int, str], settings: WorkerSettings) -> HostedActor | None:
         """None where a rank is missing, or was still starting when its controller died."""
+        width = settings.group.width
         if sorted(names) != list(range(width)):
             return None
         try:
@@ -175,7 +184,10 @@ class ActorHost:
             facts = await asyncio.wait_for(answers, ANSWER_TIMEOUT_S)
         except (ValueError, RayError, TimeoutError):
             return None
-        return HostedActor(handles, facts, self._placements.get(life)) if all(facts) else None
+        if not all(facts):
+            return None
+        outlives = settings.group.may_outlive_ranks
+        return HostedActor(handles, facts, self._placements.get(life), outlives_ranks=outlives)
 
     def _end_orphans(self, worker_id: str) -> None:
         for names in self._orphans.pop(worker_id, {}).values():
@@ -206,7 +218,7 @@ class ActorHost:
             raise
         finally:
             renewal.cancel()
-        return HostedActor(handles, facts, placement)
+        return HostedActor(handles, facts, placement, outlives_ranks=settings.group.may_outlive_ranks)
 
     def _actor(self, settings: WorkerSettings, needs: ActorNeeds, life: str, placement: Placement | None) -> Any:
         """Ask Ray for the actor of one rank."""

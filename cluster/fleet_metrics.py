@@ -32,6 +32,9 @@ _GAUGES: tuple[tuple[str, str, Callable[[WorkerStatus], float]], ...] = (
     ("kv_quarantined_blocks", "Held until a writer is fenced", lambda w: w.kv_quarantined_blocks),
     ("kv_transfers", "Transfer sessions open", lambda w: w.transfers),
     ("worker_ranks", "Processes that the worker consists of", lambda w: w.width),
+    ("worker_ranks_lost", "Of them, those that are gone; the worker goes on without", lambda w: w.ranks_lost),
+    ("experts_gone", "Experts, over all layers, that no rank holds", lambda w: w.totals.experts_gone),
+    ("expert_rank_skew", "Rows of the fullest expert rank / mean, worst layer", lambda w: w.totals.expert_skew),
     ("worker_up", "1 when the worker is ready", lambda w: float(w.state == "ready")),
     ("worker_restarts", "Times the worker was started again", lambda w: w.restarts),
 )

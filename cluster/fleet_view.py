@@ -51,8 +51,10 @@ def worker_status(view: LinkView) -> WorkerStatus:
             "kv_free_blocks": load.free_blocks,
             "kv_cached_blocks": load.cached_blocks,
             "kv_quarantined_blocks": load.quarantined_blocks,
+            "ranks_lost": load.totals.ranks_lost,
             "totals": load.totals,
         }
+    lost = load.totals.blocks_lost if load is not None else 0
     state = "draining" if load is not None and load.draining else entry.state.value
     return WorkerStatus(
         id=entry.worker_id,
@@ -65,7 +67,7 @@ def worker_status(view: LinkView) -> WorkerStatus:
         reason=view.refused or entry.reason,
         placement=entry.placement,
         age_s=round(view.load_age_s, 3) if load is not None else None,
-        kv_blocks=welcome.num_blocks if welcome is not None else 0,
+        kv_blocks=welcome.num_blocks - lost if welcome is not None else 0,
         kv_block_size=welcome.block_size if welcome is not None else 0,
         **figures,
     )

@@ -87,8 +87,8 @@ class RankSettings:
 
     context_parallel_threshold: int = 1024  # tokens of one prompt in one step from which on copies share it; 0 = never
     redundant_experts: int = 0  # slots of each rank and layer beyond those that hold every expert once
-    expert_rebalance_steps: int = 256  # experts may move so often; 0 = never; no worker moves them yet
-    lost_experts: str = "refuse"  # refuse | degrade, once a group outlives a rank: tokens whose expert is gone
+    expert_rebalance_steps: int = 256  # experts may move so often, in steps; 0 = only after a rank was lost
+    lost_experts: str = "refuse"  # refuse | degrade: steps whose tokens chose an expert that went with its rank
     start_timeout_s: float = 300.0  # from the first rank's start until all have loaded
     heartbeat_s: float = 0.5
     silence_s: float = 2.0  # a rank that says nothing for so long ends the group

@@ -36,6 +36,7 @@ class WorkerStatus:
     transfers: int = 0
     preemptions: int = 0
     step: int = 0
+    ranks_lost: int = 0  # without which the worker goes on, until it is started again
     kv_blocks: int = 0
     kv_free_blocks: int = 0
     kv_cached_blocks: int = 0

@@ -64,14 +64,18 @@ class WorkerProcess:
         return self.settings.incarnation
 
     async def ended(self) -> str:
-        """Returns once rank 0 is gone, and all others with it; says how each ended that did not follow another."""
+        """Returns once rank 0 is gone, and all others with it; says how each ended that did not follow another.
+
+        A group that may go on without some of its ranks is rank 0's to end; its other ranks end rank 0 if it hangs.
+        """
         waits = [asyncio.ensure_future(process.wait()) for process in self._processes]
         try:
-            await until_done(waits, 1)
-            if not waits[0].done():  # at an orderly end the others are first, too
-                await until_done(waits[:1], 1, LEAD_S)
-            if not waits[0].done():
-                self.signal(signal.SIGKILL)
+            if not self.settings.group.may_outlive_ranks:
+                await until_done(waits, 1)
+                if not waits[0].done():  # at an orderly end the others are first, too
+                    await until_done(waits[:1], 1, LEAD_S)
+                if not waits[0].done():
+                    self.signal(signal.SIGKILL)
             await waits[0]
             await until_done(waits, len(waits), FOLLOW_S)
             late = [not wait.done() for wait in waits]

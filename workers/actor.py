@@ -4,7 +4,7 @@
 for the node's address, where the settings leave the worker's open. Calls are for control only: requests and tokens go
 over the worker's own gRPC streams, steps over the group's own channel.
 
-Fate: the process ends, and with it the actor, when the engine fails, when another rank of its group is gone, or when
+Fate: the process ends, and with it the actor, when the engine fails, when its group ends or goes on without it, or when
 the controller has not renewed the lease for `lease_s`: a worker whose cluster is gone must not stay behind. Nobody has
 to notice by asking: streams break, and the pending call of `ended` fails.
 """

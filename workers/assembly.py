@@ -21,7 +21,6 @@ from penstock.workers.engine import Engine, EngineParts
 from penstock.workers.group_assembly import (
     attention_ranks,
     bank_addresses,
-    complete_group,
     lead_computing,
     lead_transfer,
 )
@@ -146,9 +145,8 @@ def build_worker(
     began = time.monotonic()
     count = attention_ranks(settings)
     awake = threading.Event()
-    computing = _build_runner(settings) if leader is None else lead_computing(settings, leader)
+    computing, num_blocks = _build_computing(settings, leader)
     storage, layout = computing.storage, computing.layout
-    num_blocks = storage.num_blocks if leader is None else complete_group(settings, leader, computing)
     # Sequences on other attention ranks have blocks that no storage of this process holds.
     generations = storage.generations[:num_blocks] if count == 1 else np.zeros(count * num_blocks, np.uint64)
     banks = make_banks(count, num_blocks, generations, prefix_caching=settings.kv.prefix_caching)
@@ -187,7 +185,7 @@ def build_worker(
     )
     sink = open_sink(settings.tracing, settings.worker_id)
     tracer = WorkerTracer(sink, settings.worker_id) if sink is not None else None
-    observation = Observation(storage.block_bytes, tracer)
+    observation = Observation(storage.block_bytes, tracer, group=computing.group_totals)
     handover = HandOver(transfer, identity, lambda: os.urandom(_SESSION_ID_BYTES), observation)
     feed = KVEventFeed(BankedCaches(caches) if len(caches) > 1 else next(iter(caches), None), service)
     parts = EngineParts(
@@ -196,6 +194,14 @@ def build_worker(
     engine = Engine(parts, time.monotonic, awake)
     facts = _facts(settings, count * num_blocks, storage.block_bytes, transfer.address, time.monotonic() - began)
     return Worker(settings, facts, engine, service, transfer, sink, leader)
+
+
+def _build_computing(settings: WorkerSettings, leader: GroupLeader | None) -> tuple[Computing, int]:
+    """What computes, and the blocks of a bank."""
+    if leader is not None:
+        return lead_computing(settings, leader)
+    computing = _build_runner(settings)
+    return computing, computing.storage.num_blocks
 
 
 def _build_runner(settings: WorkerSettings) -> Computing:

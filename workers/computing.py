@@ -16,6 +16,7 @@ from penstock.workers.oracle import OracleGroup, OracleRunner, oracle_layout
 from penstock.workers.parallel.shards import WHOLE, TensorShard
 from penstock.workers.scheduler.plan import Runner, StartStep
 from penstock.workers.settings import WorkerSettings
+from penstock.workers.totals import GroupTotals
 from penstock.workers.transfer.port import BlockStorage
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Computing:
     prepare: Callable[[], bool] | None = None  # see EngineParts
     model: ModelRunner | None = None  # the runner, where it is a model's
     start: StartStep | None = None  # see EngineParts
+    group_totals: Callable[[], GroupTotals] = GroupTotals  # of its ranks, where there are several
 
 
 @dataclass(frozen=True, slots=True)

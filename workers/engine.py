@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from penstock.workers.errors import BanksLostError
 from penstock.workers.frames import frame_of_ended, prompt_logprobs_of, split_by_router
 from penstock.workers.handover import HandOver
 from penstock.workers.inbox import Attached, Detached, Drain, Inbox, Post
@@ -37,6 +38,7 @@ from penstock.workers.protocol import (
     RequestSnapshot,
     Reserve,
     Started,
+    Tokens,
 )
 from penstock.workers.request_check import problem_with_tokens
 from penstock.workers.scheduler.events import (
@@ -51,7 +53,7 @@ from penstock.workers.scheduler.events import (
     StepOutcome,
     Work,
 )
-from penstock.workers.scheduler.plan import Runner, StartStep
+from penstock.workers.scheduler.plan import Runner, StartStep, StepPlan
 from penstock.workers.scheduler.scheduler import Scheduler
 from penstock.workers.step_runs import Landed, StepRuns
 
@@ -133,7 +135,7 @@ class Engine:
             len(self._handover),
             stats.preemptions,
             stats.draining,
-            self._observation.totals(stats.reserved),
+            self._observation.totals(stats.reserved, stats.lost_blocks),
         )
 
     # --- engine thread ---
@@ -142,7 +144,7 @@ class Engine:
         """Step until stopped; sleep while there is nothing to do."""
         while not self._stopping:
             self._awake.clear()
-            if self.step() or (self._prepare is not None and self._prepare()):
+            if self.step() or self._use_idle_time():
                 continue
             self._awake.wait(self._sleep_s())
         self._take_in(self._steps.turn(None))
@@ -154,7 +156,11 @@ class Engine:
         self._handover.poll(self._scheduler, now)
         plan = self._scheduler.plan(now)
         self._report_events()  # what was granted or started is said before its first token
-        landed = self._steps.turn(plan)
+        try:
+            landed = self._steps.turn(plan)
+        except BanksLostError as error:
+            landed = []
+            self._go_on_without(error.banks, plan)
         self._take_in(landed)
         idle = plan is None and not landed
         self._feed.flush(now, idle=idle)
@@ -169,14 +175,30 @@ class Engine:
 
     def _take_in(self, landed: list[Landed]) -> None:
         """What steps brought goes to those who wait for it."""
-        for step, outcome, lost in landed:
+        for step, outcome, lost, reason in landed:
             if outcome is not None:
                 self._report_tokens(step, outcome)
                 self._handover.offer(outcome.offers, outcome.sent_tails)
                 self._report_events()
             for key in lost:
                 self._handover.drop(key, "the step failed")
-                self._fail(key, FailureCode.INTERNAL, "the step that computed this request failed")
+                self._fail(key, FailureCode.INTERNAL, reason)
+
+    def _use_idle_time(self) -> bool:
+        """One piece of work for idle moments; False where there is none."""
+        if self._prepare is None:
+            return False
+        try:
+            return self._prepare()
+        except BanksLostError as error:
+            self._go_on_without(error.banks)
+            return True
+
+    def _go_on_without(self, banks: Tokens, plan: StepPlan | None = None) -> None:
+        """Ranks are gone with their blocks: first their transfers end, then what they computed moves elsewhere."""
+        self._handover.poll(self._scheduler, self._clock())
+        self._scheduler.lose_banks(banks, plan)
+        self._report_events()
 
     # --- what comes in ---
 

@@ -6,8 +6,9 @@
     ├── WireError            bytes from another process that do not decode to a known message
     ├── IntegrityError       a check of our own bookkeeping failed: a defect of Penstock, never the caller's fault
     ├── DeviceError          the accelerator or the runner is gone for good; the worker process ends, quickly
-    │   └── GroupError       a rank of this worker's group is gone, silent or stuck; the whole group ends
+    │   └── GroupError       a rank of this worker's group is gone, silent or stuck; the others end too, or go on
     ├── ExpertsGoneError     no rank holds these experts any more; steps go on once they are refilled
+    ├── BanksLostError       ranks are gone with their KV blocks, the others go on; this step is to be planned anew
     ├── RequestError         the caller's request is wrong; names the field (HTTP 400 family)
     └── RefusedError         the request was fine, but cannot be served (now); carries a FailureCode
 
@@ -68,6 +69,17 @@ class ExpertsGoneError(PenstockError):
     def __init__(self, message: str, experts: tuple[tuple[int, int], ...]) -> None:
         super().__init__(message)
         self.experts = experts
+
+
+class BanksLostError(PenstockError):
+    """Ranks are gone, and the others have met again without them; no step was computed.
+
+    `banks` are those whose KV blocks went with their ranks (`kv/banks.py`).
+    """
+
+    def __init__(self, message: str, banks: tuple[int, ...]) -> None:
+        super().__init__(message)
+        self.banks = banks
 
 
 class RequestError(PenstockError):

@@ -22,6 +22,7 @@ from penstock.workers.parallel.expert_weights import ExpertShape
 from penstock.workers.parallel.shards import TensorShard
 
 KEY = "expert_parallel_size"
+_HALF_LIFE_STEPS = 256  # of the observed load, where nothing is levelled by it
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,9 @@ def spread_experts(
     slots = min(how.count, -(-how.count // width) + spread.redundant)
     # More copies than one are worth their slots where there are slots to spare; hot experts come first.
     limits = PlacementLimits(slots, least_copies=2 if slots * width >= 2 * how.count else 1)
-    policy = ExpertPolicy(limits, rebalance_steps=spread.rebalance_steps, losses=spread.losses)
+    # What was asked before the placement last changed is soon forgotten, by the planner and by the figures.
+    half_life = float(spread.rebalance_steps or _HALF_LIFE_STEPS)
+    policy = ExpertPolicy(limits, spread.rebalance_steps, half_life, spread.losses)
     source = CheckpointExperts(how, config.hidden_size, checkpoint, dtype, shard)
     experts = ExpertParallel(ExpertRank(ranks.attention.rank, width), shape, source, policy, ranks.meet)
     experts.regroup(tuple(range(width)), epoch=0)

@@ -11,18 +11,18 @@ import gc
 import logging
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from penstock.workers.computing import Computing, RankGroup, build_computing
 from penstock.workers.errors import ConfigError
 from penstock.workers.kv.layout import KVLayout
-from penstock.workers.parallel.attention_ranks import Banks
 from penstock.workers.parallel.follower import Follower, FollowerParts
-from penstock.workers.parallel.group_messages import Joined, SessionOver
+from penstock.workers.parallel.group_messages import Joined, MeetAgain, PumpExperts, SessionOver
 from penstock.workers.parallel.group_runner import GroupRunner
 from penstock.workers.parallel.group_transfer import GroupRanks, GroupTransfer
 from penstock.workers.parallel.leader import GroupLeader
 from penstock.workers.parallel.oracle_sums import FollowerSums, LeaderSums
+from penstock.workers.parallel.rank_progress import RankProgress
 from penstock.workers.parallel.shards import TensorShard
 from penstock.workers.settings import WorkerSettings
 from penstock.workers.transfer.engine import TransferEngine
@@ -33,30 +33,44 @@ if TYPE_CHECKING:
 
     from penstock.workers.expert_ranks import ExpertRanks
     from penstock.workers.parallel.collectives import Collectives
+    from penstock.workers.parallel.rank_survival import LeadingRank, SurvivingRank
 
 log = logging.getLogger(__name__)
 
+_LEAST_GRACE_S = 5.0
 
-def lead_computing(settings: WorkerSettings, leader: GroupLeader) -> Computing:
-    """Wait for the followers, then load this rank; the runner is that of the group. Raises ConfigError, GroupError."""
+
+@dataclasses.dataclass(slots=True)
+class _Opened:
+    """What a rank has to the others once its groups are open."""
+
+    store: Any = None
+    ranks: ExpertRanks | None = None
+
+
+def lead_computing(settings: WorkerSettings, leader: GroupLeader) -> tuple[Computing, int]:
+    """Wait for the followers, load this rank, wait until all have: what computes for the group, and a bank's blocks.
+
+    Raises ConfigError, GroupError.
+    """
     leader.meet()
+    opened = _Opened()
 
     def collectives(device: torch.device) -> tuple[Collectives, ExpertRanks | None]:
         # Late: it imports torch.
         from penstock.workers.parallel.group_collectives import lead_store, open_expert_ranks, open_tensor_group
 
-        store = lead_store(leader, settings)
-        tensor = open_tensor_group(leader, settings, store, device)
-        return tensor, open_expert_ranks(leader, settings, store, device)
+        opened.store = lead_store(leader, settings)
+        tensor = open_tensor_group(leader, settings, opened.store, device)
+        opened.ranks = open_expert_ranks(leader, settings, opened.store, device)
+        return tensor, opened.ranks
 
     own = build_computing(settings, RankGroup(_shard(settings), LeaderSums(leader), collectives))
-    return dataclasses.replace(own, runner=GroupRunner(own.runner, leader))
-
-
-def complete_group(settings: WorkerSettings, leader: GroupLeader, computing: Computing) -> int:
-    """All ranks have loaded: the number of blocks that all have. Raises ConfigError, GroupError."""
-    num_blocks = leader.complete(fingerprint(computing.layout), computing.storage.num_blocks)
-    return use_banks(settings, computing, num_blocks)
+    num_blocks = use_banks(settings, own, leader.complete(fingerprint(own.layout), own.storage.num_blocks))
+    survival = lead_survival(settings, leader, own, opened)
+    runner = GroupRunner(own.runner, leader, survival)
+    prepare = runner.use_idle_time if survival is not None else own.prepare
+    return dataclasses.replace(own, runner=runner, prepare=prepare, group_totals=runner.totals), num_blocks
 
 
 def lead_transfer(
@@ -66,24 +80,31 @@ def lead_transfer(
     ranks = GroupRanks(leader.width // attention_ranks(settings), bank_blocks)
     transfer = GroupTransfer(own, ranks, leader.sender.send)
 
+    def lost(rank: int) -> None:
+        transfer.lose(rank)
+        wake()
+
     def heard(rank: int, over: SessionOver) -> None:
         transfer.heard(rank, over)
         wake()
 
     leader.on_session_over = heard
+    leader.on_loss = lost
     return transfer
 
 
 def build_follower(settings: WorkerSettings, follower: Follower) -> FollowerParts:
     """Load this rank and wait for the others. Raises ConfigError, ModelError, GroupError."""
     began = time.monotonic()
+    opened = _Opened()
 
     def collectives(device: torch.device) -> tuple[Collectives, ExpertRanks | None]:
         from penstock.workers.parallel.group_collectives import follow_store, open_expert_ranks, open_tensor_group
 
-        store = follow_store(follower, settings)
-        tensor = open_tensor_group(follower, settings, store, device)
-        return tensor, open_expert_ranks(follower, settings, store, device)
+        opened.store = follow_store(follower, settings)
+        tensor = open_tensor_group(follower, settings, opened.store, device)
+        opened.ranks = open_expert_ranks(follower, settings, opened.store, device)
+        return tensor, opened.ranks
 
     computing = build_computing(settings, RankGroup(_shard(settings), FollowerSums(follower), collectives))
     storage, layout = computing.storage, computing.layout
@@ -107,7 +128,51 @@ def build_follower(settings: WorkerSettings, follower: Follower) -> FollowerPart
     gc.collect()
     gc.freeze()  # as in rank 0: what is loaded stays
     bank = settings.group.rank // settings.group.tensor_parallel_size if attention_ranks(settings) > 1 else 0
-    return FollowerParts(computing.runner, storage.generations[:num_blocks], transfer, bank)
+    survival = surviving_rank(settings, follower.progress, computing, opened)
+    return FollowerParts(computing.runner, storage.generations[:num_blocks], transfer, bank, survival)
+
+
+def surviving_rank(
+    settings: WorkerSettings,
+    progress: RankProgress,
+    computing: Computing,
+    opened: _Opened,
+    alive: Callable[[int], bool] = lambda _rank: True,
+    call: Callable[[int], object] = lambda _epoch: None,
+) -> SurvivingRank | None:
+    """This rank's part in going on when others are lost, as far as it can tell; None where the group ends by that.
+
+    `alive` and `call` are rank 0's; see `Membership`.
+    """
+    ranks, model = opened.ranks, computing.model
+    if ranks is None or model is None or model.states is None:
+        return None
+    if settings.group.tensor_parallel_size > 1 or model.device.type != "cpu":
+        return None
+    from penstock.workers.parallel.expert_membership import Membership
+    from penstock.workers.parallel.expert_parallel import ExpertParallel
+    from penstock.workers.parallel.rank_survival import SharedParts, SurvivingRank
+
+    experts = model.experts if isinstance(model.experts, ExpertParallel) else None
+    membership = Membership(opened.store, settings.group.rank, _grace_s(settings), alive, call)
+    return SurvivingRank(settings.group.rank, SharedParts(model.states, experts, ranks.meet, progress), membership)
+
+
+def lead_survival(
+    settings: WorkerSettings, leader: GroupLeader, computing: Computing, opened: _Opened
+) -> LeadingRank | None:
+    """The same for rank 0, which knows all of it; from now on the loss of a rank is no end."""
+
+    def call(epoch: int) -> None:
+        leader.sender.send(MeetAgain(epoch))
+
+    own = surviving_rank(settings, leader.progress, computing, opened, leader.is_alive, call)
+    if own is None or not leader.on_one_host:
+        return None
+    from penstock.workers.parallel.rank_survival import LeadingRank
+
+    leader.can_lose_ranks = True
+    return LeadingRank(own, leader, lambda: leader.sender.send(PumpExperts()))
 
 
 def attention_ranks(settings: WorkerSettings) -> int:
@@ -130,6 +195,8 @@ def use_banks(settings: WorkerSettings, computing: Computing, num_blocks: int) -
     group, model = settings.group, computing.model
     if model is None or attention_ranks(settings) == 1:
         return num_blocks
+    from penstock.workers.parallel.attention_ranks import Banks  # late: it imports torch
+
     needed = computing.layout.blocks_for(settings.scheduler.max_model_len)
     shares = group.context_parallel_size > 1 and group.context_parallel_threshold > 0
     banks = Banks(num_blocks - needed, needed, group.context_parallel_threshold) if shares else Banks(num_blocks)
@@ -142,6 +209,11 @@ def use_banks(settings: WorkerSettings, computing: Computing, num_blocks: int) -
         )
     model.use_banks(banks)
     return banks.blocks
+
+
+def _grace_s(settings: WorkerSettings) -> float:
+    """How long a rank that lives may take to come to the others: one that hangs is noticed, and ended, before."""
+    return max(_LEAST_GRACE_S, 2 * settings.group.silence_s)
 
 
 def fingerprint(layout: KVLayout) -> str:

@@ -21,7 +21,7 @@ from penstock.workers.scheduler.events import (
     StepOutcome,
     Work,
 )
-from penstock.workers.totals import STEP_TOKENS_UP_TO, TRANSFER_S_UP_TO, TransferCause, WorkerTotals
+from penstock.workers.totals import STEP_TOKENS_UP_TO, TRANSFER_S_UP_TO, GroupTotals, TransferCause, WorkerTotals
 from penstock.workers.tracing import WorkerTracer
 
 _CAUSES = {cause: index for index, cause in enumerate(TransferCause)}
@@ -35,7 +35,10 @@ class Observation:
         block_bytes: int = 0,
         tracer: WorkerTracer | None = None,
         clock: Callable[[], float] = time.monotonic,
+        group: Callable[[], GroupTotals] = GroupTotals,
     ) -> None:
+        """`group` tells of the ranks, where there are several; from any thread."""
+        self._group = group
         self._block_bytes = block_bytes
         self._tracer = tracer
         self._clock = clock
@@ -48,8 +51,9 @@ class Observation:
         self._failures = [0] * len(_CAUSES)
         self._sending: dict[SequenceKey, tuple[int, float | None]] = {}  # blocks granted, time of the first offer
 
-    def totals(self, reserved: int = 0) -> WorkerTotals:
-        """The counters so far; from any thread. `reserved` is the engine's own figure."""
+    def totals(self, reserved: int = 0, blocks_lost: int = 0) -> WorkerTotals:
+        """The counters so far; from any thread. `reserved` and `blocks_lost` are the engine's own figures."""
+        group = self._group()
         return WorkerTotals(
             reserved=reserved,
             steps_by_tokens=tuple(self._steps),
@@ -64,6 +68,10 @@ class Observation:
             transfers_received=self._received,
             transfer_failures=tuple(self._failures),
             router_leases_expired=self._leases,
+            blocks_lost=blocks_lost,
+            ranks_lost=group.ranks_lost,
+            experts_gone=group.experts_gone,
+            expert_skew=group.expert_skew,
         )
 
     # --- requests and steps ---------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from penstock.workers.totals import WorkerTotals
 
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 
 Tokens = tuple[int, ...]
 DIGEST_BYTES = 32

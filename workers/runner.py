@@ -177,6 +177,16 @@ class ModelRunner:
         return self._parts.limits
 
     @property
+    def states(self) -> RankStates | None:
+        """What this rank shares with others that attend for sequences of their own; None where it does for all."""
+        return self._states
+
+    @property
+    def experts(self) -> StepExperts | None:
+        """Shared with other ranks; None where this one has all it needs."""
+        return self._parts.experts
+
+    @property
     def graphs(self) -> DecodeGraphs | None:
         """Recorded decode steps; None where they are not in use."""
         return self._graphs

@@ -85,7 +85,8 @@ class GroupSettings:
     """The ranks that serve as one worker. All ranks of a group get the same worker settings but for `rank`.
 
     Times watch over the group: a rank that says nothing for `silence_s`, or that has not done a step within
-    `slow_factor` × the time it should take (with a floor, and an allowance for the first steps), ends the group.
+    `slow_factor` × the time it should take (with a floor, and an allowance for the first steps), is ended, and the
+    whole group with it where the others cannot go on (see `may_outlive_ranks`).
     """
 
     tensor_parallel_size: int = 1
@@ -93,8 +94,8 @@ class GroupSettings:
     context_parallel_size: int = 1  # ranks that attend for sequences of their own, and for long prompts together
     context_parallel_threshold: int = 1024  # tokens of one prompt in one step from which on they do
     redundant_experts: int = 0  # slots of each rank and layer beyond those that hold every expert once
-    expert_rebalance_steps: int = 256  # experts may move so often; 0 = never; no worker moves them yet
-    lost_experts: str = "refuse"  # refuse | degrade, once a group outlives a rank: tokens whose expert is gone
+    expert_rebalance_steps: int = 256  # experts may move so often, in steps; 0 = only after a rank was lost
+    lost_experts: str = "refuse"  # refuse | degrade: steps whose tokens chose an expert that went with its rank
     rank: int = 0  # rank 0 plans and serves; the others follow
     host: str = "127.0.0.1"  # where this rank listens and connects from; the collectives bind to it
     leader: str = ""  # host:port on which rank 0 gathers the group; for ranks above 0
@@ -112,6 +113,14 @@ class GroupSettings:
     def attention_ranks(self) -> int:
         """Copies of the attention layers, each over `tensor_parallel_size` ranks with sequences of their own."""
         return max(self.expert_parallel_size, self.context_parallel_size)
+
+    @property
+    def may_outlive_ranks(self) -> bool:
+        """Rank 0 decides what becomes of the group when another rank ends; else all ranks end together.
+
+        Each rank above 0 is a copy of the attention by itself: without it the others have all they need.
+        """
+        return self.tensor_parallel_size == 1 and self.attention_ranks > 1
 
     def check(self) -> None:
         """Raises ConfigError, naming the key and the numbers."""

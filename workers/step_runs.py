@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
-from penstock.workers.errors import DeviceError
+from penstock.workers.errors import BanksLostError, DeviceError, ExpertsGoneError
 from penstock.workers.observation import Observation
 from penstock.workers.scheduler.events import SequenceKey, StepOutcome
 from penstock.workers.scheduler.open_steps import MOST_STEPS
@@ -35,6 +35,7 @@ class Landed(NamedTuple):
     step: int
     outcome: StepOutcome | None
     lost: tuple[SequenceKey, ...] = ()
+    reason: str = ""  # why they are
 
 
 class _Started(NamedTuple):
@@ -71,7 +72,10 @@ class StepRuns:
         return len(self._under_way)
 
     def turn(self, plan: StepPlan | None) -> list[Landed]:
-        """Start this plan, and wait for what has to land before the next one; without a plan, for all."""
+        """Start this plan, and wait for what has to land before the next one; without a plan, for all.
+
+        Raises BanksLostError where ranks were lost and nothing of the plan was computed: the caller undoes it.
+        """
         landed: list[Landed] = []
         if plan is not None:
             # Such a step brings back more than tokens, and the device is waited for where that is started.
@@ -95,6 +99,9 @@ class StepRuns:
             else:
                 self._under_way.append(_Started(plan, self._start(plan), began))
         except DeviceError:
+            raise
+        except BanksLostError:
+            self._note_progress(self._clock())
             raise
         except Exception as error:  # the edge around model code: whatever it raises costs this step's sequences only
             log.exception("step %d failed", plan.step)
@@ -138,4 +145,5 @@ class StepRuns:
         self._note_progress(now)
         if self._failed_steps >= _MAX_FAILED_STEPS:
             raise DeviceError(f"{self._failed_steps} steps failed in a row") from error
-        return Landed(plans[-1].step, None, tuple(lost))
+        reason = str(error) if isinstance(error, ExpertsGoneError) else "the step that computed this request failed"
+        return Landed(plans[-1].step, None, tuple(lost), reason)

@@ -26,8 +26,17 @@ class TransferCause(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class GroupTotals:
+    """What became of the ranks of a worker that has several."""
+
+    ranks_lost: int = 0  # without which it goes on
+    experts_gone: int = 0  # of all layers, that no rank holds now
+    expert_skew: float = 0.0  # rows of the fullest rank over the mean, in the worst layer; 0: no experts are shared
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerTotals:
-    """What a worker has done since it started; only ever grows, but for `reserved`.
+    """What a worker has done since it started; only ever grows, but for `reserved` and what is said of its ranks.
 
     Counts by size have one entry per bound of `STEP_TOKENS_UP_TO` or `TRANSFER_S_UP_TO` and one for what is larger.
     """
@@ -45,3 +54,7 @@ class WorkerTotals:
     transfers_received: int = 0
     transfer_failures: tuple[int, ...] = ()  # sessions of both directions, one entry per `TransferCause`
     router_leases_expired: int = 0
+    blocks_lost: int = 0  # KV blocks that went with ranks
+    ranks_lost: int = 0  # see `GroupTotals`, as the next two
+    experts_gone: int = 0
+    expert_skew: float = 0.0

@@ -1,13 +1,18 @@
-"""What a worker waits for, in words; the rest of the host is proved on a real Ray by test_launch and test_serve_app."""
+"""What a worker waits for, in words, and when it is gone.
+
+The rest of the host is proved on a real Ray by test_launch and test_serve_app.
+"""
 
 from __future__ import annotations
 
+import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from penstock.cluster import actor_host
-from penstock.cluster.actor_host import waiting_reason
+from penstock.cluster.actor_host import HostedActor, waiting_reason
 
 NODES = [
     {"Alive": True, "Resources": {"CPU": 4.0, "prefill": 1.0}},
@@ -33,3 +38,33 @@ def test_reasons(
     for name, answer in answers.items():
         monkeypatch.setattr(actor_host.ray, name, lambda answer=answer: answer)
     assert waiting_reason(amounts) == words
+
+
+class Handle:
+    """Of an actor that lives until the test says otherwise."""
+
+    def __init__(self) -> None:
+        self.over = asyncio.Event()
+        self.ended = SimpleNamespace(remote=self.over.wait)
+
+
+@pytest.mark.parametrize(("outlives", "victim", "ends"), [(False, 1, True), (True, 1, False), (True, 0, True)])
+def test_a_group_that_may_outlive_ranks_is_rank_0s_to_end(
+    outlives: bool, victim: int, ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(actor_host, "FOLLOW_S", 0.05)
+    killed: list[Handle] = []
+    monkeypatch.setattr(actor_host.ray, "kill", killed.append)
+
+    async def scenario() -> None:
+        handles = [Handle() for _ in range(3)]
+        facts = [{"pid": rank} for rank in range(3)]
+        ending = asyncio.ensure_future(HostedActor(handles, facts, outlives_ranks=outlives).ended())
+        await asyncio.sleep(0.05)
+        handles[victim].over.set()
+        await asyncio.wait([ending], timeout=0.5)
+        assert ending.done() is ends
+        assert killed == (handles if ends else [])
+        ending.cancel()
+
+    asyncio.run(scenario())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 from fakes.fake_generator import FakeFleet
@@ -92,8 +93,20 @@ def test_what_workers_counted() -> None:
     sent[1] = 3
     failures = tuple(int(cause is TransferCause.LEASE_EXPIRED) * 4 for cause in TransferCause)
     totals = WorkerTotals(1, tuple(steps), 40000, 1.5, 60, 1000, 750, tuple(sent), 0.002, 4096, 2, failures, 1)
+    totals = dataclasses.replace(totals, blocks_lost=3, ranks_lost=1, experts_gone=4, expert_skew=1.25)
     fleet.statuses = [
-        WorkerStatus("d", Role.DECODE, 2, (70, 71), "ready", waiting=6, kv_blocks=9, kv_block_size=16, totals=totals)
+        WorkerStatus(
+            "d",
+            Role.DECODE,
+            2,
+            (70, 71),
+            "ready",
+            waiting=6,
+            kv_blocks=9,
+            kv_block_size=16,
+            ranks_lost=1,
+            totals=totals,
+        )
     ]
     page = page_of(metrics)
     own = 'role="decode",worker="d"'
@@ -102,6 +115,9 @@ def test_what_workers_counted() -> None:
     assert page[f'penstock_iteration_tokens_total_bucket{{le="+Inf",{own}}}'] == 7
     assert page[f"penstock_iteration_tokens_total_sum{{{own}}}"] == 40000
     assert page[f"penstock_worker_ranks{{{own}}}"] == 2
+    assert page[f"penstock_worker_ranks_lost{{{own}}}"] == 1
+    assert page[f"penstock_experts_gone{{{own}}}"] == 4
+    assert page[f"penstock_expert_rank_skew{{{own}}}"] == 1.25
     assert page[f'penstock_worker_process_info{{pid="71",rank="1",{own}}}'] == 1
     assert page[f"penstock_kv_transfer_seconds_count{{{own}}}"] == 3
     assert page[f"penstock_kv_transfer_bytes_total{{{own}}}"] == 4096

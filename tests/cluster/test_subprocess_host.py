@@ -191,3 +191,21 @@ def test_a_group_is_told_to_end_at_rank_0(tmp_path: Path, monkeypatch: pytest.Mo
             assert ("rank 0 ended by SIGTERM" if drain_s else "rank 0 ended by SIGKILL") in ended
 
     asyncio.run(scenario())
+
+
+def test_a_group_that_may_outlive_ranks_is_rank_0s_to_end(tmp_path: Path) -> None:
+    settings = dataclasses.replace(SETTINGS, group=GroupSettings(expert_parallel_size=3, start_timeout_s=30.0))
+    assert settings.group.may_outlive_ranks
+
+    async def scenario() -> None:
+        worker = await group_of(READY_RANKS, tmp_path / "log").start(settings)
+        ending = asyncio.ensure_future(worker.ended())
+        worker.signal(signal.SIGKILL, 1)
+        await asyncio.sleep(0.5)
+        assert not ending.done()
+        assert gone(worker.pids) == [False, True, False]
+        worker.signal(signal.SIGKILL, 0)
+        assert "rank 0 ended by SIGKILL" in await ending
+        assert all(gone(worker.pids))
+
+    asyncio.run(scenario())

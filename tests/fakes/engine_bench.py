@@ -2,6 +2,8 @@
 
 import itertools
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 from fakes.late_device import LateDevice
@@ -10,9 +12,8 @@ from fakes.loopback_transfer import LoopbackFabric, LoopbackTransfer
 from penstock.workers.engine import Engine, EngineParts
 from penstock.workers.handover import GranterIdentity, HandOver
 from penstock.workers.inbox import Attached
-from penstock.workers.kv.banks import Bank
-from penstock.workers.kv.block_pool import BlockPool
-from penstock.workers.kv.prefix_cache import PrefixCache, chain_digests
+from penstock.workers.kv.banks import make_banks
+from penstock.workers.kv.prefix_cache import chain_digests
 from penstock.workers.kv.storage import KVStorage
 from penstock.workers.kv_feed import KVEventFeed
 from penstock.workers.oracle import OracleRunner, expected_tokens, oracle_layout
@@ -84,24 +85,35 @@ class Bench:
     """One engine on a clock that the test turns."""
 
     def __init__(
-        self, fabric: LoopbackFabric, name: str = "w", num_blocks: int = 64, *, late: bool = False, **limits: Any
+        self,
+        fabric: LoopbackFabric,
+        name: str = "w",
+        num_blocks: int = 64,
+        *,
+        banks: int = 1,
+        late: bool = False,
+        **limits: Any,
     ) -> None:
-        """`late`: on a device that is always a step behind, so that steps are planned ahead."""
+        """`late`: on a device that is always a step behind, so that steps are planned ahead.
+
+        `banks` share the blocks. `idle`: what idle moments find to do, the last first.
+        """
         self.now = 100.0
         self.num_blocks = num_blocks
         kv = KVSettings(block_size=BLOCK, num_blocks=num_blocks)
         runner_settings = RunnerSettings(kind="oracle", oracle_vocab=VOCAB)
         layout = oracle_layout(runner_settings, kv)
         self.storage = KVStorage.create(num_blocks, layout.block_bytes)
-        pool = BlockPool(num_blocks, self.storage.generations)
-        cache = PrefixCache(pool)
+        made = make_banks(banks, num_blocks // banks, self.storage.generations, prefix_caching=True)
+        cache = made[0].cache
         self.told = Told()
-        self.scheduler = Scheduler(SchedulerSettings(max_model_len=200, **limits), layout, Bank(pool, cache))
+        self.scheduler = Scheduler(SchedulerSettings(max_model_len=200 // banks, **limits), layout, *made)
         self.transfer = LoopbackTransfer(fabric, name, self.storage)
         self.runner = Faulty(OracleRunner(runner_settings, layout, self.storage.data))
         serial = itertools.count(1)
         identity = GranterIdentity(name, 1, "host", layout.compatibility, 10.0)
         self.handover = HandOver(self.transfer, identity, lambda: f"{name}{next(serial)}".encode().ljust(16))
+        self.idle: list[Exception | bool] = []
         self.device = LateDevice(self.runner.run)
         parts = EngineParts(
             self.scheduler,
@@ -109,6 +121,7 @@ class Bench:
             self.handover,
             KVEventFeed(cache, self.told),
             self.told,
+            prepare=self._prepare,
             start=self.device.start if late else None,
         )
         self.awake = threading.Event()
@@ -128,6 +141,23 @@ class Bench:
             if not self.engine.step():
                 return
         raise AssertionError("never idle")
+
+    def _prepare(self) -> bool:
+        found = self.idle.pop() if self.idle else False
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def run_until(self, ready: Callable[[], bool]) -> None:
+        """On the engine's own thread, as in a worker."""
+        running = threading.Thread(target=self.engine.run)
+        running.start()
+        give_up = time.monotonic() + 10
+        while not ready() and time.monotonic() < give_up:
+            time.sleep(0.01)
+        self.engine.stop()
+        running.join(10)
+        assert ready()
 
     def all_free(self) -> bool:
         stats = self.scheduler.stats()

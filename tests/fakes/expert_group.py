@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._distributed_c10d import Store
 
 from penstock.kernels import ops
 from penstock.kernels.packing import PackedExperts
 from penstock.workers.errors import GroupError
-from penstock.workers.parallel.expert_membership import store_meeting
-from penstock.workers.parallel.expert_parallel import ExpertParallel, ExpertPolicy, ExpertRank
+from penstock.workers.parallel.collectives import Collectives
+from penstock.workers.parallel.expert_parallel import ExpertParallel, ExpertPolicy, ExpertRank, Meet
 from penstock.workers.parallel.expert_weights import ExpertShape, HostExperts
-from penstock.workers.parallel.process_group import join_store, serve_store
+from penstock.workers.parallel.process_group import GroupPlace, join_store, open_group, serve_store
 
 TIMEOUT_S = 20.0
 SHAPE = ExpertShape(num_layers=2, num_experts=8, width=24, inputs=32, dtype=torch.float32)
@@ -99,9 +100,19 @@ class ExpertThreads:
             thread.shutdown()
 
     def _make(self, rank: int, joins: bool) -> ExpertParallel:
-        meet = store_meeting(self._store if rank == 0 else join_store(self._address, TIMEOUT_S), "127.0.0.1", TIMEOUT_S)
+        meet = store_meeting(self._store if rank == 0 else join_store(self._address, TIMEOUT_S), TIMEOUT_S)
         who = ExpertRank(rank, self.num_ranks, joins)
         return ExpertParallel(who, self.shape, self._sources(rank), self.policy, meet)
+
+
+def store_meeting(store: Store, timeout_s: float) -> Meet:
+    """What ranks on one store are given to meet each other."""
+
+    def meet(name: str, rank: int, width: int, beside_steps: bool) -> Collectives:
+        place = GroupPlace(name, rank, width, timeout_s=timeout_s, share_memory=not beside_steps)
+        return open_group(place, store)
+
+    return meet
 
 
 def fails_with_group_error(work: Callable[[], Any]) -> bool:

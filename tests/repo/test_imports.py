@@ -56,6 +56,7 @@ def test_router_decides_without_io() -> None:
         ("penstock.cluster.client", ["torch", "ray"]),
         ("penstock.workers.scheduler.scheduler", ["torch", "ray"]),
         ("penstock.workers.engine", ["torch", "ray"]),
+        ("penstock.workers.process", ["torch", "ray"]),
         ("penstock.cluster.cli", ["torch"]),
     ],
 )

@@ -11,7 +11,7 @@ from fakes.loopback_transfer import LoopbackFabric
 from penstock.router.logprobs import PromptScores
 from penstock.workers import inbox as inbox_module
 from penstock.workers.engine import Engine, EngineParts
-from penstock.workers.errors import DeviceError
+from penstock.workers.errors import BanksLostError, DeviceError, ExpertsGoneError
 from penstock.workers.inbox import Attached, Detached, Drain
 from penstock.workers.kv_feed import KVEventFeed
 from penstock.workers.oracle import expected_embedding
@@ -450,3 +450,41 @@ def test_idle_moments_are_used_for_preparation_and_work_comes_first(fabric: Loop
     bench.engine.run()
     assert bench.told.text(1)[1] is EndReason.LENGTH
     assert seen == [0, 0, 0, 0]  # never beside running work, and until there is none left
+
+
+def test_sequences_whose_bank_is_lost_go_on_in_another(fabric: LoopbackFabric) -> None:
+    bench = Bench(fabric, banks=2)
+    asked = {slot: request(9, max_tokens=12, salt=slot) for slot in range(4)}
+    for slot, each in asked.items():
+        bench.post(Generate(slot, 1, each))
+    bench.step(3)
+    bench.runner.failures = [BanksLostError("rank 1 is gone", (1,))]
+    bench.until_idle()
+    for slot, each in asked.items():
+        assert bench.told.text(slot) == (answer(each), EndReason.LENGTH)
+    assert bench.told.of(Failed) == []
+    load = bench.engine.load()
+    assert (load.free_blocks, load.totals.blocks_lost, load.preemptions) == (32, 32, 2)
+
+
+def test_a_bank_that_is_lost_while_nothing_runs_takes_no_more(fabric: LoopbackFabric) -> None:
+    bench = Bench(fabric, banks=2)
+    bench.post(Reserve(1, 1, request(9, salt=1)))
+    bench.post(Reserve(2, 1, request(9, salt=2)))
+    bench.step()
+    assert len(bench.told.of(Granted)) == 2
+    bench.idle = [BanksLostError("rank 1 is gone", (1,))]
+    bench.run_until(lambda: bench.engine.load().totals.blocks_lost == 32)
+    (failed,) = bench.told.of(Failed)  # the one whose blocks a peer was to write there
+    assert failed.code is FailureCode.TRANSFER_FAILED
+    bench.scheduler.check_integrity()
+
+
+def test_experts_that_stay_gone_are_named_to_whom_they_fail(fabric: LoopbackFabric) -> None:
+    bench = Bench(fabric)
+    bench.post(Generate(1, 1, request()))
+    bench.runner.failures = [ExpertsGoneError("nobody can refill layer 0: experts 4, 5", ((0, 4), (0, 5)))]
+    bench.step()
+    (failed,) = bench.told.of(Failed)
+    assert (failed.code, failed.message) == (FailureCode.INTERNAL, "nobody can refill layer 0: experts 4, 5")
+    assert bench.all_free()

@@ -233,7 +233,7 @@ def packed(message: Any, *path: int, to: Any) -> bytes:
         (packed(p.Generate(1, 1, REQUEST), 2, 2, 1, to=float("inf")), "SamplingParams.temperature"),
         (packed(p.Generate(1, 1, REQUEST), 2, 2, 8, to=21), "SamplingParams.logprobs"),
         (packed(p.Generate(1, 1, REQUEST), 2, to=None), "GenerateRequest"),
-        (bytes(msgpack.packb([3, 1])), "wire version 3"),
+        (bytes(msgpack.packb([4, 1])), "wire version 4"),
         (bytes(msgpack.packb([p.WIRE_VERSION, 99])), "unknown message tag 99"),
         (bytes(msgpack.packb([p.WIRE_VERSION, 5, 1, 1, 1])), "Cancel: expected a list of 2 fields"),
         (bytes(msgpack.packb({"a": 1})), "not a message"),

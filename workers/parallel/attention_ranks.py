@@ -43,21 +43,23 @@ class Piece(NamedTuple):
 class PlanCut:
     """One plan, cut for all ranks."""
 
-    def __init__(self, plan: StepPlan, ranks: int, banks: Banks, shared: SharedChunk | None) -> None:
+    def __init__(self, plan: StepPlan, members: tuple[int, ...], banks: Banks, shared: SharedChunk | None) -> None:
+        """`members` are the ranks, ascending; ranks are named by the numbers of their banks."""
         self.plan = plan
         self.shared = shared
-        self._ranks = ranks
+        self._members = members
         self._banks = banks
         self._owners: I32 = plan.block_tables[:, 0] // banks.blocks
         self._counts = np.diff(plan.offsets)
 
     @cached_property
     def wanted(self) -> list[tuple[I64, I64]]:
-        """Of every rank: which of the S sampled rows, and which of the M scored tokens, it computes."""
+        """Of every member: which of the S sampled rows, and which of the M scored tokens, it computes."""
         of_sampled, of_scored = self._owners[self.plan.sample_rows], self._owners_of_scored()
         if self.shared is not None:
-            of_sampled = np.where(self.plan.sample_rows == self.shared.row, self.shared.last_rank, of_sampled)
-        return [(np.flatnonzero(of_sampled == rank), np.flatnonzero(of_scored == rank)) for rank in range(self._ranks)]
+            last = self._members[self.shared.last_rank]
+            of_sampled = np.where(self.plan.sample_rows == self.shared.row, last, of_sampled)
+        return [(np.flatnonzero(of_sampled == rank), np.flatnonzero(of_scored == rank)) for rank in self._members]
 
     def part(self, rank: int) -> StepPlan:
         """What this rank computes, perhaps no row at all: a plan by itself, with block ids of the rank's own storage.
@@ -73,7 +75,7 @@ class PlanCut:
         # Token t of the part is token t + shift of the plan, piece by piece.
         tokens = np.arange(int(offsets[-1])) + np.repeat(plan.offsets[rows] + begins - offsets[:-1], counts)
         ends = {piece.row: place for place, piece in enumerate(pieces) if piece.end == self._counts[piece.row]}
-        sampled, scored = self.wanted[rank]
+        sampled, scored = self.wanted[self._members.index(rank)]
         mine = plan.copies[plan.copies[:, 1] // self._banks.blocks == rank]
         return StepPlan(
             step=plan.step,
@@ -102,7 +104,7 @@ class PlanCut:
         own = np.flatnonzero(self._owners == rank).tolist()
         pieces = [Piece(row, 0, int(self._counts[row])) for row in own if shared is None or row != shared.row]
         if shared is not None:
-            pieces += [Piece(shared.row, begin, end) for begin, end in shared.pieces[rank]]
+            pieces += [Piece(shared.row, begin, end) for begin, end in shared.pieces[self._members.index(rank)]]
         return pieces
 
     def _tables(self, rows: NDArray[np.intp], rank: int) -> I32:
@@ -121,17 +123,24 @@ class PlanCut:
 
 
 class PlanParts:
-    """Cuts plans for `ranks` attention ranks. What it remembers from step to step follows from the plans alone."""
+    """Cuts plans for the attention ranks `members`. What it remembers from step to step follows from the plans alone.
 
-    def __init__(self, ranks: int, banks: Banks) -> None:
-        self._ranks = ranks
+    A prompt that was shared among other members is not shared any further: new ones lack what comes before.
+    """
+
+    def __init__(self, members: tuple[int, ...], banks: Banks) -> None:
+        self._members = members
         self._banks = banks
         self._before: SharedChunk | None = None
+        self._last: tuple[int, SharedChunk | None] = (-1, None)  # a step, and what was shared before it
 
     def cut(self, plan: StepPlan) -> PlanCut:
-        """Of the next plan; every rank must be given every plan."""
-        self._before = shared_chunk(plan, self._ranks, self._banks.threshold, self._before)
-        return PlanCut(plan, self._ranks, self._banks, self._before)
+        """Of the next plan, or of the last one again; every rank must be given every plan."""
+        if plan.step == self._last[0]:
+            self._before = self._last[1]
+        self._last = plan.step, self._before
+        self._before = shared_chunk(plan, len(self._members), self._banks.threshold, self._before)
+        return PlanCut(plan, self._members, self._banks, self._before)
 
 
 def _scored(scored: ScoredPrompt, chosen: I64, tokens: I64) -> ScoredPrompt:

@@ -1,7 +1,7 @@
 """Who goes on after ranks with experts were lost: agreed on over the group's store, led by rank 0.
 
-Called by whoever drives a rank's steps when a step raised GroupError. The store is rank 0's: it is the one rank that
-a group cannot lose, since it plans. Knows processes and the store; nothing of experts but the calls of `survive`.
+Called by `rank_survival.py` when a step raised GroupError. The store is rank 0's: it is the one rank that the
+others cannot go on without, since it plans. Knows the store, and of who meets again nothing but the calls of `survive`.
 
 Invariants: an epoch's members are said once; a rank that comes too late, or was believed dead, finds itself left out
 and ends (GroupError), so that no two groups of one worker go on.
@@ -9,9 +9,6 @@ and ends (GroupError), so that no two groups of one worker go on.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import select
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -19,9 +16,6 @@ from typing import Protocol
 from torch._C._distributed_c10d import Store
 
 from penstock.workers.errors import GroupError
-from penstock.workers.parallel.collectives import Collectives
-from penstock.workers.parallel.process_group import GroupPlace, open_group
-from penstock.workers.transfer.host import host_id
 
 LEADER = 0
 MOST_ATTEMPTS = 4
@@ -29,7 +23,7 @@ _POLL_S = 0.002
 
 
 class Regrouping(Protocol):
-    """What `survive` asks of `ExpertParallel`."""
+    """What `survive` asks of `rank_survival.SurvivingRank`."""
 
     members: tuple[int, ...]
 
@@ -50,12 +44,20 @@ class Regrouping(Protocol):
 class Membership:
     """One rank's part in the agreement."""
 
-    def __init__(self, store: Store, rank: int, grace_s: float, alive: Callable[[int], bool]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        grace_s: float,
+        alive: Callable[[int], bool],
+        call: Callable[[int], object] = lambda _epoch: None,
+    ) -> None:
         """`alive` is asked on rank 0 only; it must turn false for a rank that will not come, the sooner the better.
 
-        `grace_s` is how long a rank that lives may take to end its part of the step that failed.
+        `grace_s` is how long a rank that lives may take to end its part of the step that failed. `call` is made on
+        rank 0 before it waits, with the epoch, for ranks whose part had ended when others were lost.
         """
-        self._store, self._rank, self._grace_s, self._alive = store, rank, grace_s, alive
+        self._store, self._rank, self._grace_s, self._alive, self._call = store, rank, grace_s, alive, call
 
     def agree(self, epoch: int, members: tuple[int, ...]) -> tuple[int, ...]:
         """Those of `members` that go on as `epoch`. Collective over those that live; each asks for an epoch once.
@@ -69,6 +71,7 @@ class Membership:
             raise GroupError(f"rank 0 did not say who goes on as epoch {epoch}: {reason}", rank=LEADER) from error
 
     def _lead(self, epoch: int, members: tuple[int, ...]) -> tuple[int, ...]:
+        self._call(epoch)
         missing = {member for member in members if member != LEADER}
         deadline = time.monotonic() + self._grace_s
         while time.monotonic() < deadline:
@@ -88,49 +91,6 @@ class Membership:
         if self._rank not in chosen:
             raise GroupError(f"rank {self._rank} is left out of epoch {epoch}: it came too late", rank=self._rank)
         return chosen
-
-
-class LocalProcesses:
-    """Whether the other ranks' processes run, as far as they are on this host; others are believed to."""
-
-    def __init__(self, store: Store, num_ranks: int) -> None:
-        """Every rank has called `introduce` before, or does so soon."""
-        self._descriptors: dict[int, int] = {}
-        for rank in range(num_ranks):
-            place, pid = store.get(_life(rank)).decode().split()
-            if place == host_id():
-                with contextlib.suppress(OSError):
-                    self._descriptors[rank] = os.pidfd_open(int(pid))
-
-    @staticmethod
-    def introduce(store: Store, rank: int) -> None:
-        """Say where this rank runs."""
-        store.set(_life(rank), f"{host_id()} {os.getpid()}")
-
-    def alive(self, rank: int) -> bool:
-        """False once the process has ended, also while nobody has asked for its exit status."""
-        descriptor = self._descriptors.get(rank)
-        if descriptor is None:
-            return True
-        poll = select.poll()
-        poll.register(descriptor, select.POLLIN)
-        return not poll.poll(0)
-
-    def close(self) -> None:
-        """Let the descriptors go."""
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
-
-
-def store_meeting(store: Store, host: str, timeout_s: float) -> Callable[[str, int, int, bool], Collectives]:
-    """The usual `Meet` of `ExpertParallel`. What runs beside steps goes over sockets: it must not spin."""
-
-    def meet(name: str, rank: int, width: int, beside_steps: bool) -> Collectives:
-        place = GroupPlace(name, rank, width, host=host, timeout_s=timeout_s, share_memory=not beside_steps)
-        return open_group(place, store)
-
-    return meet
 
 
 def survive(experts: Regrouping, membership: Membership) -> tuple[int, ...]:
@@ -160,7 +120,3 @@ def _came(epoch: int, rank: int) -> str:
 
 def _members(epoch: int) -> str:
     return f"epoch-{epoch}/members"
-
-
-def _life(rank: int) -> str:
-    return f"life/{rank}"

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -122,6 +122,18 @@ class ExpertParallel:
         """Choices of this rank's tokens left out because their expert was gone."""
         return self._losses.left_out
 
+    @property
+    def wants_pump(self) -> bool:
+        """A round is to start, or has come to an end on this rank: without steps to come, `pump` is of use."""
+        if self._round is None:
+            return self._mend and self._failed_rounds < MOST_FAILED_ROUNDS
+        return self._round.done != 0
+
+    @property
+    def mending(self) -> bool:
+        """Experts that lack copies are to get some, by the round under way or by one that is to start."""
+        return self._round is not None or self.wants_pump
+
     def rank_rows(self) -> F64:
         """[L, R] rows that each rank computed, decayed like the load; equal on all ranks."""
         return self._rank_rows.copy()
@@ -177,7 +189,9 @@ class ExpertParallel:
         if self._group is None:
             raise IntegrityError("regroup comes before everything else")
         nothing = np.zeros(self._shape.num_experts, dtype=np.int64)
-        done, _ = exchange_counts(self._group, self._header(-1), nothing, self._who.device)
+        # No step's number: a rank may not have seen the begin of one that was cut short.
+        header = replace(self._header(-1), sequence=0)
+        done, _ = exchange_counts(self._group, header, nothing, self._who.device)
         self._advance(done, periodic=False)
 
     def regroup(self, members: tuple[int, ...], epoch: int) -> None:

@@ -1,4 +1,4 @@
-"""The end of a group that cannot go on: exit codes of its ranks, and the killing of those that cannot end themselves.
+"""The end of ranks, of one or of a whole group: their exit codes, and the killing of those that cannot end themselves.
 
 `leader.py` and `follower.py` use it. A stopped or stuck process does not hear that it should end, so who notices ends
 it, where both are on one host; a rank on another host is its host's to end. Pids are held as descriptors from the
@@ -15,7 +15,7 @@ import signal
 import time
 from collections.abc import Sequence
 
-EXIT_GROUP_LOST = 5  # another rank of the group is at fault
+EXIT_GROUP_LOST = 5  # another rank of the group is at fault, or the others have gone on without this one
 EXIT_RANK_STUCK = 6  # this rank is
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,11 @@ class RankProcess:
         self._descriptor: int | None = None
         with contextlib.suppress(OSError):
             self._descriptor = os.pidfd_open(pid)
+
+    @property
+    def held(self) -> bool:
+        """It can be ended from here."""
+        return self._descriptor is not None
 
     @property
     def gone(self) -> bool:

@@ -5,7 +5,7 @@ tells rank 0 that this rank lives and how far it is, passes on how KV sessions e
 model shard, KV storage and transfer engine of its own, and neither scheduler nor service.
 
 Invariant: this process does not outlive its group: whoever notices the end first, it ends, with an exit code that says
-whether it was this rank's fault.
+whether it was this rank's fault. Where the group outlives other ranks it meets those that are left, and obeys on.
 """
 
 from __future__ import annotations
@@ -17,12 +17,19 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.workers.errors import ConfigError, GroupError, IntegrityError, PenstockError, WireError
+from penstock.workers.errors import (
+    ConfigError,
+    ExpertsGoneError,
+    GroupError,
+    IntegrityError,
+    PenstockError,
+    WireError,
+)
 from penstock.workers.parallel.fence import EXIT_GROUP_LOST, EXIT_RANK_STUCK, RankProcess
 from penstock.workers.parallel.group_messages import (
     AbandonSession,
@@ -33,13 +40,14 @@ from penstock.workers.parallel.group_messages import (
     ForgetSession,
     GroupMessage,
     Joined,
+    MeetAgain,
     OfferBlocks,
+    PumpExperts,
     RankFailed,
     Ready,
     StartSession,
     Stop,
     StoreOpen,
-    SwitchExperts,
     decode_message,
     encode_message,
 )
@@ -62,6 +70,22 @@ EXIT_FAILED = 3  # as of a worker whose engine failed
 _CONTROL_TIMEOUT_S = 1.0
 
 
+class Survival(Protocol):
+    """What this rank does when others are lost and the group goes on (`rank_survival.SurvivingRank`)."""
+
+    def go_on(self) -> tuple[int, ...]:
+        """A call to other ranks failed: meet those that are left. Raises GroupError where there is no going on."""
+        ...
+
+    def meet_again(self, epoch: int) -> None:
+        """Rank 0 says that ranks are lost. Raises GroupError."""
+        ...
+
+    def pump(self) -> None:
+        """Bring the experts' rebalancing on without a step. Raises GroupError."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class FollowerParts:
     """What a follower drives."""
@@ -70,7 +94,7 @@ class FollowerParts:
     generations: NDArray[np.uint64]  # of its storage, as far as it is its bank
     transfer: TransferEngine
     bank: int = 0
-    switch_experts: Callable[[int], None] | None = None
+    survival: Survival | None = None  # None: the group ends when a rank does
 
 
 class Follower:
@@ -108,6 +132,11 @@ class Follower:
     def width(self) -> int:
         """Ranks of the group."""
         return self._settings.group.width
+
+    @property
+    def serves(self) -> bool:
+        """All ranks have loaded."""
+        return self._num_blocks is not None
 
     # --- start ------------------------------------------------------------------------------------------------------
 
@@ -149,11 +178,8 @@ class Follower:
             while True:
                 message = self.receiver.receive()
                 self.progress.begin(self.receiver.sequence)
-                if isinstance(message, StepPlan):
-                    parts.runner.run(message)
-                else:
-                    self._obey(message, parts)
-                self.progress.end(step=isinstance(message, StepPlan))
+                ended = self._act(message, parts)
+                self.progress.end(step=ended and isinstance(message, StepPlan))
         except GroupError as error:
             return self._group_lost(error)
         except Exception as error:  # the edge of this rank: whatever it was, the group must hear of it and end
@@ -161,8 +187,27 @@ class Follower:
             self._fail(error)
             return EXIT_FAILED
 
+    def _act(self, message: StepPlan | GroupMessage, parts: FollowerParts) -> bool:
+        """Do what rank 0 says; False where it came to no end, as on every other rank that is left."""
+        try:
+            if isinstance(message, StepPlan):
+                parts.runner.run(message)
+            else:
+                self._obey(message, parts)
+        except ExpertsGoneError as error:
+            log.warning("rank %d: %s", self.rank, error)  # rank 0 says how to go on
+            return False
+        except GroupError as error:
+            if parts.survival is None or self._stopped:
+                raise
+            self.progress.end(step=False)  # what follows is no part of the step
+            log.warning("rank %d: %s", self.rank, error)
+            parts.survival.go_on()
+            return False
+        return True
+
     def _obey(self, message: GroupMessage, parts: FollowerParts) -> None:
-        transfer = parts.transfer
+        transfer, survival = parts.transfer, parts.survival
         match message:
             case BlocksRenewed(blocks, generations):
                 places = blocks.astype(np.int64) - parts.bank * len(parts.generations)
@@ -182,10 +227,10 @@ class Follower:
                 transfer.finish(session_id, Tail(tokens))
             case AbandonSession(session_id, reason):
                 transfer.abandon(session_id, reason)
-            case SwitchExperts(placement):
-                if parts.switch_experts is None:
-                    raise IntegrityError(f"placement {placement} for a model whose experts have none")
-                parts.switch_experts(placement)
+            case MeetAgain(epoch) if survival is not None:
+                survival.meet_again(epoch)
+            case PumpExperts() if survival is not None:
+                survival.pump()
             case _:
                 raise WireError(f"{type(message).__name__} on the channel of steps")
 

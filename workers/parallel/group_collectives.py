@@ -21,6 +21,7 @@ from penstock.workers.parallel.watched_collectives import WatchedCollectives
 from penstock.workers.settings import WorkerSettings
 
 _TIMEOUT_S = 60.0  # of one collective; the group's watch ends a stuck step long before
+_MEET_S = 3.0  # for ranks that serve to meet anew: all come at once, or one of them is lost
 
 
 def lead_store(leader: GroupLeader, settings: WorkerSettings) -> Any:
@@ -59,9 +60,10 @@ def open_expert_ranks(
     number, tensor_rank = divmod(group.rank, group.tensor_parallel_size)
 
     def meet(name: str, rank: int, width: int, beside: bool) -> Collectives:
-        place = GroupPlace(
-            f"{settings.worker_id}/{settings.incarnation}/{name}-{tensor_rank}", rank, width, group.host, _TIMEOUT_S
-        )
+        life = f"{settings.worker_id}/{settings.incarnation}/{name}-{tensor_rank}"
+        # What runs beside steps must not spin for cores that steps want.
+        meet_s = _MEET_S if member.serves else None
+        place = GroupPlace(life, rank, width, group.host, _TIMEOUT_S, meet_s, share_memory=not beside)
         found = open_group(place, store, device)
         # What runs beside steps says nothing about where a step stands.
         return found if beside else WatchedCollectives(found, member.progress)

@@ -201,15 +201,21 @@ class AbandonSession:
 
 
 @dataclass(frozen=True, slots=True)
-class SwitchExperts:
-    """From the next plan on, experts lie as the placement of this number says."""
+class MeetAgain:
+    """Ranks are lost: meet the others as the group of this epoch, unless that is done already."""
 
-    placement: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class PumpExperts:
+    """There is no step to compute: let the experts' rebalancing go on without one."""
 
 
 GroupMessage = (
     Hello | Accepted | Refused | StoreOpen | Joined | Ready | Beat | RankFailed | Stop | SessionOver | BlocksRenewed
-    | ExpectSession | ForgetSession | StartSession | OfferBlocks | FinishSession | AbandonSession | SwitchExperts
+    | ExpectSession | ForgetSession | StartSession | OfferBlocks | FinishSession | AbandonSession | MeetAgain
+    | PumpExperts
 )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ own, which moves its own KV heads; commands to the followers travel on the chann
 of steps, behind the plans that wrote the blocks they speak of. Knows neither sockets nor bytes of KV.
 
 Invariants: a session ends once, after its final event on every rank; it has arrived if it has on all of them; as soon
-as it fails on one rank the others are told to give it up.
+as it fails on one rank the others are told to give it up. On a rank that is lost it has failed.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ class GroupTransfer:
         self._send = send
         self._sessions: dict[bytes, _Session] = {}
         self._heard: deque[tuple[int, SessionOver]] = deque()
+        self._lost: frozenset[int] = frozenset()  # ranks
 
     @property
     def address(self) -> str:
@@ -148,6 +149,10 @@ class GroupTransfer:
         """A follower's final event of a session; from any thread. Wake the engine thread after it."""
         self._heard.append((rank, over))
 
+    def lose(self, rank: int) -> None:
+        """This rank has ended: so have its sessions, those asked for from now on too. From any thread; then wake."""
+        self._lost |= {rank}
+
     def poll(self) -> list[TransferEvent]:
         """See `TransferPort.poll`."""
         events: list[TransferEvent] = []
@@ -156,6 +161,8 @@ class GroupTransfer:
         while self._heard:
             rank, over = self._heard.popleft()
             self._ended(rank, event_of(over), events)
+        if self._lost:
+            self._end_lost(events)
         return events
 
     def stats(self) -> TransferCounters:
@@ -177,6 +184,13 @@ class GroupTransfer:
         else:
             self._send(AbandonSession(session_id, reason))
             self._own.abandon(session_id, reason)
+
+    def _end_lost(self, events: list[TransferEvent]) -> None:
+        """The final events that lost ranks cannot send any more."""
+        for session_id, session in list(self._sessions.items()):
+            for rank in sorted(self._lost & session.open_on):
+                failed = IncomingFailed if session.incoming else OutgoingFailed
+                self._ended(rank, failed(session_id, f"rank {rank} is lost", TransferCause.PEER_LOST), events)
 
     def _ended(self, rank: int, event: TransferEvent, events: list[TransferEvent]) -> None:
         session = self._sessions.get(event.session_id)

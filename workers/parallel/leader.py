@@ -1,11 +1,12 @@
-"""Rank 0's side of a group: gathers the ranks, hears from them, watches over them, and ends the group as a whole.
+"""Rank 0's side of a group: gathers the ranks, hears from them, watches over them, and lets one go or ends them all.
 
 Made by `process.py` or an actor before the worker is built, since followers need its address to start. A control
 thread hears every follower and judges (`watch.py`); the engine thread only leaves word of where its step stands. What
-the ranks compute is not known here.
+the ranks compute is not known here, nor how those that are left go on (`group_runner.py`).
 
-Invariants: nothing is planned before every rank has loaded the same checkpoint; once a rank is lost no rank survives:
-each gets word of it or is killed, and this process ends with an exit code of its own.
+Invariants: nothing is planned before every rank has loaded the same checkpoint; a rank that is lost has ended before
+anybody goes on without it. Where the others cannot go on no rank survives: each gets word of it or is killed, and this
+process ends with an exit code of its own.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ log = logging.getLogger(__name__)
 
 LOOK_S = 0.05  # between two looks at the group
 GRACE_S = 0.3  # for followers that got word, before they are killed
+LOST_WITHIN_S = 1.0  # a process that is killed has ended
 _CONTROL_TIMEOUT_S = 1.0  # a message that has begun to come is whole within
 _RING_BYTES = 8 << 20
 
@@ -63,6 +65,10 @@ class GroupLeader:
         self.limit_s = 0.0  # of the step under way
         self.sender = StepSender((), None)
         self.on_session_over: Callable[[int, SessionOver], None] = _ignore
+        self.on_loss: Callable[[int], None] = lambda _rank: None  # a rank is lost and the others go on
+        self.can_lose_ranks = False  # the others can go on
+        self._cut_short: float | None = None  # `progress.since` of a step that a loss cuts short: not judged any more
+        self.lost_ranks: tuple[int, ...] = ()  # so far
         self.on_start_failure: Callable[[PenstockError], None] | None = None  # instead of an error at the next call
         self._members: dict[int, Member] = {}
         self._processes: list[RankProcess] = []
@@ -70,6 +76,8 @@ class GroupLeader:
         self._start_error: PenstockError | None = None
         self._news = threading.Condition()
         self._ending = threading.Lock()  # taken once, by who ends the group
+        self._losing = threading.Lock()  # one rank after the other
+        self._selector = selectors.DefaultSelector()
         self._stopped = False
         self._watch = GroupWatch(settings.group, time.monotonic())
         self._thread = threading.Thread(target=self._control, name="group-control", daemon=True)
@@ -83,6 +91,11 @@ class GroupLeader:
     def rank(self) -> int:
         """This one's."""
         return 0
+
+    @property
+    def serves(self) -> bool:
+        """All ranks have loaded."""
+        return self._watch.armed
 
     # --- start ------------------------------------------------------------------------------------------------------
 
@@ -131,6 +144,43 @@ class GroupLeader:
         """Of the followers, in rank order, once all have joined."""
         return tuple(joined.transfer_address for _, joined in sorted(self._joined.items()))
 
+    # --- losing a rank ----------------------------------------------------------------------------------------------
+
+    @property
+    def on_one_host(self) -> bool:
+        """Every rank is on this host and can be ended from here, so that a lost one is sure to have ended."""
+        return len(self._processes) == self.width - 1 and all(process.held for process in self._processes)
+
+    def is_alive(self, rank: int) -> bool:
+        """Whether this rank may still come to where the others are."""
+        return rank not in self.lost_ranks and not any(
+            process.rank == rank and process.gone for process in self._processes
+        )
+
+    def let_go(self, rank: int, reason: str) -> None:
+        """End this rank above 0 for good; the others go on without it. From any thread; harmless when repeated."""
+        with self._losing:
+            if rank in self.lost_ranks or self._stopped:
+                return
+            ranks = [process for process in self._processes if process.rank == rank]
+            self._cut_short = self.progress.since
+            end_ranks(ranks, rank, LOST_WITHIN_S)
+            self._watch.leave_out(rank)
+            self._members = {number: member for number, member in self._members.items() if number != rank}
+            self._processes = [process for process in self._processes if process.rank != rank]
+            self.sender.leave_out(rank)
+            self.lost_ranks = (*self.lost_ranks, rank)
+        for process in ranks:
+            process.close()
+        log.error(
+            "%s goes on without rank %d, with %d ranks: %s",
+            self._settings.worker_id,
+            rank,
+            len(self._members) + 1,
+            reason,
+        )
+        self.on_loss(rank)
+
     # --- the end ----------------------------------------------------------------------------------------------------
 
     def abandon_start(self, error: Exception) -> None:
@@ -166,16 +216,17 @@ class GroupLeader:
     # --- the control thread -----------------------------------------------------------------------------------------
 
     def _control(self) -> None:
-        selector = selectors.DefaultSelector()
         for member in self._members.values():
-            selector.register(member.control.socket, selectors.EVENT_READ, member)
+            self._selector.register(member.control.socket, selectors.EVENT_READ, member)
         next_beat = 0.0
         while not self._stopped:
-            for key, _ in selector.select(LOOK_S):
+            for key, _ in self._selector.select(LOOK_S):
                 verdict = self._hear(key.data)
                 if verdict is not None:
-                    selector.unregister(key.fileobj)
+                    self._selector.unregister(key.fileobj)
                     self._found(verdict)
+                    if key.data.rank in self.lost_ranks:
+                        key.data.control.close()
             now = time.monotonic()
             beat_due = now >= next_beat
             if beat_due:
@@ -189,15 +240,19 @@ class GroupLeader:
         watch = self._watch
         watch.heard(0, self.progress.beat(), now)
         since = self.progress.since
-        age_s = 0.0 if since is None else time.perf_counter() - since
+        age_s = 0.0 if since is None or since == self._cut_short else time.perf_counter() - since
+        unreached = [rank for rank in self.sender.broken if rank not in self.lost_ranks]
         return (
             watch.silent(now)
+            or (Verdict(unreached[0], f"nothing can be sent to rank {unreached[0]}") if unreached else None)
             or watch.stuck(age_s, self.limit_s, now)
             or (watch.slow(self.pace, now) if beat_due else None)
         )
 
     def _hear(self, member: Member) -> Verdict | None:
         rank = member.rank
+        if rank in self.lost_ranks:
+            return Verdict(rank, f"rank {rank} is lost")  # whatever it still said
         try:
             message = decode_message(bytes(member.control.receive().body))
         except GroupError as error:
@@ -223,6 +278,9 @@ class GroupLeader:
 
     def _found(self, verdict: Verdict) -> None:
         if self._stopped:
+            return
+        if self._watch.armed and verdict.rank and self.can_lose_ranks:
+            self.let_go(verdict.rank, verdict.reason)
             return
         if self._watch.armed:
             self._end(verdict)

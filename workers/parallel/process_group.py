@@ -33,6 +33,7 @@ class GroupPlace:
     width: int
     host: str = "127.0.0.1"  # of this rank; Gloo listens here
     timeout_s: float = 30.0  # longest wait of one collective
+    meet_s: float | None = None  # longest wait for the others to come; None: as long as one collective
     share_memory: bool = True  # on the CPU, where all ranks are on one host; else sockets
 
 
@@ -97,23 +98,26 @@ def open_group(place: GroupPlace, store: Store | None, device: torch.device = _C
     if store is None:
         raise ConfigError(f"a group of {place.width} ranks needs a store", key="group.leader")
     own = PrefixStore(place.name, store)
-    own.set_timeout(timedelta(seconds=place.timeout_s))
+    meet_s = place.timeout_s if place.meet_s is None else place.meet_s
+    own.set_timeout(timedelta(seconds=meet_s))
     try:
-        backend = _gloo(place, own) if device.type == "cpu" else _nccl(place, own, device)
+        backend = _gloo(place, own, meet_s) if device.type == "cpu" else _nccl(place, own, device)
         group: Collectives = GroupCollectives(backend, place.name)
         # NCCL connects at the first call; better now, where a missing rank is told apart from one that died.
         group.barrier()
         if device.type == "cpu" and place.share_memory:
             group = share_memory(group, own, place.name, place.timeout_s)
+        if meet_s != place.timeout_s:
+            backend._set_default_timeout(timedelta(seconds=place.timeout_s))
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise GroupError(f"group {place.name}, rank {place.rank}: ranks did not meet: {reason}") from error
     return group
 
 
-def _gloo(place: GroupPlace, store: Store) -> Any:
+def _gloo(place: GroupPlace, store: Store, meet_s: float) -> Any:
     options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # torch's stub has another name
-    options._timeout = timedelta(seconds=place.timeout_s)
+    options._timeout = timedelta(seconds=meet_s)  # the ranks connect in here
     options._devices = [ProcessGroupGloo.create_device(hostname=place.host)]
     options._threads = 1  # collectives of a group come one after the other
     make: Any = ProcessGroupGloo

@@ -40,6 +40,10 @@ class RankProgress:
         self.done = self.begun
         return took
 
+    def level(self) -> None:
+        """The ranks have met anew: calls count from here, so that a step cut short leaves none of them behind."""
+        self._calls = 0
+
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """Around a call that returns only when other ranks have made theirs."""

@@ -23,9 +23,23 @@ class RankStates:
     """`group`: the attention ranks, one of each copy of the layers."""
 
     def __init__(self, group: Collectives, banks: Banks, block_size: int) -> None:
-        self._group = group
-        self._parts = PlanParts(group.width, banks)
+        self._banks = banks
         self._block_size = block_size
+        self.regroup(group, tuple(range(group.width)))
+
+    def regroup(self, group: Collectives, members: tuple[int, ...]) -> None:
+        """Go on with these ranks, ascending; rank 0 is one of them. Others may have no row in any later plan."""
+        self._group, self._members = group, members
+        self._parts = PlanParts(members, self._banks)
+
+    def close(self) -> None:
+        """Leave the group; peers notice at once. Only `regroup` may follow."""
+        self._group.close()
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The ranks that are there."""
+        return self._members
 
     @property
     def samples(self) -> bool:
@@ -38,13 +52,13 @@ class RankStates:
 
     def part(self, cut: PlanCut) -> StepPlan:
         """What this rank computes; perhaps no row at all."""
-        return cut.part(self._group.rank)
+        return cut.part(self._members[self._group.rank])
 
     def exchange(self, cut: PlanCut, device: torch.device) -> ContextExchange | None:
         """How the ranks share the keys and values of a prompt that all of them compute; None where there is none."""
         if cut.shared is None:
             return None
-        table = cut.table_of_shared(self._group.rank)
+        table = cut.table_of_shared(self._members[self._group.rank])
         return ContextExchange(self._group, cut.shared, table, self._block_size, device)
 
     def gather(self, cut: PlanCut, hidden: Tensor) -> Tensor:

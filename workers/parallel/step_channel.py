@@ -20,7 +20,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from penstock.workers.errors import IntegrityError, WireError
+from penstock.workers.errors import GroupError, IntegrityError, WireError
 from penstock.workers.parallel.group_link import Frame, GroupLink
 from penstock.workers.parallel.group_messages import BlocksRenewed, GroupMessage, decode_message, encode_message
 from penstock.workers.parallel.plan_codec import decode_plan, encode_plan
@@ -37,8 +37,9 @@ class StepSender:
     """Rank 0's end: one connection per follower, in rank order from rank 1."""
 
     def __init__(self, links: Sequence[GroupLink], ring: RingWriter | None) -> None:
-        self._links = tuple(links)
+        self._links = dict(enumerate(links, start=1))  # by rank; never changed, only replaced
         self._ring = ring
+        self.broken: tuple[int, ...] = ()  # ranks to which something could not be sent
         self._lock = threading.Lock()  # a message stays in its place between plans
         self._generations = self._told = self._own = np.zeros(0, np.uint64)
         self.sequence = 0  # of the last plan or message
@@ -52,26 +53,37 @@ class StepSender:
         self._own = np.zeros(0, np.uint64) if own is None else own
 
     def send_plan(self, plan: StepPlan) -> int:
-        """Every rank is to run this; its sequence number. Raises GroupError."""
+        """Every rank is to run this; its sequence number. Raises GroupError where a rank takes nothing for too long."""
         return self._publish(_PLAN, encode_plan(plan))
 
     def send(self, message: GroupMessage) -> int:
-        """Every rank is to act on this once it has done what was sent before. Raises GroupError."""
+        """Every rank is to act on this once it has done what was sent before. Raises as `send_plan`."""
         return self._publish(_MESSAGE, encode_message(message))
 
     def parts(self, sequence: int) -> list[bytearray]:
         """What every follower answers to the plan of this number, in rank order. Waits. Raises GroupError."""
         answers = []
-        for rank, link in enumerate(self._links, start=1):
+        for rank, link in self._links.items():
             frame = link.receive()
             if frame.kind != _PART or frame.place != sequence:
                 raise IntegrityError(f"rank {rank} answers to message {frame.place}, not to {sequence}")
             answers.append(frame.body)
         return answers
 
+    def leave_out(self, rank: int) -> None:
+        """This rank's process has ended: nothing is sent to it or waits for it any more. From any thread."""
+        links = dict(self._links)
+        link = links.pop(rank, None)
+        self._links = links
+        if link is None:
+            return
+        if self._ring is not None and link.local:
+            self._ring.leave_out(rank - 1)
+        link.close()
+
     def close(self) -> None:
         """Followers see the end of the channel."""
-        for link in self._links:
+        for link in self._links.values():
             link.close()
         if self._ring is not None:
             self._ring.close()
@@ -92,11 +104,14 @@ class StepSender:
             place = self._ring.write(body, RING_TIMEOUT_S)
             # The frame has room for two numbers: the length goes into the body.
             where = {"flags": _IN_RING, "place": place, "digest": xxhash.xxh3_64_intdigest(body)}
-        for link in self._links:
-            if where and link.local:
-                link.send(kind, len(body).to_bytes(8, "little"), **where)
-            else:
-                link.send(kind, body)
+        for rank, link in self._links.items():
+            try:
+                if where and link.local:
+                    link.send(kind, len(body).to_bytes(8, "little"), **where)
+                else:
+                    link.send(kind, body)
+            except GroupError:  # the others are to hear it in any case; what becomes of this one is not known here
+                self.broken = tuple({*self.broken, rank})
         return self.sequence
 
 

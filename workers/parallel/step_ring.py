@@ -64,6 +64,10 @@ class RingWriter:
         self._head = end
         return place
 
+    def leave_out(self, reader: int) -> None:
+        """This reader is gone: nobody waits for it any more, not even a `write` that does already."""
+        self._cursors[reader] = np.iinfo(np.uint64).max
+
     def close(self) -> None:
         """Let go of the memory; readers keep what they have. Safe to call twice."""
         if self.descriptor >= 0:

@@ -30,7 +30,7 @@ _ROOM = 1.5  # steps beyond so many times the most tokens seen are not judged by
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The group must end; `rank` is the culprit, None where none stands out."""
+    """The group cannot go on with `rank`, the culprit; None where none stands out."""
 
     rank: int | None
     reason: str
@@ -105,12 +105,17 @@ class GroupWatch:
         self._marked = now
         self._strikes = [0] * settings.width
         self._slow_since = [now] * settings.width
+        self._ranks = list(range(settings.width))  # that are still part of the group
         self.armed = False  # silence and slowness are judged only once all ranks have loaded
 
     def arm(self, now: float) -> None:
         """All ranks are ready."""
         self._heard = [now] * self._settings.width
         self.armed = True
+
+    def leave_out(self, rank: int) -> None:
+        """This rank is no part of the group any more."""
+        self._ranks = [each for each in self._ranks if each != rank]
 
     def heard(self, rank: int, beat: Beat, now: float) -> None:
         """A rank gave a sign of life."""
@@ -120,7 +125,7 @@ class GroupWatch:
         """A rank whose silence has come so near its limit that the group's end is there in time."""
         if not self.armed:
             return None
-        age, rank = max((now - at, -rank) for rank, at in enumerate(self._heard))
+        age, rank = max((now - self._heard[rank], -rank) for rank in self._ranks)
         if age <= silence_limit_s(self._settings):
             return None
         return Verdict(-rank, f"rank {-rank} has given no sign of life for {age:.1f} s")
@@ -135,12 +140,13 @@ class GroupWatch:
 
     def behind(self, now: float) -> int | None:
         """The rank that the others wait for: the one not heard of, or else the one alone in being least far."""
-        quiet = [rank for rank, at in enumerate(self._heard) if now - at > 1.8 * self._settings.heartbeat_s]
+        quiet = [rank for rank in self._ranks if now - self._heard[rank] > 1.8 * self._settings.heartbeat_s]
         if quiet:
             return max(quiet, key=lambda rank: now - self._heard[rank])
-        places = [(beat.begun, 2 * beat.calls - beat.waiting) for beat in self._beats]
-        least = min(places)
-        last = [rank for rank, place in enumerate(places) if place == least]
+        beats = {rank: self._beats[rank] for rank in self._ranks}
+        places = {rank: (beat.begun, 2 * beat.calls - beat.waiting) for rank, beat in beats.items()}
+        least = min(places.values())
+        last = [rank for rank, place in places.items() if place == least]
         return last[0] if len(last) == 1 else None
 
     def slow(self, pace: StepPace, now: float) -> Verdict | None:
@@ -153,8 +159,9 @@ class GroupWatch:
         steps_slow = pace.slow
         pace.next_interval()
         busy = [_busy_per_step(before, after) for before, after in zip(marks, self._beats, strict=True)]
-        for rank, own in enumerate(busy):
-            others = [each for other, each in enumerate(busy) if other != rank and each is not None]
+        for rank in self._ranks:
+            own = busy[rank]
+            others = [found for other in self._ranks if other != rank and (found := busy[other]) is not None]
             usual = max(_LEAST_BUSY_S, statistics.median(others)) if others else None
             if own is None or usual is None:
                 continue  # nothing new is known of it, as of one that stands still

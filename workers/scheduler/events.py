@@ -161,5 +161,6 @@ class SchedulerStats:
     free_blocks: int
     cached_blocks: int
     quarantined_blocks: int
+    lost_blocks: int  # of banks that are gone; none of the other figures of blocks counts them
     preemptions: int
     draining: bool

@@ -55,12 +55,32 @@ class SequenceMemory:
     def __init__(self, table: SequenceTable, layout: KVLayout, banks: Sequences[Bank]) -> None:
         self.banks = tuple(banks)
         self.lingering: dict[SequenceKey, Lingering] = {}
+        self._lost: frozenset[int] = frozenset()  # banks
         self._table = table
         self._layout = layout
         self._block_size = layout.block_size
         self._copy_sources: list[
             tuple[int, Run]
         ] = []  # (bank, held because a step under way copies from its end), oldest first
+
+    @property
+    def usable_banks(self) -> list[Bank]:
+        """Those that sequences can live in."""
+        return [bank for number, bank in enumerate(self.banks) if number not in self._lost]
+
+    @property
+    def lost_banks(self) -> list[Bank]:
+        """Those that went with their ranks."""
+        return [bank for number, bank in enumerate(self.banks) if number in self._lost]
+
+    def lose(self, number: int) -> None:
+        """This bank is gone with its rank: no sequence gets blocks of it any more, and nothing is found in it.
+
+        No sequence has blocks of it any more either; those that linger are settled like all others.
+        """
+        self._lost |= {number}
+        pool = self.banks[number].pool
+        pool.free(pool.allocate(pool.num_free))  # what was cached is cached no more, and routers hear of it
 
     def pool_of(self, sequence: Sequence) -> BlockPool:
         """Where the blocks of a sequence with a row come from."""
@@ -109,14 +129,14 @@ class SequenceMemory:
         rows = np.bincount(self._table.bank[self._table.state != EMPTY], minlength=len(self.banks))
         for number in waiting:
             rows[number] += 1
-        least = int(rows.min())
+        least = min(int(count) for number, count in enumerate(rows) if number not in self._lost)
 
         def cost(number: int) -> tuple[int, int]:
             pool, cache = self.banks[number]
             known = 0 if cache is None or not chain else cache.match(chain).num_blocks
             return (int(rows[number]) - least) * _ROW_BLOCKS - known, -pool.num_free
 
-        return sorted(range(len(self.banks)), key=cost)
+        return sorted((number for number in range(len(self.banks)) if number not in self._lost), key=cost)
 
     def _place(
         self, sequence: Sequence, growth: int, spare: int, pool: BlockPool, cache: PrefixCache | None

@@ -117,6 +117,31 @@ class Roster:
         self.waiting.push(sequence)
         self.events.append(PreemptedEvent(sequence.key))
 
+    def requeue(self, sequence: Sequence) -> None:
+        """Give its blocks back and stand in line again as if it had not been admitted: nothing of it was computed."""
+        slot = sequence.slot
+        if slot is not None:
+            self.memory.release(slot)
+            self.waiting.push(sequence)
+
+    def lose_bank(self, bank: int) -> None:
+        """A bank's blocks are gone: its sequences are computed again elsewhere, where that is possible here.
+
+        What a peer was to write or to read ends in a `RefusedEvent`.
+        """
+        for sequence in [each for each in self.table.sequences if each is not None and each.bank == bank]:
+            slot = sequence.slot
+            if slot is None:
+                continue
+            if sequence.sends_kv or self.table.state[slot] == RESERVED:
+                self.refuse(sequence, FailureCode.TRANSFER_FAILED, "the KV blocks were lost with their rank")
+            else:
+                self.preempt(sequence)
+        for sequence in self.waiting.entries():
+            if sequence.pinned == bank:
+                self.refuse(sequence, FailureCode.TRANSFER_FAILED, "the KV blocks were lost with their rank")
+        self.memory.lose(bank)
+
     def empty_left_rows(self) -> None:
         """A step has ended: rows that had to stay for it alone are emptied."""
         for slot, reader in self.under_way.freed():

@@ -270,6 +270,24 @@ class Scheduler:
         self._roster.empty_left_rows()
         return [sequence.key for sequence in lost]
 
+    def lose_banks(self, banks: Tokens, plan: StepPlan | None = None) -> None:
+        """These banks are gone with their ranks. `plan` is the step that failed by it: nothing of it was computed.
+
+        Their sequences wait to be computed again in other banks, unless a peer was to write or read their blocks:
+        then they end in a `RefusedEvent`. All other sequences go on where they were.
+        """
+        if plan is not None:
+            under_way = self._roster.under_way
+            under_way.end(under_way.newest_is(plan))
+            # A row that begins with a copied block is not to go on without the copy.
+            for slot in self._table.rows_in(PREFILL).tolist():
+                if np.isin(self._table.blocks_of(slot), plan.copies[:, 1]).any():
+                    self._roster.requeue(self._table.sequence_in(slot))
+            self._memory.end_copies(len(plan.copies), newest=True)
+            self._roster.empty_left_rows()
+        for bank in banks:
+            self._roster.lose_bank(bank)
+
     def take_events(self) -> list[SchedulerEvent]:
         """Events since the last call, oldest first."""
         events = self._roster.events

@@ -24,7 +24,7 @@ class RankedRunner:
     """Runs every part on a runner of its own, and the whole plan on one beside them."""
 
     def __init__(self, ranks: int) -> None:
-        self.parts = PlanParts(ranks, Banks(SIZE))
+        self.parts = PlanParts(tuple(range(ranks)), Banks(SIZE))
         self.whole = ContentRunner(ranks * SIZE, BLOCK)
         self.ranks = [ContentRunner(SIZE, BLOCK) for _ in range(ranks)]
         self.rows_of_rank = [0] * ranks

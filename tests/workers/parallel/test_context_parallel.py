@@ -83,7 +83,7 @@ def test_a_chunk_goes_on_only_right_behind_a_shared_one() -> None:
 
 
 def test_a_shared_prompt_lies_in_the_owners_blocks_and_in_scratch_elsewhere() -> None:
-    parts = PlanParts(2, Banks(blocks=50, scratch=20, threshold=32))
+    parts = PlanParts((0, 1), Banks(blocks=50, scratch=20, threshold=32))
     cut = parts.cut(plan(1, [(5, 0, 40)], table=50))  # of rank 1
     own, other = cut.part(1), cut.part(0)
     assert own.block_tables.tolist() == [list(range(10))] * 2
@@ -97,7 +97,9 @@ def test_a_shared_prompt_lies_in_the_owners_blocks_and_in_scratch_elsewhere() ->
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_every_rank_ends_up_with_all_keys_and_values(ranks: int) -> None:
     count, layers = 45, 2
-    cut = PlanParts(ranks, Banks(blocks=30, scratch=12, threshold=16)).cut(plan(1, [(5, 0, count)], table=30))
+    cut = PlanParts(tuple(range(ranks)), Banks(blocks=30, scratch=12, threshold=16)).cut(
+        plan(1, [(5, 0, count)], table=30)
+    )
     truth = torch.randn(count, layers, 2, 3, 5)
     assert cut.shared is not None
     chunk = cut.shared

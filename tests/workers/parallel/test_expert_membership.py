@@ -1,8 +1,5 @@
 """Who goes on: everyone that comes, nobody that is dead, and whoever comes too late is left out."""
 
-import os
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -10,7 +7,7 @@ from datetime import timedelta
 import pytest
 
 from penstock.workers.errors import GroupError
-from penstock.workers.parallel.expert_membership import MOST_ATTEMPTS, LocalProcesses, Membership, survive
+from penstock.workers.parallel.expert_membership import MOST_ATTEMPTS, Membership, survive
 from penstock.workers.parallel.process_group import join_store, serve_store
 
 
@@ -47,23 +44,17 @@ def test_without_rank_0_nobody_goes_on(stores):
         Membership(stores[1], 1, 5.0, lambda _: True).agree(1, (0, 1))
 
 
-def test_processes_that_ended_are_known_before_anybody_waits_for_them(stores):
-    child = subprocess.Popen((sys.executable, "-c", "import time; time.sleep(60)"))
-    LocalProcesses.introduce(stores[0], 0)
-    place = stores[0].get("life/0").decode().split()[0]
-    stores[1].set("life/1", f"{place} {child.pid}")
-    stores[1].set("life/2", f"elsewhere {os.getpid()}")
-    lives = LocalProcesses(stores[0], 3)
-    try:
-        assert [lives.alive(rank) for rank in range(3)] == [True, True, True]
-        child.kill()
-        deadline = time.monotonic() + 5
-        while lives.alive(1) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert [lives.alive(rank) for rank in range(3)] == [True, False, True]
-    finally:
-        child.wait(5)
-        lives.close()
+def test_rank_0_calls_before_it_waits(stores):
+    """Whoever had ended its part of the step comes by that call only."""
+    coming = []
+
+    def call(epoch):
+        threads = ThreadPoolExecutor(1)
+        coming.append(threads.submit(Membership(stores[1], 1, 5.0, lambda _: True).agree, epoch, (0, 1)))
+        threads.shutdown(wait=False)
+
+    assert Membership(stores[0], 0, 5.0, lambda _: True, call).agree(3, (0, 1)) == (0, 1)
+    assert [each.result(5) for each in coming] == [(0, 1)]
 
 
 class Regroups:

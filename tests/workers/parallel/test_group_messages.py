@@ -30,7 +30,8 @@ MESSAGES = [
     m.OfferBlocks(SESSION, (0, 1), (7, 8)),
     m.FinishSession(SESSION, (42,)),
     m.AbandonSession(SESSION, "over"),
-    m.SwitchExperts(4),
+    m.MeetAgain(4),
+    m.PumpExperts(),
 ]
 
 

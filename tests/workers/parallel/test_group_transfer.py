@@ -1,5 +1,6 @@
 """A KV session of a group ends once, after every rank, and is whole only if it is on all of them."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -57,6 +58,27 @@ class Stand:
     @property
     def asked(self) -> list[str]:
         return [name for name, _ in self.own.asked]
+
+
+def test_what_a_lost_rank_had_part_in_has_failed() -> None:
+    """Of a group whose ranks have a bank each; the session of another bank goes on."""
+    stand = Stand(1)
+    stand.group = GroupTransfer(stand.own, GroupRanks(1, 16), stand.sent.append)  # type: ignore[arg-type]
+    sessions = {name: name.encode() * 16 for name in "abcd"}
+    stand.group.expect(dataclasses.replace(INCOMING, session_id=sessions["a"], bank=1, blocks=(16, 17)))
+    stand.group.expect(dataclasses.replace(INCOMING, session_id=sessions["b"], bank=2, blocks=(32, 33)))
+    stand.group.start(dataclasses.replace(GRANT, session_id=sessions["c"]), 1)
+    stand.group.lose(1)
+    stand.group.start(dataclasses.replace(GRANT, session_id=sessions["d"]), 1)  # asked for before the engine knew
+    lost = ("rank 1 is lost", TransferCause.PEER_LOST)
+    assert stand.group.poll() == [
+        IncomingFailed(sessions["a"], *lost),
+        OutgoingFailed(sessions["c"], *lost),
+        OutgoingFailed(sessions["d"], *lost),
+    ]
+    assert stand.group.poll() == []
+    whole = Arrived(sessions["b"], Tail((7,)))
+    assert stand.ends(2, whole) == [whole]
 
 
 def test_it_has_arrived_once_it_has_on_every_rank() -> None:

@@ -11,10 +11,17 @@ import numpy as np
 import pytest
 from fakes.random_plans import make_plan
 
-from penstock.workers.errors import ConfigError, GroupError, IntegrityError, PenstockError
+from penstock.workers.errors import ConfigError, ExpertsGoneError, GroupError, IntegrityError, PenstockError
 from penstock.workers.parallel import fence
 from penstock.workers.parallel.follower import EXIT_FAILED, Follower, FollowerParts
-from penstock.workers.parallel.group_messages import ForgetSession, Joined, SessionOver, SwitchExperts
+from penstock.workers.parallel.group_messages import (
+    ForgetSession,
+    GroupMessage,
+    Joined,
+    MeetAgain,
+    PumpExperts,
+    SessionOver,
+)
 from penstock.workers.parallel.leader import GroupLeader
 from penstock.workers.scheduler.plan import StepPlan
 from penstock.workers.settings import GroupSettings, WorkerSettings
@@ -44,14 +51,36 @@ class Transfer:
 
 
 class Runner:
+    """As long as it has `error`, or once if that is in `errors`, a step fails by it."""
+
     def __init__(self) -> None:
         self.steps: list[int] = []
         self.error: Exception | None = None
+        self.errors: list[Exception] = []
 
     def run(self, plan: StepPlan) -> None:
+        if self.errors:
+            raise self.errors.pop()
         if self.error is not None:
             raise self.error
         self.steps.append(plan.step)
+
+
+class Survival:
+    """Of a follower: what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    def go_on(self) -> tuple[int, ...]:
+        self.asked.append("go on")
+        return (2,)
+
+    def meet_again(self, epoch: int) -> None:
+        self.asked.append(epoch)
+
+    def pump(self) -> None:
+        self.asked.append("pump")
 
 
 class Ranks:
@@ -67,6 +96,7 @@ class Ranks:
         self.leader = GroupLeader(self.settings, self._leave("leader"))
         self.follower: Follower
         self.runner, self.transfer = Runner(), Transfer()
+        self.survival: Survival | None = None
         self.generations = np.zeros(8, np.uint64)
 
     def _leave(self, who: str) -> Any:
@@ -116,7 +146,7 @@ class Ranks:
 
     def serve(self) -> threading.Thread:
         def serve() -> None:
-            parts = FollowerParts(self.runner, self.generations, self.transfer)  # type: ignore[arg-type]
+            parts = FollowerParts(self.runner, self.generations, self.transfer, survival=self.survival)  # type: ignore[arg-type]
             self.codes["served"] = self.follower.serve(parts)
 
         serving = threading.Thread(target=serve, daemon=True)
@@ -198,22 +228,71 @@ def test_a_follower_that_fails_ends_the_group(ranks: Ranks) -> None:
     assert ranks.codes["leader"] == fence.EXIT_GROUP_LOST
 
 
+def test_a_group_that_can_goes_on_without_a_rank(ranks: Ranks) -> None:
+    ranks.meet()
+    ranks.complete()
+    ranks.serve()
+    lost: list[int] = []
+    ranks.leader.can_lose_ranks, ranks.leader.on_loss = True, lost.append
+    ranks.leader.limit_s = 0.5
+    ranks.leader.progress.begin(1)  # a step that waits for the lost rank
+    ranks.runner.error = ValueError("no such block")
+    ranks.leader.sender.send_plan(make_plan(1, 2))
+    ranks.until(lambda: lost)
+    assert ranks.leader.lost_ranks == (1,)
+    assert not ranks.leader.is_alive(1)
+    ranks.leader.let_go(1, "again")
+    time.sleep(1.0)  # neither its silence nor the step that it cut short is held against the others
+    assert lost == [1]
+    assert "leader" not in ranks.codes
+    ranks.leader.sender.send_plan(make_plan(2, 2))
+    ranks.leader.stop()
+
+
+def test_rank_0_cannot_be_gone_on_without(ranks: Ranks) -> None:
+    ranks.meet()
+    ranks.complete()
+    ranks.leader.can_lose_ranks = True
+    with pytest.raises(Left):
+        ranks.leader.lost(GroupError("nobody came"))
+    assert ranks.codes["leader"] == fence.EXIT_GROUP_LOST
+
+
+def test_a_follower_meets_those_that_are_left_and_obeys_on(ranks: Ranks) -> None:
+    ranks.survival = Survival()
+    ranks.meet()
+    ranks.complete()
+    ranks.serve()
+    send = ranks.leader.sender
+    ranks.runner.errors = [ExpertsGoneError("expert 3", ((0, 3),)), GroupError("rank 2 has ended")]
+    for step in range(3):
+        send.send_plan(make_plan(step, 2))
+    send.send(MeetAgain(4))
+    send.send(PumpExperts())
+    ranks.until(lambda: len(ranks.survival.asked) == 3)
+    assert ranks.survival.asked == ["go on", 4, "pump"]
+    assert ranks.runner.steps == [make_plan(2, 2).step]
+    assert ranks.follower.progress.beat().steps == 1  # steps cut short are none
+    assert ranks.codes == {}
+
+
 def test_a_plan_out_of_order_is_refused_before_it_runs(ranks: Ranks) -> None:
     ranks.meet()
     ranks.complete()
     ranks.serve()
-    ranks.leader.sender._links[0]._sent += 1
+    ranks.leader.sender._links[1]._sent += 1
     ranks.leader.sender.send_plan(make_plan(1, 2))
     ranks.until(lambda: "served" in ranks.codes)
     assert ranks.runner.steps == []
     assert ranks.codes["served"] == EXIT_FAILED
 
 
-def test_experts_that_are_not_there_cannot_be_switched(ranks: Ranks) -> None:
+@pytest.mark.parametrize("message", [MeetAgain(1), PumpExperts()])
+def test_a_rank_that_cannot_go_on_without_others_is_not_asked_to(message: GroupMessage, ranks: Ranks) -> None:
     ranks.meet()
     ranks.complete()
     ranks.serve()
-    ranks.leader.sender.send(SwitchExperts(2))
+    ranks.leader.sender.send(message)
     ranks.until(lambda: "served" in ranks.codes)
     assert ranks.codes["served"] == EXIT_FAILED
 

@@ -4,6 +4,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -54,6 +55,25 @@ def test_a_rank_that_never_comes_is_an_error_in_time():
     with pytest.raises(GroupError, match="ranks did not meet"):
         open_group(GroupPlace("missing", 0, 2, timeout_s=0.5), store)
     assert time.monotonic() - began < 4.0
+
+
+def test_ranks_that_are_to_come_at_once_are_not_waited_for_as_long_as_collectives():
+    own, address = serve_store("127.0.0.1", 10.0)
+    stores = [own, join_store(address, 10.0)]
+    began = time.monotonic()
+    with pytest.raises(GroupError, match="ranks did not meet"):
+        open_group(GroupPlace("missing", 0, 2, timeout_s=60.0, meet_s=0.5), own)
+    assert time.monotonic() - began < 4.0
+
+    def late(rank):
+        group = open_group(GroupPlace("pair", rank, 2, meet_s=2.0, timeout_s=20.0, share_memory=False), stores[rank])
+        time.sleep(3.0 * rank)
+        total = float(group.all_reduce(torch.ones(1)))
+        group.close()
+        return total
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(late, range(2))) == [2.0, 2.0]
 
 
 def test_a_rank_may_come_before_the_store():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -81,6 +83,34 @@ def test_states_come_together_in_order():
         assert not ranks[rank].samples
     gathered = ranks[0].gather(cuts[0], hidden[0])
     assert gathered[:, 0].tolist() == [100, 101, 102, 111, 108, 109]
+
+
+def test_ranks_that_are_left_go_on_under_their_numbers():
+    """Rank 1 is lost, and with it its rows; ranks 0 and 2 meet as a group of two."""
+    whole = plan()
+    kept = dataclasses.replace(
+        whole,
+        slots=whole.slots[[1, 3, 4]],
+        starts=whole.starts[[1, 3, 4]],
+        offsets=int32(0, 1, 5, 10),
+        token_ids=whole.token_ids[[1, *range(3, 12)]],
+        block_tables=whole.block_tables[[1, 3, 4]],
+        sample_rows=int32(0, 1, 2),
+        num_decode=1,
+        scored=None,
+    )
+    before = [RankStates(Hub(3).rank_of(rank), Banks(SIZE), 4) for rank in (0, 2)]
+    hub = Hub(2)
+    for position, states in enumerate(before):
+        states.regroup(hub.rank_of(position), (0, 2))
+        assert states.members == (0, 2)
+    cuts = [states.cut(kept) for states in before]
+    parts = [states.part(cut) for states, cut in zip(before, cuts, strict=True)]
+    assert [part.token_ids.tolist() for part in parts] == [[101, 107, 108, 109, 110, 111], [103, 104, 105, 106]]
+    assert parts[1].block_tables.tolist() == [[4, 0]]
+    before[1].gather(cuts[1], torch.tensor([[106.0]]))
+    gathered = before[0].gather(cuts[0], torch.tensor([[101.0], [111.0]]))
+    assert gathered[:, 0].tolist() == [101, 106, 111]
 
 
 def test_states_of_other_rows_are_refused():

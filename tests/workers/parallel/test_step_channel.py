@@ -93,6 +93,22 @@ def test_answers_are_of_this_plan(channels: Channels) -> None:
         sender.parts(second)
 
 
+def test_the_others_hear_what_one_cannot_be_sent(channels: Channels) -> None:
+    sender, receivers = channels.open(3, 1 << 16)
+    receivers[1].close()
+    for seed in range(40):  # more than the ring holds for a reader that takes nothing
+        if seed == 2:
+            assert sender.broken == (2,)
+            sender.leave_out(2)
+            sender.leave_out(2)
+        sender.send_plan(make_plan(seed, 80))
+        for receiver in (receivers[0], receivers[2]):
+            assert_equal(make_plan(seed, 80), receiver.receive())
+    receivers[0].answer(b"0")
+    receivers[2].answer(b"2")
+    assert sender.parts(sender.sequence) == [b"0", b"2"]
+
+
 def test_shared_memory_that_changed_is_noticed(channels: Channels) -> None:
     sender, (receiver,) = channels.open(1, 1 << 16)
     sender.send_plan(make_plan(1, 80))
@@ -104,7 +120,7 @@ def test_shared_memory_that_changed_is_noticed(channels: Channels) -> None:
 
 def test_a_lost_plan_is_noticed_by_the_next(channels: Channels) -> None:
     sender, (receiver,) = channels.open(1)
-    (link,) = sender._links
+    (link,) = sender._links.values()
     whole = link._write
     link._write = lambda data: None  # type: ignore[method-assign]
     sender.send_plan(make_plan(1, 2))

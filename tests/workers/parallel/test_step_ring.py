@@ -1,6 +1,7 @@
 """Shared memory for steps: what is read is what was written, room is given back, and a reader that stalls is named."""
 
 import os
+import threading
 
 import pytest
 
@@ -26,6 +27,18 @@ def test_a_reader_that_stalls_is_named() -> None:
     readers[0].read(place, 3000)
     with pytest.raises(GroupError, match="reader 1"):
         writer.write(b"y" * 3000, 0.05)
+
+
+def test_nobody_waits_for_a_reader_that_is_gone() -> None:
+    writer = RingWriter(4096, 2)
+    readers = [RingReader(os.dup(writer.descriptor), number) for number in range(2)]
+    place = writer.write(b"x" * 3000, 1.0)
+    readers[0].read(place, 3000)
+    leaving = threading.Timer(0.1, writer.leave_out, (1,))
+    leaving.start()
+    place = writer.write(b"y" * 3000, 5.0)  # waits until then
+    leaving.join()
+    assert readers[0].read(place, 3000) == b"y" * 3000
 
 
 def test_places_outside_are_refused() -> None:

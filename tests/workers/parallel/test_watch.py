@@ -38,6 +38,32 @@ def test_a_silent_rank_is_named_in_time() -> None:
     pytest.fail("nobody noticed")
 
 
+def test_a_rank_that_is_left_out_is_not_judged() -> None:
+    watch = group(4)
+    for rank, calls in ((0, 7), (1, 7), (2, 3), (3, 6)):
+        watch.heard(rank, Beat(5, 4, calls, calls == 7), 1.0)
+    stuck = watch.stuck(1.5, 1.0, 1.2)
+    assert stuck is not None
+    assert stuck.rank == 2
+    watch.leave_out(2)
+    stuck = watch.stuck(1.5, 1.0, 1.2)
+    assert stuck is not None
+    assert stuck.rank == 3
+    for rank in (0, 1, 3):
+        watch.heard(rank, Beat(6, 6), 9.0)
+    assert watch.silent(9.1) is None
+
+
+def test_calls_count_anew_once_ranks_have_met_again() -> None:
+    progress = RankProgress()
+    progress.begin(3)
+    with progress.waiting():
+        pass
+    assert progress.beat().calls == 1
+    progress.level()
+    assert progress.beat().calls == 0
+
+
 def test_silence_before_all_are_ready_is_no_fault() -> None:
     watch = GroupWatch(GroupSettings(tensor_parallel_size=2), 0.0)
     assert watch.silent(100.0) is None
