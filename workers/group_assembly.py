@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_SCRATCH_SHARE = 4  # of a rank's blocks, one in so many may be for prompts that all ranks compute
+
 
 def lead_computing(settings: WorkerSettings, leader: GroupLeader) -> Computing:
     """Wait for the followers, then load this rank; the runner is that of the group. Raises ConfigError, GroupError."""
@@ -132,7 +134,12 @@ def use_banks(settings: WorkerSettings, computing: Computing, num_blocks: int) -
         return num_blocks
     needed = computing.layout.blocks_for(settings.scheduler.max_model_len)
     shares = group.context_parallel_size > 1 and group.context_parallel_threshold > 0
-    banks = Banks(num_blocks - needed, needed, group.context_parallel_threshold) if shares else Banks(num_blocks)
+    banks = Banks(num_blocks)
+    if shares:
+        # One prompt of any length can be shared; several, as far as a step computes them and others' room allows.
+        step = computing.layout.blocks_for(settings.scheduler.max_num_batched_tokens)
+        scratch = max(needed, min(step, num_blocks // _SCRATCH_SHARE))
+        banks = Banks(num_blocks - scratch, scratch, group.context_parallel_threshold)
     if banks.blocks < needed:
         raise ConfigError(
             f"a rank has {num_blocks} KV blocks, of which {banks.scratch} are for prompts that all ranks compute; one "

@@ -266,6 +266,8 @@ class ModelRunner:
         if experts is not None:
             experts.begin_step(plan.step)
         exchange = states.exchange(cut, self.device)
+        if exchange is not None:
+            exchange.bring_beginnings(forward.kv)
         hidden = states.gather(cut, forward.eager(own, self._inputs.fill(own), exchange))
         if experts is not None:
             experts.end_step()

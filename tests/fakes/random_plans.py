@@ -52,6 +52,7 @@ def make_plan(seed: int, rows: int, *, edits: bool = False, scored: bool = False
         copies=i32(rng, int(rng.integers(0, 3)), 2),
         scored=ScoredPrompt(i32(rng, 3), i32(rng, 3), i32(rng, 3)) if scored else None,
         embed_rows=sample_rows[:1],
+        num_continued=int(rng.integers(0, rows + 1)),
     )
 
 

@@ -24,7 +24,7 @@ class RankStates:
 
     def __init__(self, group: Collectives, banks: Banks, block_size: int) -> None:
         self._group = group
-        self._parts = PlanParts(group.width, banks)
+        self._parts = PlanParts(group.width, banks, block_size)
         self._block_size = block_size
 
     @property
@@ -41,11 +41,11 @@ class RankStates:
         return cut.part(self._group.rank)
 
     def exchange(self, cut: PlanCut, device: torch.device) -> ContextExchange | None:
-        """How the ranks share the keys and values of a prompt that all of them compute; None where there is none."""
-        if cut.shared is None:
+        """How the ranks share the keys and values of prompts that all of them compute; None where there are none."""
+        if not cut.shared:
             return None
-        table = cut.table_of_shared(self._group.rank)
-        return ContextExchange(self._group, cut.shared, table, self._block_size, device)
+        tables = cut.tables_of_shared(self._group.rank)
+        return ContextExchange(self._group, cut.shared, tables, self._block_size, device)
 
     def gather(self, cut: PlanCut, hidden: Tensor) -> Tensor:
         """From each rank's hidden [S' + M', E] those of the whole plan, [S + M, E], on rank 0; [0, E] elsewhere.
