@@ -99,7 +99,7 @@ def open_group(place: GroupPlace, store: Store | None, device: torch.device = _C
     own = PrefixStore(place.name, store)
     own.set_timeout(timedelta(seconds=place.timeout_s))
     try:
-        backend = _gloo(place, own) if device.type == "cpu" else _nccl(place, own, device)
+        backend = open_backend(place, own, device)
         group: Collectives = GroupCollectives(backend, place.name)
         # NCCL connects at the first call; better now, where a missing rank is told apart from one that died.
         group.barrier()
@@ -109,6 +109,11 @@ def open_group(place: GroupPlace, store: Store | None, device: torch.device = _C
         reason = str(error).splitlines()[0]
         raise GroupError(f"group {place.name}, rank {place.rank}: ranks did not meet: {reason}") from error
     return group
+
+
+def open_backend(place: GroupPlace, store: Store, device: torch.device) -> Any:
+    """Gloo on the CPU, NCCL on a GPU, over a store that nobody else uses. RuntimeError where ranks are missing."""
+    return _gloo(place, store) if device.type == "cpu" else _nccl(place, store, device)
 
 
 def _gloo(place: GroupPlace, store: Store) -> Any:
