@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from penstock.kernels import ops
+from penstock.kernels.attention_checks import MOST_DIM
 from penstock.kernels.ragged import AttentionPlan, RaggedBatch
 from penstock.workers.model.latent_fields import LatentShape
 
@@ -38,7 +39,7 @@ def rows_to_expand(batch: RaggedBatch, shape: LatentShape) -> NDArray[np.bool_]:
     saved = 2 * shape.kv_rank + shape.rope_dim - 2 * _width(shape)
     made = (1.5 * stored + 0.5 * new) * shape.kv_rank * (shape.plain_dim + shape.value_dim)
     chosen: NDArray[np.bool_] = pairs * saved > made
-    return chosen
+    return chosen & (_width(shape) <= MOST_DIM)
 
 
 class LatentPrefill:

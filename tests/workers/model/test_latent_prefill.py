@@ -89,6 +89,13 @@ def test_the_cheaper_form_is_chosen(shape: LatentShape) -> None:
         assert dict(zip(rows, chosen.tolist(), strict=True))[30000, 290]
 
 
+def test_heads_wider_than_paged_attention_takes_stay_in_the_latent() -> None:
+    widest = LatentShape(None, 900, 192, 64, 128, True)
+    wider = LatentShape(None, 900, 193, 64, 128, True)
+    assert rows_to_expand(batch_of((0, 2048)), widest).all()
+    assert not rows_to_expand(batch_of((0, 2048)), wider).any()
+
+
 def test_plans_are_of_the_storage_they_are_for() -> None:
     """The others' plan is one that `ops.latent_attention` takes."""
     batch, chosen = batch_of((5, 1), (0, 17)), np.array([False, True])
