@@ -243,8 +243,8 @@ class TransferEngine:
             self._catch_up()
             self._end_sessions()
             self._sockets.close(_STOPPED)
-            if self._lanes is not None:
-                self._lanes.close()
+        if self._lanes is not None:  # without the lock, which their threads may want for their last word
+            self._lanes.close()
 
 
 def _nccl_lanes(settings: TransferSettings, storage: BlockStorage) -> Lanes:

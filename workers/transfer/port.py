@@ -4,7 +4,7 @@
 or to fill. `kv/storage.py` hands out its own memory; a pool on a device does it through `staging.py`.
 
 The engine thread calls these methods; none blocks, and a transfer thread does the work. Implemented by
-`engine.py` of this folder over shared memory and TCP, and by a fake in tests that reorders, repeats, delays and drops.
+`engine.py` of this folder over shared memory, TCP and NCCL, and by a fake in tests that reorders, repeats, delays and drops.
 
 Invariants the engine relies on:
 - after `Arrived`, `IncomingFailed` or `IncomingClosed` nobody writes the session's blocks any more;
