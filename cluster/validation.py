@@ -25,7 +25,7 @@ CHOICES = {
     "runner.dtype": ("auto", "float32", "bfloat16", "float16"),
     "runner.model_impl": ("auto", "penstock", "transformers"),
     "front.generation_config": ("auto", "vllm", "none"),
-    "transfer.transport": ("auto", "shared_memory", "tcp"),
+    "transfer.transport": ("auto", "shared_memory", "tcp", "nccl"),
     "transfer.digest": ("auto", "full", "sampled", "off"),
     "router.placement.policy": tuple(POLICIES),
     "front.metrics_aliases": ("vllm", "none"),
@@ -128,6 +128,7 @@ def check_whole(config: ClusterConfig) -> ClusterConfig:
     """The keys against each other, after everything has been derived."""
     _pools(config)
     _group(config)
+    _transport(config)
     _ray(config)
     _sizes(config)
     _front(config)
@@ -170,6 +171,14 @@ def _group(config: ClusterConfig) -> None:
         name = str(error.key).removeprefix("group.")
         section = "pools" if hasattr(config.pools, name) else "ranks"
         raise wrong(config, f"{section}.{name}", str(error)) from error
+
+
+def _transport(config: ClusterConfig) -> None:
+    """NCCL moves blocks between GPUs; whether there is one, and an NCCL, only a worker can know."""
+    runner = config.runner
+    if config.transfer.transport == "nccl" and (runner.kind == "oracle" or runner.device == "cpu"):
+        where = "the oracle's blocks are" if runner.kind == "oracle" else "with runner.device cpu blocks are"
+        raise wrong(config, "transfer.transport", f"'nccl' moves blocks between GPUs; {where} in host memory")
 
 
 def _ray(config: ClusterConfig) -> None:

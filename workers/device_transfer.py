@@ -48,6 +48,15 @@ class CardStorage(StagedStorage):
         """A peer on the same card does."""
         return True
 
+    @property
+    def device(self) -> torch.device:
+        """Where the blocks are."""
+        return self._storage.tensor.device
+
+    def packed_pool(self, part: HeadSlice | None) -> DeviceKVStorage | DeviceSlices:
+        """See `transfer.lane_frames.PackingStorage`."""
+        return self._storage if part is None else self._storage.slice_pool(part)
+
     def slice_pool(self, part: HeadSlice) -> DeviceSlices:
         """See `BlockStorage.slice_pool`."""
         return self._storage.slice_pool(part)

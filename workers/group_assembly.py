@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _LEAST_GRACE_S = 5.0
+_SCRATCH_SHARE = 4  # of a rank's blocks, one in so many may be for prompts that all ranks compute
 
 
 @dataclasses.dataclass(slots=True)
@@ -195,11 +196,16 @@ def use_banks(settings: WorkerSettings, computing: Computing, num_blocks: int) -
     group, model = settings.group, computing.model
     if model is None or attention_ranks(settings) == 1:
         return num_blocks
-    from penstock.workers.parallel.attention_ranks import Banks  # late: it imports torch
+    from penstock.workers.parallel.shared_prompts import Banks  # late: it imports torch
 
     needed = computing.layout.blocks_for(settings.scheduler.max_model_len)
     shares = group.context_parallel_size > 1 and group.context_parallel_threshold > 0
-    banks = Banks(num_blocks - needed, needed, group.context_parallel_threshold) if shares else Banks(num_blocks)
+    banks = Banks(num_blocks)
+    if shares:
+        # One prompt of any length can be shared; several, as far as a step computes them and others' room allows.
+        step = computing.layout.blocks_for(settings.scheduler.max_num_batched_tokens)
+        scratch = max(needed, min(step, num_blocks // _SCRATCH_SHARE))
+        banks = Banks(num_blocks - scratch, scratch, group.context_parallel_threshold)
     if banks.blocks < needed:
         raise ConfigError(
             f"a rank has {num_blocks} KV blocks, of which {banks.scratch} are for prompts that all ranks compute; one "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from penstock.workers.model.weight_reader import Progress
 from penstock.workers.parallel.collectives import Collectives
 from penstock.workers.parallel.expert_parallel import ExpertParallel
 from penstock.workers.parallel.shards import WHOLE, TensorShard
+from penstock.workers.parallel.shared_prompts import MOST_SHARED
 from penstock.workers.runner import ModelRunner, RunnerParts
 from penstock.workers.settings import KVSettings, RunnerSettings, SchedulerSettings
 from penstock.workers.step_inputs import StepLimits
@@ -70,11 +71,14 @@ def build_model_runner(
     logger.info(
         "%s: loaded as %s on %s by %s (%s) in %.2f s", model_dir, dtype, device, loaded.code, chosen.reason, took
     )
+    limits = step_limits(scheduler, kv.block_size)
+    if expert_ranks is not None:  # a rank has two pieces of each prompt that all share
+        limits = replace(limits, max_rows=limits.max_rows + MOST_SHARED)
     parts = RunnerParts(
         decoder=loaded.model,
         layout=loaded.layout,
         vocab_size=config.vocab_size,
-        limits=step_limits(scheduler, kv.block_size),
+        limits=limits,
         threads=settings.threads,
         device=device,
         shape=loaded.shape,

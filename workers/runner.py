@@ -44,9 +44,9 @@ from penstock.workers.graphs.traffic import BucketFigures, BucketTraffic
 from penstock.workers.kv.layout import KVLayout
 from penstock.workers.model.loading import CPU
 from penstock.workers.model.port import DecoderModel
-from penstock.workers.parallel.attention_ranks import Banks
 from penstock.workers.parallel.collectives import Collectives
 from penstock.workers.parallel.rank_states import RankStates
+from penstock.workers.parallel.shared_prompts import Banks
 from penstock.workers.sampling import draw, logprobs_of
 from penstock.workers.scheduler.plan import SampledLogprobs, ScoredPrompt, StepPlan, StepResult
 from penstock.workers.static_memory import StaticMemory
@@ -282,6 +282,8 @@ class ModelRunner:
         if experts is not None:
             experts.begin_step(plan.step)
         exchange = states.exchange(cut, self.device)
+        if exchange is not None:
+            exchange.bring_beginnings(forward.kv)
         hidden = states.gather(cut, forward.eager(own, self._inputs.fill(own), exchange))
         if experts is not None:
             experts.end_step()

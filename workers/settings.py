@@ -50,7 +50,8 @@ class KVSettings:
 class TransferSettings:
     """KV transfer between workers."""
 
-    transport: str = "auto"  # auto | shared_memory | tcp; auto = shared memory when both ends share a host
+    # auto | shared_memory | tcp | nccl (between GPUs, both ends alike); auto = shared memory within a host, else tcp
+    transport: str = "auto"
     host: str = "127.0.0.1"
     lease_s: float = 10.0
     digest: str = "auto"  # auto | full | sampled | off: of each block's bytes; auto = full over TCP, else sampled

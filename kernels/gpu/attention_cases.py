@@ -108,6 +108,7 @@ AOT_CASES = (
     *(_tile(dim, 16) for dim in (64, 128)),
     *(_tile(dim, rows, older=older) for dim in (64, 128) for rows in (64, 128) for older in (False, True)),
     *(_tile(dim, 128, older=older) for dim in (80, 96) for older in (False, True)),
+    *(_tile(192, 64 if older else 128, older=older) for older in (False, True)),  # keys made of latent rows
     *(_tile(128, 128, kind, older=older) for kind in (E4M3, INT8) for older in (False, True)),
     *(_tile(128, 128, limited=True, older=older) for older in (False, True)),
     *(

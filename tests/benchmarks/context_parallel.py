@@ -3,8 +3,9 @@
     python tests/benchmarks/context_parallel.py MODEL_DIR [--tokens 4096] [--ranks 2] [--repeats 7] [--json FILE]
 
 Real worker processes and the real router, without Ray and HTTP; every rank has one thread. The same prompts, of random
-tokens and computed in one step, go to both workers in turns. Prints one JSON object: the median seconds of both and
-their ratio, which is the speed-up of the whole request; the bar for two ranks is 1.5.
+tokens and computed in one step, go to both workers in turns: whole, and with their first half in the prefix cache.
+Prints one JSON object: of each the median seconds of both workers and their ratio, which is the speed-up of the whole
+request; the bar for two ranks and a whole prompt is 1.5.
 """
 
 from __future__ import annotations
@@ -34,43 +35,54 @@ def worker(args: argparse.Namespace, ranks: int) -> WorkerSettings:
         role=Role.MIXED,
         cluster_key=_KEY,
         scheduler=SchedulerSettings(max_num_seqs=4, max_num_batched_tokens=length, max_model_len=length),
-        kv=KVSettings(num_blocks=4 * (length // 16 + 1), prefix_caching=False),
+        kv=KVSettings(num_blocks=4 * (length // 16 + 1), prefix_caching=True),
         runner=RunnerSettings(model_dir=str(args.model), dtype=args.dtype, threads=1),
         group=GroupSettings(context_parallel_size=ranks, context_parallel_threshold=args.tokens // 4),
     )
 
 
-async def first_token(cluster: LocalCluster, prompt: tuple[int, ...]) -> tuple[float, int]:
-    """(seconds until the first token, that token)."""
+async def first_token(cluster: LocalCluster, prompt: tuple[int, ...], cached: int) -> tuple[float, int]:
+    """(seconds until the first token, that token); `cached` leading tokens have been computed before."""
+    if cached:
+        await first_token(cluster, prompt[:cached], 0)
     began = time.perf_counter()
     request = GenerateRequest("r", prompt, SamplingParams(max_tokens=1))
     tokens = [token async for delta in cluster.generator.submit(request) for token in delta.tokens]
     return time.perf_counter() - began, tokens[0]
 
 
-async def measure(args: argparse.Namespace) -> dict[str, object]:
-    """One prompt at a time, alone and shared in turns; the first of each is not counted."""
+async def compare(
+    args: argparse.Namespace, alone: LocalCluster, together: LocalCluster, draw: random.Random, cached: int
+) -> dict[str, object]:
+    """One prompt at a time, by one rank and by all in turns; the first of each is not counted."""
     vocab = json.loads((args.model / "config.json").read_text())["vocab_size"]
-    draw = random.Random(0)
     prompts = [tuple(draw.randrange(vocab) for _ in range(args.tokens)) for _ in range(args.repeats + 1)]
     seconds: dict[int, list[float]] = {1: [], args.ranks: []}
     same = 0
-    async with LocalCluster([worker(args, 1)]) as alone, LocalCluster([worker(args, args.ranks)]) as together:
-        for number, prompt in enumerate(prompts):
-            answers = []
-            for ranks, cluster in ((1, alone), (args.ranks, together)):
-                took, token = await first_token(cluster, prompt)
-                answers.append(token)
-                if number:
-                    seconds[ranks].append(took)
-            same += answers[0] == answers[1]
+    for number, prompt in enumerate(prompts):
+        answers = []
+        for ranks, cluster in ((1, alone), (args.ranks, together)):
+            took, token = await first_token(cluster, prompt, cached)
+            answers.append(token)
+            if number:
+                seconds[ranks].append(took)
+        same += answers[0] == answers[1]
     medians = {ranks: statistics.median(found) for ranks, found in seconds.items()}
     return {
+        "cached_tokens": cached,
         "seconds_one_rank": round(medians[1], 4),
         f"seconds_{args.ranks}_ranks": round(medians[args.ranks], 4),
         "speed_up": round(medians[1] / medians[args.ranks], 3),
         "same_first_tokens": f"{same} of {len(prompts)}",
     }
+
+
+async def measure(args: argparse.Namespace) -> dict[str, object]:
+    """Whole prompts, and those of which the cache has the first half."""
+    draw = random.Random(0)
+    async with LocalCluster([worker(args, 1)]) as alone, LocalCluster([worker(args, args.ranks)]) as together:
+        rows = [await compare(args, alone, together, draw, cached) for cached in (0, args.tokens // 2)]
+    return {"rows": rows}
 
 
 def main() -> None:

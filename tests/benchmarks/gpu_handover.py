@@ -3,7 +3,9 @@
 This process grants sessions as a decode worker does; a child offers the blocks of its pool as a prefill worker does,
 through the transfer engines that serve, with leases, epochs and generations. Both ways are measured: `tcp`, staged
 through page-locked buffers, and `shared_memory`, which on a GPU means that this process maps the child's pool (CUDA
-IPC) and copies on the card. Beside them: what a copy on the card and copies over PCIe reach without any session.
+IPC) and copies on the card. Beside them: what a copy on the card and copies over PCIe reach without any session. With
+two cards `nccl` is measured as well, the child on the second one; NCCL has no two ranks on one card, so with one only
+a group of one rank is tried, which sends a frame to itself.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from benchmarks.gpu_limits import best_s, synchronize
 
 from penstock.workers.device_transfer import CardStorage
 from penstock.workers.kv.device_storage import DeviceKVStorage
+from penstock.workers.parallel.process_group import GroupPlace, join_store, open_backend, serve_store
 from penstock.workers.protocol import Grant
 from penstock.workers.settings import TransferSettings
 from penstock.workers.transfer.engine import TransferEngine
@@ -37,7 +40,7 @@ from penstock.workers.transfer.port import Arrived, Incoming, OutgoingDone, Tail
 BLOCK_BYTES = 2 << 20  # 16 tokens of an 8B model with 8 kv heads
 COUNTS, REPEATS = (64, 256), 5
 TOY_BLOCK_BYTES, TOY_COUNTS = 4096, (8,)
-TRANSPORTS = ("shared_memory", "tcp")
+TRANSPORTS = ("shared_memory", "tcp", "nccl")
 _WAIT_S = 30.0
 
 
@@ -96,7 +99,8 @@ def offer(transport: str, device: torch.device, num_blocks: int, block_bytes: in
 def measure(transport: str, device: torch.device, counts: Sequence[int], block_bytes: int) -> dict[str, Any]:
     """Rows of one transport. Raises RuntimeError where a session fails or a byte is wrong."""
     num_blocks = max(counts)
-    command = [sys.executable, __file__, "--child", transport, "--device", str(device)]
+    theirs = torch.device("cuda", 1) if transport == "nccl" else device
+    command = [sys.executable, __file__, "--child", transport, "--device", str(theirs)]
     command += ["--blocks", str(num_blocks), "--block-bytes", str(block_bytes)]
     end = End("d", transport, device, num_blocks, block_bytes)
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -153,6 +157,37 @@ def plain_copies(device: torch.device, num_bytes: int) -> dict[str, float]:
     return {name: round(num_bytes / best_s(work, device) / 1e9, 3) for name, work in works.items()}
 
 
+def nccl_alone(device: torch.device, num_bytes: int) -> dict[str, Any]:
+    """A group of one rank that sends a frame to itself. Raises RuntimeError where NCCL refuses, or a byte is wrong."""
+    store, address = serve_store("127.0.0.1", _WAIT_S)
+    backend = open_backend(GroupPlace("alone", 0, 1, timeout_s=_WAIT_S), join_store(address, _WAIT_S), device)
+    source, target = (torch.zeros(num_bytes, dtype=torch.uint8, device=device) for _ in range(2))
+    source.random_(0, 256)
+
+    def exchange() -> None:
+        backend._start_coalescing(device)
+        backend.send([source], 0, 0)
+        backend.recv([target], 0, 0)
+        backend._end_coalescing(device).wait()
+
+    seconds = best_s(exchange, device)
+    equal = bool((source == target).all())
+    backend.abort()
+    del store
+    if not equal:
+        raise RuntimeError("the frame arrived with other content")
+    return {"gigabytes_s": round(num_bytes / seconds / 1e9, 3), "content": "equal"}
+
+
+def skipped(transport: str, device: torch.device) -> str | None:
+    """Why this machine cannot measure the transport; None where it can."""
+    if device.type == "cpu" and transport == "shared_memory":
+        return "memory of the CPU has no handle that a card's driver lends"
+    if transport == "nccl" and (device.type == "cpu" or torch.cuda.device_count() < 2):
+        return "NCCL needs a card for each of the two processes"
+    return None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
@@ -173,13 +208,19 @@ def main() -> None:
         block_bytes, counts = (TOY_BLOCK_BYTES, TOY_COUNTS) if args.toy else (BLOCK_BYTES, COUNTS)
         result = {"block_bytes": block_bytes, "plain": plain_copies(device, block_bytes * max(counts))}
         for transport in TRANSPORTS:
-            if transport == "shared_memory" and device.type == "cpu":
-                result[transport] = {"skipped": "memory of the CPU has no handle that a card's driver lends"}
+            reason = skipped(transport, device)
+            if reason is not None:
+                result[transport] = {"skipped": reason}
                 continue
             try:
                 result[transport] = measure(transport, device, counts, block_bytes)
             except (RuntimeError, TimeoutError, OSError) as error:
                 result[transport] = {"failed": f"{type(error).__name__}: {error}"}
+        if device.type == "cuda":
+            try:
+                result["nccl_alone"] = nccl_alone(device, 64 * block_bytes)
+            except (RuntimeError, ImportError) as error:
+                result["nccl_alone"] = {"failed": f"{type(error).__name__}: {error}"}
     else:
         result["skipped"] = "no GPU is visible to this process"
     args.out.write_text(json.dumps(result))

@@ -37,6 +37,7 @@ def test_with_the_kernels_of_the_cpu(tmp_path):
     check(result["models"]["qwen3-0.6b"])
     assert result["handover"]["tcp"]["content"] == "equal"
     assert "skipped" in result["handover"]["shared_memory"]
+    assert "skipped" in result["handover"]["nccl"]
     assert {"device", "versions", "commit", "took_s"} <= set(result)
 
 

@@ -131,35 +131,53 @@ def request(name: str, prompt: Tokens) -> GenerateRequest:
     return GenerateRequest(name, prompt, sampling, prefix_root=ROOT, prefix_digests=digests)
 
 
-async def answers(plant: Plant, model_dir: Any, prompts: Sequence[Tokens], log_file: Any) -> list[list[list[int]]]:
-    """Of two rounds; the second finds the first one's prefixes."""
+async def answers(
+    plant: Plant, model_dir: Any, prompts: Sequence[Tokens], log_file: Any, more: int = 0
+) -> list[list[list[int]]]:
+    """Of two rounds; the second finds the first one's prefixes, and goes on with `more` tokens where there are some."""
     router = RouterSettings(PlacementSettings(local_prefill_tokens=0))
     async with LocalCluster(plant.workers(model_dir), router, log_file=log_file, restart=False) as cluster:
 
         async def ask(name: str, prompt: Tokens) -> list[int]:
             return [token async for delta in cluster.generator.submit(request(name, prompt)) for token in delta.tokens]
 
-        return [
-            list(await asyncio.gather(*(ask(f"{turn}-{n}", prompt) for n, prompt in enumerate(prompts))))
-            for turn in range(2)
-        ]
+        async def turn(number: int, every: Sequence[Tokens]) -> list[list[int]]:
+            return list(await asyncio.gather(*(ask(f"{number}-{n}", prompt) for n, prompt in enumerate(every))))
+
+        first = await turn(0, prompts)
+        return [first, await turn(1, follow_ups(prompts, first, more) if more else prompts)]
 
 
-def run(plant: Plant, checkpoint: Callable[[CheckpointSpec], Any], log_file: Any, count: int) -> None:
+def follow_ups(prompts: Sequence[Tokens], outputs: Sequence[Sequence[int]], more: int) -> list[Tokens]:
+    """What was asked and answered, and `more` tokens behind it."""
+    return [(*prompt, *output, *prompt[:more]) for prompt, output in zip(prompts, outputs, strict=True)]
+
+
+def run(plant: Plant, checkpoint: Callable[[CheckpointSpec], Any], log_file: Any, count: int, more: int = 0) -> None:
     model = checkpoint(SPECS[plant.family])
     prompts = mixed_prompts(model.spec.vocab, count)
+    if more:
+        prompts = [(prompt * 100)[:100] for prompt in prompts]
     try:
-        first, second = asyncio.run(asyncio.wait_for(answers(plant, model.directory, prompts, log_file), 100.0))
+        first, second = asyncio.run(asyncio.wait_for(answers(plant, model.directory, prompts, log_file, more), 100.0))
     except BaseException as error:
         error.add_note(log_file.read_text()[-6000:] if log_file.exists() else "no log")
         raise
-    assert second == first
     model.require_exact(prompts, first)
+    if more:
+        model.require_exact(follow_ups(prompts, first, more), second)
+    else:
+        assert second == first
 
 
 @pytest.mark.parametrize("plant", IN_CI, ids=str)
 def test_a_group_is_exact(plant: Plant, checkpoint: Any, tmp_path: Any) -> None:
     run(plant, checkpoint, tmp_path / "log", count=12)
+
+
+def test_conversations_go_on_over_context_ranks(checkpoint: Any, tmp_path: Any) -> None:
+    """Whole prompts, and then what is new behind a beginning that one rank has in its cache, over both ranks."""
+    run(Plant("llama", mixed=(1, 2), chunk=0), checkpoint, tmp_path / "log", count=6, more=60)
 
 
 @pytest.mark.slow

@@ -16,9 +16,9 @@ from fakes.rank_threads import GroupedRunner
 from penstock.workers.expert_ranks import ExpertRanks, ExpertSpread
 from penstock.workers.kv.storage import KVStorage
 from penstock.workers.model_build import build_model_runner
-from penstock.workers.parallel.attention_ranks import Banks
 from penstock.workers.parallel.collectives import Collectives
 from penstock.workers.parallel.process_group import GroupPlace, join_store, open_group, serve_store
+from penstock.workers.parallel.shared_prompts import Banks
 from penstock.workers.runner import ModelRunner
 from penstock.workers.settings import KVSettings, RunnerSettings, SchedulerSettings
 

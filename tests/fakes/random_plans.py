@@ -53,6 +53,7 @@ def make_plan(seed: int, rows: int, *, edits: bool = False, scored: bool = False
         scored=ScoredPrompt(i32(rng, 3), i32(rng, 3), i32(rng, 3)) if scored else None,
         embed_rows=sample_rows[:1],
         follows=seed % 2 == 1,
+        num_continued=int(rng.integers(0, rows + 1)),
     )
 
 

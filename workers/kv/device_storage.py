@@ -91,6 +91,20 @@ class DeviceKVStorage:
             target.index_copy_(0, _index(blocks, self.tensor), arrived)
         done()
 
+    def pack(self, blocks: Sequence[int]) -> Tensor:
+        """See `transfer.lane_frames.PackedPool.pack`."""
+        with self._stream.opened() as done:
+            packed = wide(self.tensor).index_select(0, _index(blocks, self.tensor)).view(torch.uint8)
+        done()
+        return packed
+
+    def unpack(self, frame: Tensor, places: Sequence[int], blocks: Sequence[int]) -> None:
+        """See `transfer.lane_frames.PackedPool.unpack`."""
+        with self._stream.opened() as done:
+            arrived = wide(frame).index_select(0, _index(places, frame))
+            wide(self.tensor).index_copy_(0, _index(blocks, self.tensor), arrived)
+        done()
+
     def slice_pool(self, part: HeadSlice) -> DeviceSlices:
         """The same blocks, of which peers see some of the heads only."""
         return DeviceSlices(self, part, self._stream)
@@ -138,6 +152,21 @@ class DeviceSlices:
         with self._stream.opened() as done:
             rows = self._rows()
             arrived = host[list(places)].to(rows.device).view(len(places), *rows.shape[1:])
+            rows.index_copy_(0, _index(blocks, self._storage.tensor), arrived)
+        done()
+
+    def pack(self, blocks: Sequence[int]) -> Tensor:
+        """See `transfer.lane_frames.PackedPool.pack`."""
+        with self._stream.opened() as done:
+            packed = self._rows().index_select(0, _index(blocks, self._storage.tensor))
+        done()
+        return packed.view(len(blocks), self.block_bytes)
+
+    def unpack(self, frame: Tensor, places: Sequence[int], blocks: Sequence[int]) -> None:
+        """See `transfer.lane_frames.PackedPool.unpack`."""
+        with self._stream.opened() as done:
+            rows = self._rows()
+            arrived = frame.index_select(0, _index(places, frame)).view(len(places), *rows.shape[1:])
             rows.index_copy_(0, _index(blocks, self._storage.tensor), arrived)
         done()
 

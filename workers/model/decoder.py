@@ -24,6 +24,7 @@ from penstock.kernels.packing import PackedExperts, PackedWeight
 from penstock.kernels.ragged import AttentionPlan
 from penstock.workers.model.config import DecoderConfig
 from penstock.workers.model.latent_attention import LatentProjections, attend_latent
+from penstock.workers.model.latent_prefill import LatentPrefill, rows_to_expand
 from penstock.workers.model.port import KVExchange
 from penstock.workers.parallel.collectives import Alone, Collectives
 from penstock.workers.parallel.shards import TensorShard
@@ -130,11 +131,12 @@ class Decoder:
         """See `DecoderModel.forward`."""
         eps, layers = self.config.rms_eps, self._weights.layers
         angles = [(cos.index_select(0, positions), sin.index_select(0, positions)) for cos, sin in self._ropes]
+        prefill = self._latent_prefill(kv_BLCHPD, plan)
         residual = self._embed(token_ids)
         hidden = ops.rms_norm(residual, layers[0].input_norm, eps)
         for number, layer in enumerate(layers):
             turned = angles[self._rope_of_layer[number]]
-            attended = self._attend(number, hidden, turned, kv_BLCHPD, plan, exchange)
+            attended = self._attend(number, hidden, turned, kv_BLCHPD, plan, exchange, prefill)
             if number == len(layers) - 1:
                 # Above the last keys and values only wanted tokens matter.
                 if len(wanted) == 0 and self._spread is None:  # else others' tokens may need the experts here
@@ -160,6 +162,14 @@ class Decoder:
             return None
         logits, cap = gathered[:, : self.config.vocab_size].float().contiguous(), self.config.logit_cap
         return logits.div_(cap).tanh_().mul_(cap) if cap else logits
+
+    def _latent_prefill(self, kv_BLCHPD: Tensor, plan: AttentionPlan) -> LatentPrefill | None:
+        """For the rows of this step that attend to keys and values made of latent rows; None where none does."""
+        shape = self.config.latent
+        if shape is None or plan.num_tokens == len(plan.batch.starts):  # every row is a decode's
+            return None
+        chosen = rows_to_expand(plan.batch, shape)
+        return LatentPrefill(kv_BLCHPD, plan.batch, chosen, shape, self._heads) if chosen.any() else None
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         if self._group.width == 1:
@@ -213,12 +223,13 @@ class Decoder:
         kv_BLCHPD: Tensor,
         plan: AttentionPlan,
         exchange: KVExchange | None,
+        prefill: LatentPrefill | None,
     ) -> Tensor:
         """Attention before the output projection, [T, Hq D]. Norm and rotation of the heads run in float32."""
         config, layer = self.config, self._weights.layers[number]
         if isinstance(layer.qkv, LatentProjections):
             return attend_latent(
-                layer.qkv, hidden_TE, angles, kv_BLCHPD, number, plan, config.attention_scale, exchange
+                layer.qkv, hidden_TE, angles, kv_BLCHPD, number, plan, config.attention_scale, exchange, prefill
             )
         heads, kv_heads, dim = self._heads, self._kv_heads, config.head_dim
         tokens = hidden_TE.shape[0]

@@ -1,35 +1,26 @@
 """Data-parallel attention: which rows of a step's plan each attention rank computes, and its part of the plan.
 
 Every rank of a group gets the whole plan and cuts its own part out of it, so rank 0 plans once and says it once. A row
-belongs to the rank in whose bank its blocks lie (`kv/banks.py`), so the plan needs no word about it. One long prompt of
-a step is computed by all ranks together (`context_parallel.py`). Called by `rank_states.py` on every rank, for every
-plan in order. Pure numpy; it does not know models or messages.
+belongs to the rank in whose bank its blocks lie (`kv/banks.py`), so the plan needs no word about it. Long prompts are
+computed by all ranks together (`shared_prompts.py` says which, `context_parallel.py` how). Called by `rank_states.py`
+on every rank, for every plan in order. Pure numpy; it does not know models or messages.
 
 Legend: N rows of the plan, S of them sampled, M prompt tokens scored; R attention ranks.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.workers.parallel.context_parallel import SharedChunk, shared_chunk
+from penstock.workers.parallel.context_parallel import SharedChunk
+from penstock.workers.parallel.shared_prompts import Banks, SharedPrompts
 from penstock.workers.scheduler.plan import I32, SamplingBatch, ScoredPrompt, StepPlan
 
 I64 = NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True)
-class Banks:
-    """What the ranks' storages hold: `blocks` of their bank each, and behind them `scratch` for shared prompts."""
-
-    blocks: int
-    scratch: int = 0
-    threshold: int = 0  # tokens of one prompt in one step from which on all ranks compute it; 0 = never
 
 
 class Piece(NamedTuple):
@@ -43,10 +34,11 @@ class Piece(NamedTuple):
 class PlanCut:
     """One plan, cut for all ranks."""
 
-    def __init__(self, plan: StepPlan, members: tuple[int, ...], banks: Banks, shared: SharedChunk | None) -> None:
+    def __init__(self, plan: StepPlan, members: tuple[int, ...], banks: Banks, shared: tuple[SharedChunk, ...]) -> None:
         """`members` are the ranks, ascending; ranks are named by the numbers of their banks."""
         self.plan = plan
         self.shared = shared
+        self._chunk_of_row = {chunk.row: chunk for chunk in shared}
         self._members = members
         self._banks = banks
         self._owners: I32 = plan.block_tables[:, 0] // banks.blocks
@@ -56,9 +48,9 @@ class PlanCut:
     def wanted(self) -> list[tuple[I64, I64]]:
         """Of every member: which of the S sampled rows, and which of the M scored tokens, it computes."""
         of_sampled, of_scored = self._owners[self.plan.sample_rows], self._owners_of_scored()
-        if self.shared is not None:
-            last = self._members[self.shared.last_rank]
-            of_sampled = np.where(self.plan.sample_rows == self.shared.row, last, of_sampled)
+        for chunk in self.shared:
+            last = self._members[chunk.last_rank]
+            of_sampled = np.where(self.plan.sample_rows == chunk.row, last, of_sampled)
         return [(np.flatnonzero(of_sampled == rank), np.flatnonzero(of_scored == rank)) for rank in self._members]
 
     def part(self, rank: int) -> StepPlan:
@@ -91,28 +83,25 @@ class PlanCut:
             scored=None if plan.scored is None else _scored(plan.scored, scored, tokens),
         )
 
-    def table_of_shared(self, rank: int) -> I32:
-        """The blocks in which this rank keeps the shared prompt: its own, or scratch."""
-        if self.shared is None:
-            return _NO_INTS
-        table: I32 = self._tables(np.array([self.shared.row]), rank)[0]
-        return table
+    def tables_of_shared(self, rank: int) -> list[I32]:
+        """Of each shared prompt, the blocks in which this rank keeps it: its own, or scratch."""
+        return list(self._tables(np.array([chunk.row for chunk in self.shared], np.intp), rank))
 
     def _pieces(self, rank: int) -> list[Piece]:
-        """Whole rows in the plan's order, then what falls to this rank of a shared prompt."""
-        shared = self.shared
+        """Whole rows in the plan's order, then what falls to this rank of shared prompts."""
         own = np.flatnonzero(self._owners == rank).tolist()
-        pieces = [Piece(row, 0, int(self._counts[row])) for row in own if shared is None or row != shared.row]
-        if shared is not None:
-            pieces += [Piece(shared.row, begin, end) for begin, end in shared.pieces[self._members.index(rank)]]
+        pieces = [Piece(row, 0, int(self._counts[row])) for row in own if row not in self._chunk_of_row]
+        for chunk in self.shared:
+            pieces += [Piece(chunk.row, begin, end) for begin, end in chunk.pieces[self._members.index(rank)]]
         return pieces
 
     def _tables(self, rows: NDArray[np.intp], rank: int) -> I32:
         # Unused entries are 0 in every plan.
         tables: I32 = np.maximum(self.plan.block_tables[rows] - rank * self._banks.blocks, 0)
-        if self.shared is not None and int(self._owners[self.shared.row]) != rank:
-            first, width = self._banks.blocks, tables.shape[1]
-            tables[rows == self.shared.row] = np.arange(first, first + width, dtype=np.int32)
+        for place, row in enumerate(rows.tolist()):
+            chunk = self._chunk_of_row.get(row)
+            if chunk is not None and self._members[chunk.owner] != rank:
+                tables[place, : len(chunk.scratch)] = chunk.scratch
         return tables
 
     def _owners_of_scored(self) -> I32:
@@ -125,22 +114,25 @@ class PlanCut:
 class PlanParts:
     """Cuts plans for the attention ranks `members`. What it remembers from step to step follows from the plans alone.
 
-    A prompt that was shared among other members is not shared any further: new ones lack what comes before.
+    Members that are new to a prompt, or repeat a step, get its beginning from its owner.
     """
 
-    def __init__(self, members: tuple[int, ...], banks: Banks) -> None:
+    def __init__(self, members: tuple[int, ...], banks: Banks, block_size: int) -> None:
         self._members = members
         self._banks = banks
-        self._before: SharedChunk | None = None
-        self._last: tuple[int, SharedChunk | None] = (-1, None)  # a step, and what was shared before it
+        self._block_size = block_size
+        self._prompts = self._nothing_kept()
+        self._step = -1
 
     def cut(self, plan: StepPlan) -> PlanCut:
         """Of the next plan, or of the last one again; every rank must be given every plan."""
-        if plan.step == self._last[0]:
-            self._before = self._last[1]
-        self._last = plan.step, self._before
-        self._before = shared_chunk(plan, len(self._members), self._banks.threshold, self._before)
-        return PlanCut(plan, self._members, self._banks, self._before)
+        if plan.step == self._step:  # cut short once, who knows where
+            self._prompts = self._nothing_kept()
+        self._step = plan.step
+        return PlanCut(plan, self._members, self._banks, self._prompts.choose(plan))
+
+    def _nothing_kept(self) -> SharedPrompts:
+        return SharedPrompts(self._members, self._banks, self._block_size)
 
 
 def _scored(scored: ScoredPrompt, chosen: I64, tokens: I64) -> ScoredPrompt:

@@ -3,7 +3,7 @@
 Used by `step_channel.py` once per step on every rank of a group, so it makes no object per row. It knows what a plan
 is made of, not what it means to a runner. Layout, little-endian:
 
-    head      step, number of rows that decode, flags (optional parts, `follows`), number of columns
+    head      step, numbers of rows that decode and that go on, flags (optional parts, `follows`), number of columns
     sizes     uint32 per column: its length in units of 4 bytes; then the width of the block tables
     contents  the columns one after the other, those of 8 bytes first, so that every one is aligned
 
@@ -23,7 +23,7 @@ from penstock.workers.errors import WireError
 from penstock.workers.scheduler.plan import LogitEdits, SamplingBatch, ScoredPrompt, StepPlan
 
 MAX_PLAN_BYTES = 64 << 20
-_HEAD = struct.Struct("<QIHH")
+_HEAD = struct.Struct("<QIIHH4x")
 _EDITS, _SCORED, _FOLLOWS = 1, 2, 4
 
 _I4, _F4, _U8 = (np.dtype(code) for code in ("<i4", "<f4", "<u8"))
@@ -74,7 +74,7 @@ def encode_plan(plan: StepPlan) -> bytes:
         if column.dtype is not kind or not column.flags.c_contiguous:
             columns[place] = np.ascontiguousarray(column, kind)
     sizes = [column.nbytes >> 2 for column in columns]
-    head = _HEAD.pack(plan.step, plan.num_decode, flags, len(sizes))
+    head = _HEAD.pack(plan.step, plan.num_decode, plan.num_continued, flags, len(sizes))
     data = b"".join((head, parts.sizes.pack(*sizes, plan.block_tables.shape[1]), *columns))
     if len(data) > MAX_PLAN_BYTES:
         raise WireError(f"step {plan.step}: a plan of {len(data)} bytes is over {MAX_PLAN_BYTES}")
@@ -85,7 +85,7 @@ def decode_plan(data: bytes | bytearray | memoryview) -> StepPlan:
     """The plan in `data`; its columns are views of it. Raises WireError."""
     if not _HEAD.size <= len(data) <= MAX_PLAN_BYTES or len(data) % 4:
         raise WireError(f"a plan of {len(data)} bytes")
-    step, num_decode, flags, count = _HEAD.unpack_from(data)
+    step, num_decode, num_continued, flags, count = _HEAD.unpack_from(data)
     if flags >= len(_PARTS) or count != len(_PARTS[flags].kinds):
         raise WireError(f"a plan of {count} columns with flags {flags}")
     parts = _PARTS[flags]
@@ -106,12 +106,12 @@ def decode_plan(data: bytes | bytearray | memoryview) -> StepPlan:
     columns[0] = columns[0].view(_U8)
     columns[_TABLE] = columns[_TABLE].reshape(sizes[_ROWS], width)
     columns[_COPIES] = columns[_COPIES].reshape(-1, 2)
-    plan = _put_together(step, num_decode, flags, columns)
+    plan = _put_together(step, (num_decode, num_continued), flags, columns)
     _check(plan)
     return plan
 
 
-def _put_together(step: int, num_decode: int, flags: int, columns: list[Any]) -> StepPlan:
+def _put_together(step: int, numbers: tuple[int, int], flags: int, columns: list[Any]) -> StepPlan:
     """From the columns in the order in which they travel; positions instead of names cost half."""
     optional = len(_SAMPLING) + len(_PLAN)
     edits = scored = None
@@ -134,11 +134,12 @@ def _put_together(step: int, num_decode: int, flags: int, columns: list[Any]) ->
         tables,
         sample_rows,
         sampling,
-        num_decode,
+        numbers[0],
         copies,
         scored,
         embed_rows,
-        follows=bool(flags & _FOLLOWS),
+        numbers[1],
+        bool(flags & _FOLLOWS),
     )
 
 
@@ -161,5 +162,5 @@ def _check(plan: StepPlan) -> None:
         raise WireError(f"step {step}: offsets do not cut the tokens into rows")
     if len(plan.sample_rows) and np.maximum.reduce(plan.sample_rows.view(np.uint32)) >= rows:  # negative ones are large
         raise WireError(f"step {step}: a sampled row is none of the {rows} rows")
-    if plan.num_decode > rows:
-        raise WireError(f"step {step}: {plan.num_decode} of {rows} rows decode")
+    if max(plan.num_decode, plan.num_continued) > rows:
+        raise WireError(f"step {step}: {plan.num_decode} of {rows} rows decode and {plan.num_continued} go on")

@@ -101,7 +101,7 @@ def open_group(place: GroupPlace, store: Store | None, device: torch.device = _C
     meet_s = place.timeout_s if place.meet_s is None else place.meet_s
     own.set_timeout(timedelta(seconds=meet_s))
     try:
-        backend = _gloo(place, own, meet_s) if device.type == "cpu" else _nccl(place, own, device)
+        backend = open_backend(place, own, device)
         group: Collectives = GroupCollectives(backend, place.name)
         # NCCL connects at the first call; better now, where a missing rank is told apart from one that died.
         group.barrier()
@@ -115,8 +115,14 @@ def open_group(place: GroupPlace, store: Store | None, device: torch.device = _C
     return group
 
 
-def _gloo(place: GroupPlace, store: Store, meet_s: float) -> Any:
+def open_backend(place: GroupPlace, store: Store, device: torch.device) -> Any:
+    """Gloo on the CPU, NCCL on a GPU, over a store that nobody else uses. RuntimeError where ranks are missing."""
+    return _gloo(place, store) if device.type == "cpu" else _nccl(place, store, device)
+
+
+def _gloo(place: GroupPlace, store: Store) -> Any:
     options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # torch's stub has another name
+    meet_s = place.timeout_s if place.meet_s is None else place.meet_s
     options._timeout = timedelta(seconds=meet_s)  # the ranks connect in here
     options._devices = [ProcessGroupGloo.create_device(hostname=place.host)]
     options._threads = 1  # collectives of a group come one after the other

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from penstock.workers.errors import IntegrityError
-from penstock.workers.parallel.attention_ranks import Banks, PlanCut, PlanParts
+from penstock.workers.parallel.attention_ranks import PlanCut, PlanParts
 from penstock.workers.parallel.collectives import Collectives
 from penstock.workers.parallel.context_parallel import ContextExchange
+from penstock.workers.parallel.shared_prompts import Banks
 from penstock.workers.scheduler.plan import StepPlan
 
 
@@ -30,7 +31,7 @@ class RankStates:
     def regroup(self, group: Collectives, members: tuple[int, ...]) -> None:
         """Go on with these ranks, ascending; rank 0 is one of them. Others may have no row in any later plan."""
         self._group, self._members = group, members
-        self._parts = PlanParts(members, self._banks)
+        self._parts = PlanParts(members, self._banks, self._block_size)
 
     def close(self) -> None:
         """Leave the group; peers notice at once. Only `regroup` may follow."""
@@ -55,11 +56,11 @@ class RankStates:
         return cut.part(self._members[self._group.rank])
 
     def exchange(self, cut: PlanCut, device: torch.device) -> ContextExchange | None:
-        """How the ranks share the keys and values of a prompt that all of them compute; None where there is none."""
-        if cut.shared is None:
+        """How the ranks share the keys and values of prompts that all of them compute; None where there are none."""
+        if not cut.shared:
             return None
-        table = cut.table_of_shared(self._members[self._group.rank])
-        return ContextExchange(self._group, cut.shared, table, self._block_size, device)
+        tables = cut.tables_of_shared(self._members[self._group.rank])
+        return ContextExchange(self._group, cut.shared, tables, self._block_size, device)
 
     def gather(self, cut: PlanCut, hidden: Tensor) -> Tensor:
         """From each rank's hidden [S' + M', E] those of the whole plan, [S + M, E], on rank 0; [0, E] elsewhere.

@@ -27,6 +27,7 @@ class StepBudget:
         self.counts: list[int] = []
         self.finishing: list[bool] = []  # the chunk is its prefill's last: a token is sampled
         self.copies: list[tuple[int, int]] = []
+        self.num_continued = 0  # of the chunks, those of prefills that were under way
 
     def add_chunk(self, slot: int, wanted: int) -> None:
         """Give the row as many of `wanted` tokens as the budget and the chunk limit allow."""
@@ -48,6 +49,7 @@ def continue_prefills(table: SequenceTable, budget: StepBudget) -> None:
         if not budget.left:
             return
         budget.add_chunk(slot, int(table.length[slot] - table.computed[slot]))
+        budget.num_continued += 1
 
 
 def assemble(
@@ -89,6 +91,7 @@ def assemble(
         copies=np.array(budget.copies, np.int32) if budget.copies else _NO_COPIES,
         scored=scored,
         embed_rows=embed_rows,
+        num_continued=num_decode + budget.num_continued,
         follows=before is not None,
     )
     return OpenStep(plan, rows, sampled, of_sampled, spans)

@@ -91,6 +91,7 @@ class StepPlan:
     copies: I32 = field(default_factory=lambda: np.zeros((0, 2), np.int32))  # [(src, dst)] block copies before the run
     scored: ScoredPrompt | None = None
     embed_rows: I32 = field(default_factory=lambda: np.zeros(0, np.int32))  # of `sample_rows`: whose state is wanted
+    num_continued: int = 0  # sequences of the rows behind these got their slot for this step
     follows: bool = False  # planned before the tokens of the step before were known
 
     @property

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from penstock.workers.kv.sliced_pool import HeadSlice
 from penstock.workers.settings import TransferSettings
@@ -16,6 +16,9 @@ from penstock.workers.transfer.head_slices import ALONE, HeadRange, HeadShare
 from penstock.workers.transfer.messages import Message
 from penstock.workers.transfer.port import BlockMover, BlockStorage, TransferEvent
 from penstock.workers.transfer.staging import staged_slices
+
+if TYPE_CHECKING:  # it imports torch, which a worker without a device does without
+    from penstock.workers.transfer.lane_frames import Lanes
 
 
 class Channel(Protocol):
@@ -88,6 +91,8 @@ class Endpoint:
     counters: TransferCounters = field(default_factory=TransferCounters)
     share: HeadShare = ALONE  # of the model's KV heads, in this rank's blocks
     pieces: int = 1  # of a block: runs of bytes with all its heads, one per layer and part
+    lanes: Lanes | None = None  # beside connections, where blocks travel by NCCL
+    post: Callable[[Callable[[], None]], None] = field(default=lambda command: command())  # to the transfer thread
     _slices: dict[HeadRange, BlockMover] = field(default_factory=dict)
 
     def pool_of(self, heads: HeadRange) -> BlockMover:
@@ -97,6 +102,13 @@ class Endpoint:
             return self.storage
         found = self._slices.get(heads)
         if found is None:
-            part = HeadSlice(self.pieces, own.count, heads.first - own.first, heads.count)
-            found = self._slices[heads] = staged_slices(self.storage.slice_pool(part))
+            found = self._slices[heads] = staged_slices(self.storage.slice_pool(self._slice_of(heads)))
         return found
+
+    def part_of(self, heads: HeadRange) -> HeadSlice | None:
+        """These heads of this rank's blocks; None for all of them."""
+        return None if heads == self.share.heads else self._slice_of(heads)
+
+    def _slice_of(self, heads: HeadRange) -> HeadSlice:
+        own = self.share.heads
+        return HeadSlice(self.pieces, own.count, heads.first - own.first, heads.count)

@@ -17,6 +17,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from penstock.workers.errors import ConfigError
 from penstock.workers.protocol import Grant
@@ -31,7 +32,10 @@ from penstock.workers.transfer.receiver import HANDSHAKE_TIMEOUT_S, Receiver
 from penstock.workers.transfer.sender import Sender
 from penstock.workers.transfer.socket_loop import SocketLoop
 
-TRANSPORTS = ("auto", "shared_memory", "tcp")
+if TYPE_CHECKING:
+    from penstock.workers.transfer.lane_frames import Lanes
+
+TRANSPORTS = ("auto", "shared_memory", "tcp", "nccl")
 SWEEPS_PER_LEASE = 8
 MIN_FRAME_BYTES = 1 << 20
 MIN_SOCKET_BUFFER_BYTES = 1 << 16
@@ -60,11 +64,18 @@ class TransferEngine:
         faults: TransferFaults | None = None,
         share: HeadShare = ALONE,
         pieces: int = 1,
+        lanes: Lanes | None = None,
     ) -> None:
-        """`share` of the model's KV heads is in every block, in `pieces` runs of bytes."""
+        """`share` of the model's KV heads is in every block, in `pieces` runs of bytes.
+
+        `lanes` for transport nccl; None: between GPUs, as only tests want others.
+        """
         frame_bytes = min(settings.max_frame_bytes, storage.frame_bytes or settings.max_frame_bytes)
         _check(settings, storage.block_bytes)
         key = _key(cluster_key)
+        if settings.transport == "nccl" and lanes is None:
+            lanes = _nccl_lanes(settings, storage)
+        self._lanes = lanes
         self._wake, self._clock = wake, clock
         self._commands: deque[Callable[[], None]] = deque()
         self._events: deque[TransferEvent] = deque()
@@ -84,6 +95,8 @@ class TransferEngine:
             self._counters,
             share,
             pieces,
+            lanes,
+            self._submit,
         )
         self._receiver = Receiver(endpoint)
         self._sender = Sender(endpoint, self._connect)
@@ -230,6 +243,15 @@ class TransferEngine:
             self._catch_up()
             self._end_sessions()
             self._sockets.close(_STOPPED)
+        if self._lanes is not None:  # without the lock, which their threads may want for their last word
+            self._lanes.close()
+
+
+def _nccl_lanes(settings: TransferSettings, storage: BlockStorage) -> Lanes:
+    # Late: it imports torch.
+    from penstock.workers.transfer.lane_frames import nccl_lanes
+
+    return nccl_lanes(settings, storage)
 
 
 def _check(settings: TransferSettings, block_bytes: int) -> None:

@@ -28,7 +28,7 @@ MAX_BODY_BYTES = 1 << 20
 MAX_TEXT = 4096
 MAX_OFFER_ENTRIES = 1024
 MAX_HEADS = 1 << 16
-_MAX_FIELDS = 10
+_MAX_FIELDS = 11
 
 # One row per block: `digest` is xxh3_64 of its bytes where `checked` is 1; `source_block` and `source_generation`
 # name it in P's pool, `target_generation` repeats the grant's number for the block of D it is meant for.
@@ -48,7 +48,8 @@ OFFER_DTYPE = np.dtype(
 class Hello:
     """P's first message. `segment` is the path of its KV storage for readers on the same host; empty = TCP only.
 
-    `held` are the KV heads in P's blocks of `block_bytes`, `sent` those of them that this connection carries.
+    `held` are the KV heads in P's blocks of `block_bytes`, `sent` those of them that this connection announces. `lane`:
+    their bytes travel on a lane beside it (`lane_frames.py`).
     """
 
     worker_id: str
@@ -59,17 +60,19 @@ class Hello:
     block_bytes: int
     held: HeadRange = ALONE.heads
     sent: HeadRange = ALONE.heads
+    lane: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
     """D takes P's sessions; with `shared_memory` D copies blocks from P's segment, else P sends their bytes.
 
-    D can take `frame_bytes` of blocks at once; 0 = any number.
+    D can take `frame_bytes` of blocks at once; 0 = any number. `invitation`: to the lane that they travel on.
     """
 
     shared_memory: bool
     frame_bytes: int = 0
+    invitation: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,11 +181,11 @@ def session_of(message: Message) -> tuple[bytes, int]:
 def encode_body(message: Message) -> bytes:
     """The fields beside session id and epoch; empty for messages that have none."""
     match message:
-        case Hello(worker_id, compatibility, host_id, segment, num_blocks, block_bytes, held, sent):
+        case Hello(worker_id, compatibility, host_id, segment, num_blocks, block_bytes, held, sent, lane):
             fields: list[object] = [worker_id, compatibility, host_id, segment, num_blocks, block_bytes]
-            fields += [held.first, held.count, sent.first, sent.count]
-        case Welcome(shared_memory, frame_bytes):
-            fields = [shared_memory, frame_bytes]
+            fields += [held.first, held.count, sent.first, sent.count, lane]
+        case Welcome(shared_memory, frame_bytes, invitation):
+            fields = [shared_memory, frame_bytes, invitation]
         case Goodbye(reason) | Abandon(reason=reason) | Reject(reason=reason):
             fields = [reason[: MAX_TEXT // 4]]
         case Offer(inline=inline, entries=entries):
@@ -215,9 +218,9 @@ def _build(code: int, session_id: bytes, epoch: int, read: _Fields) -> Message:
     match code:
         case 1:
             names = read.text(), read.text(), read.text(), read.text()
-            return Hello(*names, read.integer(), read.integer(), read.heads(), read.heads())
+            return Hello(*names, read.integer(), read.integer(), read.heads(), read.heads(), read.flag())
         case 2:
-            return Welcome(read.flag(), read.integer())
+            return Welcome(read.flag(), read.integer(), read.text())
         case 3:
             return Goodbye(read.text())
         case 4:

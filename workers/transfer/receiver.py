@@ -12,6 +12,7 @@ removal from `_sessions`; from then on every frame for it is rejected and its pa
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from penstock.workers.errors import WireError
 from penstock.workers.totals import TransferCause
@@ -46,6 +47,11 @@ from penstock.workers.transfer.port import (
     Tail,
 )
 
+if TYPE_CHECKING:  # torch, which a worker without a device does without
+    from torch import Tensor
+
+    from penstock.workers.transfer.lane_frames import LaneReceiver
+
 HANDSHAKE_TIMEOUT_S = 5.0
 
 
@@ -58,6 +64,7 @@ class _Peer:
     scratch: memoryview = field(default_factory=lambda: memoryview(b""))  # a block that nobody needs
     hello: Hello | None = None
     segment: HostPeerPool | DirectPeerPool | None = None
+    lane: LaneReceiver | None = None  # on which its blocks come, where they travel by NCCL
 
 
 class Receiver:
@@ -123,6 +130,8 @@ class Receiver:
         self._landings.pop(channel, None)  # released with its session
         if peer is not None and peer.segment is not None:
             peer.segment.close()
+        if peer is not None and peer.lane is not None:
+            peer.lane.close()
 
     def on_message(self, channel: Channel, message: Message) -> None:
         """Act on one message. Raises WireError for one that has no place here."""
@@ -137,10 +146,14 @@ class Receiver:
                 self._renew_all(channel)
             case Open(session_id, epoch):
                 self._find(channel, session_id, epoch)
+            case Offer() if peer.lane is not None:
+                peer.lane.take(message, lambda frame: self._land_frame(channel, message, frame))
             case Offer():
                 self._fetch(channel, peer, message)
-            case Finish(session_id, epoch, tokens):
-                self._finish(channel, self._find(channel, session_id, epoch), tokens)
+            case Finish() if peer.lane is not None:
+                peer.lane.after_frames(lambda: self._finish(channel, message))
+            case Finish():
+                self._finish(channel, message)
             case Abandon(session_id, epoch, reason):
                 delivery = self._find(channel, session_id, epoch)
                 if delivery is not None:
@@ -185,6 +198,16 @@ class Receiver:
         peer.hello = hello
         peer.pool = endpoint.pool_of(hello.sent)
         peer.scratch = memoryview(bytearray(peer.pool.block_bytes))
+        if (endpoint.lanes is not None) != hello.lane:
+            self._refuse(channel, "one of the two workers moves blocks by NCCL (transfer.transport), the other not")
+            return
+        if endpoint.lanes is not None:
+            part = endpoint.part_of(hello.sent)
+            invitation, peer.lane = endpoint.lanes.invite(
+                endpoint.post, lambda reason: channel.fail(f"lane: {reason}"), part
+            )
+            channel.send(Welcome(False, 0, invitation))
+            return
         peer.segment = attach_segment(self._endpoint, hello)
         if peer.segment is None and self._endpoint.settings.transport == "shared_memory":
             self._refuse(channel, "this worker takes blocks over shared memory only, and cannot see the sender's")
@@ -254,6 +277,24 @@ class Receiver:
             self._fail(landing.delivery.session, "the sender has reused an offered block", TransferCause.DAMAGED)
         self._release(landing)
 
+    def _land_frame(self, channel: Channel, offer: Offer, frame: Tensor) -> None:
+        """A frame of offered blocks has come over the lane: the session may have ended, and blocks been reused."""
+        peer = self._peers.get(channel)
+        delivery = None if peer is None else self._find(channel, offer.session_id, offer.epoch)
+        if peer is None or peer.lane is None or delivery is None:
+            return
+        if self._endpoint.faults is not None:
+            self._endpoint.faults.stall(self._endpoint.faults.delay_landing_s)
+        try:
+            targets = delivery.targets(offer, self._endpoint.storage.generations)
+        except SessionError as error:
+            self._counters.generation_failures += 1
+            self._fail(delivery.session, str(error), TransferCause.DAMAGED)
+            return
+        landing = BlockLanding(offer, delivery, targets)
+        peer.lane.unpack(landing, frame, self._endpoint.faults)
+        self._settle(landing, delivery)
+
     def _verify(self, session_id: bytes) -> Verify:
         """Whether a block's bytes are those that its entry's digest is of, for blocks of this session."""
         faults = self._endpoint.faults
@@ -291,12 +332,13 @@ class Receiver:
         for channel in waiting:
             channel.resume()
 
-    def _finish(self, channel: Channel, delivery: Delivery | None, tokens: tuple[int, ...]) -> None:
+    def _finish(self, channel: Channel, message: Finish) -> None:
+        delivery = self._find(channel, message.session_id, message.epoch)
         if delivery is None:
             return
         session = delivery.session
         try:
-            lacking = delivery.finish(tokens)
+            lacking = delivery.finish(message.tokens)
         except SessionError as error:
             self._fail(session, str(error), TransferCause.DAMAGED)
             return

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from penstock.workers.errors import WireError
 from penstock.workers.protocol import Grant
@@ -41,6 +42,9 @@ from penstock.workers.transfer.offering import OfferMaker
 from penstock.workers.transfer.outgoing import OutgoingSession, Reading
 from penstock.workers.transfer.port import OutgoingDone, OutgoingFailed, Tail
 
+if TYPE_CHECKING:  # it imports torch, which a worker without a device does without
+    from penstock.workers.transfer.lane_frames import Lanes, LaneSender
+
 MAX_BACKLOG_BYTES = 4 << 20  # per connection; more waits in its session
 PINGS_PER_LEASE = 4
 
@@ -59,8 +63,16 @@ class _Peer:
     pinged: float
     shared_memory: bool | None = None
     most_blocks: int | None = None  # that it can take at once
+    lane: LaneSender | None = None  # on which it gets them, where they travel by NCCL
     sessions: dict[bytes, OutgoingSession] = field(default_factory=dict)
     ready: dict[bytes, None] = field(default_factory=dict)
+
+    @property
+    def has_room(self) -> bool:
+        """Another frame can go out."""
+        if self.shared_memory is None or self.channel.backlog >= MAX_BACKLOG_BYTES:
+            return False
+        return self.lane is None or self.lane.has_room
 
 
 class Sender:
@@ -150,9 +162,10 @@ class Sender:
             return
         storage, held = endpoint.storage, endpoint.share.heads
         whole_only = storage.copies_on_device and peer.heads != held
-        segment = "" if endpoint.settings.transport == "tcp" or whole_only else storage.segment
+        segment = "" if endpoint.settings.transport in ("tcp", "nccl") or whole_only else storage.segment
         who = (endpoint.worker_id, endpoint.compatibility, endpoint.host_id)
-        channel.send(Hello(*who, segment, storage.num_blocks, storage.block_bytes, held, peer.heads))
+        lane = endpoint.lanes is not None
+        channel.send(Hello(*who, segment, storage.num_blocks, storage.block_bytes, held, peer.heads, lane))
 
     def on_message(self, channel: Channel, message: Message) -> None:
         """Act on one answer of the peer. Raises WireError for a message that has no place here."""
@@ -161,7 +174,9 @@ class Sender:
             return
         peer.heard = self._endpoint.clock()
         match message:
-            case Welcome(shared_memory, frame_bytes):
+            case Welcome(shared_memory, frame_bytes, invitation):
+                if self._endpoint.lanes is not None:
+                    peer.lane = self._join(self._endpoint.lanes, peer, channel, invitation)
                 peer.shared_memory = shared_memory
                 peer.most_blocks = max(1, frame_bytes // peer.offers.block_bytes) if frame_bytes else None
                 self._pump(peer)
@@ -202,6 +217,8 @@ class Sender:
         peer = self._peer_of(channel)
         if peer is None:
             return
+        if peer.lane is not None:
+            peer.lane.close()
         for session_id in list(peer.sessions):
             self._fail(session_id, f"receiver lost: {reason}", TransferCause.PEER_LOST, knows=peer)
         self._peers = {address: other for address, other in self._peers.items() if other is not peer}
@@ -260,7 +277,7 @@ class Sender:
 
     def _pump(self, peer: _Peer) -> None:
         """Send in turns what the sessions have, as long as the connection takes it and blocks can be read."""
-        while peer.shared_memory is not None and peer.ready and peer.channel.backlog < MAX_BACKLOG_BYTES:
+        while peer.has_room and peer.ready:
             session_id = next(iter(peer.ready))
             session = peer.sessions[session_id]
             if not self._send_next(peer, session):
@@ -284,19 +301,37 @@ class Sender:
             session.opened = True
             channel.send(Open(grant.session_id, grant.epoch))
         faults, inline = self._endpoint.faults, not peer.shared_memory
-        reading = peer.offers.next_reading(session, inline=inline, most_blocks=peer.most_blocks)
-        if reading is None:
-            return False
+        if peer.lane is not None:
+            if faults is not None:
+                faults.stall(faults.delay_send_s)
+            count = self._send_on_lane(peer, peer.lane, session)
+        else:
+            reading = peer.offers.next_reading(session, inline=inline, most_blocks=peer.most_blocks)
+            if reading is None:
+                return False
+            if faults is not None:
+                faults.stall(faults.delay_send_s)
+            count = len(reading.batch)
+            if reading.batch:
+                self._send_blocks(peer, session, reading, inline=inline)
         if faults is not None:
-            faults.stall(faults.delay_send_s)
-        if reading.batch:
-            self._send_blocks(peer, session, reading, inline=inline)
-        if faults is not None:
-            faults.left(len(reading.batch))
+            faults.left(count)
         if session.finish_due and session.tail is not None:
             session.finished_at = self._endpoint.clock()
             channel.send(Finish(grant.session_id, grant.epoch, session.tail.tokens))
         return True
+
+    def _send_on_lane(self, peer: _Peer, lane: LaneSender, session: OutgoingSession) -> int:
+        offer = lane.next_offer(session, self._endpoint.faults, lambda: self._pump(peer))
+        if offer is None:
+            return 0
+        peer.channel.send(offer)
+        self._counters.fragments_sent += len(offer.entries)
+        return len(offer.entries)
+
+    def _join(self, lanes: Lanes, peer: _Peer, channel: Channel, invitation: str) -> LaneSender:
+        endpoint, part = self._endpoint, self._endpoint.part_of(peer.heads)
+        return lanes.join(invitation, endpoint.post, lambda reason: channel.fail(f"lane: {reason}"), part)
 
     def _send_blocks(self, peer: _Peer, session: OutgoingSession, reading: Reading, *, inline: bool) -> None:
         offer = peer.offers.offer(session, reading, inline=inline)
@@ -330,7 +365,8 @@ class Sender:
         self._lose(session_id, reason, cause)
 
     def _remove(self, peer: _Peer, session_id: bytes) -> None:
-        peer.channel.scrub(session_id)
+        if peer.lane is None:  # else offers must go out, as their frames do, which no longer read any block
+            peer.channel.scrub(session_id)
         peer.ready.pop(session_id, None)
         reading = peer.sessions.pop(session_id).reading
         if reading is not None:

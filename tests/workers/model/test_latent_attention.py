@@ -163,3 +163,26 @@ def test_what_we_do_not_compute_is_left_to_transformers(tmp_path):
     assert (
         foreign.reason == "our own decoder: config.json: norm_topk_prob: only false is supported with this architecture"
     )
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_both_forms_of_attention_give_the_same(load_model, spec, monkeypatch):
+    """Rows that make keys and values anew beside those that do not, in one step; then none that does."""
+    decoder, tokens = load_model(spec).runner._decoder, tokens_of(spec)
+    chosen = []
+
+    def both(batch, shape):
+        chosen.append(batch.counts % 2 == 0)
+        return chosen[-1]
+
+    def run():
+        kv, begins, counts = storage(decoder), [0, 30, 31], [30, 1, 44]
+        for begin, count in zip(begins, counts, strict=True):
+            logits = forward(decoder, kv, tokens[begin : begin + count], begin, list(range(count)))
+        return logits
+
+    monkeypatch.setattr("penstock.workers.model.decoder.rows_to_expand", both)
+    anew = run()
+    assert [row.tolist() for row in chosen] == [[True], [True]]  # a decode's step is never asked for
+    monkeypatch.setattr("penstock.workers.model.decoder.rows_to_expand", lambda batch, _: batch.counts < 0)
+    torch.testing.assert_close(anew, run(), atol=2e-4, rtol=1e-4)

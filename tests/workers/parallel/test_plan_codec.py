@@ -23,7 +23,7 @@ def test_plans_come_back_as_they_were(seed: int, rows: int, edits: bool, scored:
 
 
 def test_every_field_of_a_plan_travels() -> None:
-    plain = {"step", "num_decode", "sampling", "scored", "follows"}
+    plain = {"step", "num_decode", "num_continued", "sampling", "scored", "follows"}
     assert {field.name for field in fields(StepPlan)} == set(plan_codec._PLAN) | plain
     assert {field.name for field in fields(SamplingBatch)} == set(plan_codec._SAMPLING) | {"edits"}
 
@@ -59,6 +59,7 @@ def test_damaged_plans_are_refused_or_stay_plans(data: st.DataObject) -> None:
         {"sample_rows": np.array([-1], np.int32)},
         {"sample_rows": np.array([4], np.int32)},
         {"num_decode": 5},
+        {"num_continued": 5},
         {"copies": np.zeros(3, np.int32)},
         {"block_tables": np.zeros((3, 2), np.int32)},
     ],
@@ -77,6 +78,6 @@ def test_columns_that_do_not_fit_each_other(change: dict) -> None:
 
 def test_lengths_that_promise_more_than_came_allocate_nothing() -> None:
     data = bytearray(encode_plan(make_plan(3, 4)))
-    struct.pack_into("<I", data, 16, 2**32 - 1)
+    struct.pack_into("<I", data, 24, 2**32 - 1)
     with pytest.raises(WireError, match="add up to"):
         decode_plan(data)

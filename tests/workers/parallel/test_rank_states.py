@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from penstock.workers.errors import IntegrityError
-from penstock.workers.parallel.attention_ranks import NO_SAMPLING, Banks
+from penstock.workers.parallel.attention_ranks import NO_SAMPLING
 from penstock.workers.parallel.rank_states import RankStates
+from penstock.workers.parallel.shared_prompts import Banks
 from penstock.workers.scheduler.plan import ScoredPrompt, StepPlan
 
 SIZE = 8

@@ -13,12 +13,12 @@ from fakes.expert_group import TIMEOUT_S, store_meeting
 
 from penstock.workers.errors import ExpertsGoneError, GroupError
 from penstock.workers.parallel import rank_survival
-from penstock.workers.parallel.attention_ranks import Banks
 from penstock.workers.parallel.expert_membership import Membership
 from penstock.workers.parallel.process_group import join_store, serve_store
 from penstock.workers.parallel.rank_progress import RankProgress
 from penstock.workers.parallel.rank_states import RankStates
 from penstock.workers.parallel.rank_survival import LeadingRank, SharedParts, SurvivingRank
+from penstock.workers.parallel.shared_prompts import Banks
 from penstock.workers.totals import GroupTotals
 
 RANKS = 3
