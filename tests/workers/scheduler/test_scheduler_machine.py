@@ -7,7 +7,9 @@ event per key, right tokens at the right indices, step budget, and that no decod
 allows.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from unittest.mock import patch
 
 import numpy as np
 from fakes.content_runner import GARBAGE, ContentRunner, expected_tokens, next_token, slot_values
@@ -21,6 +23,7 @@ from penstock.workers.kv.banks import make_banks
 from penstock.workers.kv.layout import KVLayout
 from penstock.workers.kv.prefix_cache import chain_digests
 from penstock.workers.protocol import EndReason, FailureCode, GenerateRequest, SamplingParams
+from penstock.workers.scheduler import native_rows
 from penstock.workers.scheduler.events import (
     EndedEvent,
     GrantedEvent,
@@ -80,7 +83,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_preemptions=data.draw(st.integers(0, 3), label="max_preemptions"),
             watermark=data.draw(st.sampled_from([0.0, 0.1]), label="watermark"),
         )
-        self.scheduler = Scheduler(self.settings, self.layout, *self.banks)
+        compiled = data.draw(st.booleans(), label="compiled")
+        with nullcontext() if compiled else patch.object(native_rows, "load", return_value=None):
+            self.scheduler = Scheduler(self.settings, self.layout, *self.banks)
         self.runner = ContentRunner(count * blocks, BLOCK)
         self.device = LateDevice(self.runner.run)
         self.flight = []
