@@ -7,7 +7,8 @@ parameter, so the whole loop runs without torch and without a network. It knows 
 Invariants:
 - everything but `post`, `load`, `drained` and `stop` happens on the engine thread;
 - every request that was accepted from the inbox ends in a frame with an end reason, in one `Failed`, or by `Cancel`;
-- a runner that raises costs the sequences of its steps, typed, and nothing else; three times in a row end the loop.
+- a runner that raises costs the sequences of its steps, typed, and nothing else; three times in a row end the loop;
+- banks of blocks that go with their ranks cost no sequence that can be computed again.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from penstock.workers.computing import Computing, RankGroup, build_computing
 from penstock.workers.errors import ConfigError
 from penstock.workers.kv.layout import KVLayout
+from penstock.workers.parallel.expert_load import skew
 from penstock.workers.parallel.follower import Follower, FollowerParts
 from penstock.workers.parallel.group_messages import Joined, MeetAgain, PumpExperts, SessionOver
 from penstock.workers.parallel.group_runner import GroupRunner
@@ -25,6 +26,7 @@ from penstock.workers.parallel.oracle_sums import FollowerSums, LeaderSums
 from penstock.workers.parallel.rank_progress import RankProgress
 from penstock.workers.parallel.shards import TensorShard
 from penstock.workers.settings import WorkerSettings
+from penstock.workers.totals import GroupTotals
 from penstock.workers.transfer.engine import TransferEngine
 from penstock.workers.transfer.host import host_id
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
     from penstock.workers.expert_ranks import ExpertRanks
     from penstock.workers.parallel.collectives import Collectives
+    from penstock.workers.parallel.expert_parallel import ExpertParallel
     from penstock.workers.parallel.rank_survival import LeadingRank, SurvivingRank
 
 log = logging.getLogger(__name__)
@@ -71,7 +74,15 @@ def lead_computing(settings: WorkerSettings, leader: GroupLeader) -> tuple[Compu
     survival = lead_survival(settings, leader, own, opened)
     runner = GroupRunner(own.runner, leader, survival)
     prepare = runner.use_idle_time if survival is not None else own.prepare
-    return dataclasses.replace(own, runner=runner, prepare=prepare, group_totals=runner.totals), num_blocks
+    experts = shared_experts(own)
+
+    def totals() -> GroupTotals:
+        lost = len(leader.lost_ranks)
+        if experts is None:
+            return GroupTotals(lost)
+        return GroupTotals(lost, len(experts.gone), skew(experts.rank_rows()[:, list(experts.members)]))
+
+    return dataclasses.replace(own, runner=runner, prepare=prepare, group_totals=totals), num_blocks
 
 
 def lead_transfer(
@@ -151,12 +162,21 @@ def surviving_rank(
     if settings.group.tensor_parallel_size > 1 or model.device.type != "cpu":
         return None
     from penstock.workers.parallel.expert_membership import Membership
-    from penstock.workers.parallel.expert_parallel import ExpertParallel
     from penstock.workers.parallel.rank_survival import SharedParts, SurvivingRank
 
-    experts = model.experts if isinstance(model.experts, ExpertParallel) else None
+    experts = shared_experts(computing)
     membership = Membership(opened.store, settings.group.rank, _grace_s(settings), alive, call)
     return SurvivingRank(settings.group.rank, SharedParts(model.states, experts, ranks.meet, progress), membership)
+
+
+def shared_experts(computing: Computing) -> ExpertParallel | None:
+    """What this rank has of a model's experts; None where each rank, or the only one, has all."""
+    if computing.model is None:
+        return None
+    from penstock.workers.parallel.expert_parallel import ExpertParallel
+
+    experts = computing.model.experts
+    return experts if isinstance(experts, ExpertParallel) else None
 
 
 def lead_survival(

@@ -22,7 +22,6 @@ from penstock.workers.parallel.rank_progress import RankProgress
 from penstock.workers.parallel.step_channel import StepSender
 from penstock.workers.parallel.watch import StepPace
 from penstock.workers.scheduler.plan import Runner, StepPlan, StepResult
-from penstock.workers.totals import GroupTotals
 
 log = logging.getLogger(__name__)
 
@@ -62,10 +61,6 @@ class Survival(Protocol):
         """One piece of rebalancing; False where there is none."""
         ...
 
-    def totals(self) -> GroupTotals:
-        """Figures for the heartbeat; from any thread."""
-        ...
-
 
 class GroupRunner:
     """See `Runner`; `own` is rank 0's shard. `survival` None: the group ends when a rank does."""
@@ -84,10 +79,6 @@ class GroupRunner:
     def vocab_size(self) -> int:
         """See `Runner.vocab_size`."""
         return self._own.vocab_size
-
-    def totals(self) -> GroupTotals:
-        """What became of the ranks; from any thread."""
-        return GroupTotals() if self._survival is None else self._survival.totals()
 
     def run(self, plan: StepPlan) -> StepResult:
         """See `Runner.run`. Raises BanksLostError, and ExpertsGoneError for a step that nobody can compute."""

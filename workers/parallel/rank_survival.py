@@ -20,13 +20,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from penstock.workers.errors import ExpertsGoneError
-from penstock.workers.parallel.expert_load import skew
 from penstock.workers.parallel.expert_losses import named_experts
 from penstock.workers.parallel.expert_membership import Membership, survive
 from penstock.workers.parallel.expert_parallel import ExpertParallel, Meet
 from penstock.workers.parallel.rank_progress import RankProgress
 from penstock.workers.parallel.rank_states import RankStates
-from penstock.workers.totals import GroupTotals
 
 REFILL_WITHIN_S = 60.0  # experts that no rank holds are back, or steps that need them are refused
 _PUMP_EVERY_S = 0.005
@@ -145,12 +143,3 @@ class LeadingRank:
                 raise ExpertsGoneError(f"nobody can refill {named_experts(experts.gone)}", experts.gone) from error
             if not self.use_idle_time():
                 time.sleep(_PUMP_EVERY_S)
-
-    def totals(self) -> GroupTotals:
-        """Figures for the heartbeat; from any thread."""
-        experts = self._own.experts
-        lost = len(self._leader.lost_ranks)
-        if experts is None:
-            return GroupTotals(lost)
-        rows = experts.rank_rows()[:, list(self._own.members)]
-        return GroupTotals(lost, len(experts.gone), skew(rows))

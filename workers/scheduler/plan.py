@@ -137,7 +137,10 @@ class Runner(Protocol):
         ...
 
     def run(self, plan: StepPlan) -> StepResult:
-        """Copy blocks, compute every row, write its KV and sample. Returns when the KV bytes are in the storage."""
+        """Copy blocks, compute every row, write its KV and sample. Returns when the KV bytes are in the storage.
+
+        Raises BanksLostError where ranks are gone with their blocks; the step is void then.
+        """
         ...
 
 

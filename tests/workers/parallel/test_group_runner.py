@@ -12,7 +12,6 @@ from penstock.workers.parallel.group_runner import MOST_RERUNS, GroupRunner
 from penstock.workers.parallel.rank_progress import RankProgress
 from penstock.workers.parallel.watch import StepPace
 from penstock.workers.scheduler.plan import StepPlan, StepResult
-from penstock.workers.totals import GroupTotals
 
 
 class Lost(Exception):  # noqa: N818 - stands in for the end of the process
@@ -108,9 +107,6 @@ class Survival:
             raise found
         return found
 
-    def totals(self) -> GroupTotals:
-        return GroupTotals(2, 3, 1.5)
-
 
 class FailsAtFirst(Own):
     """Raises these, last first, then runs."""
@@ -142,7 +138,6 @@ def test_banks_that_are_lost_are_the_callers_to_know() -> None:
         runner.run(make_plan(1, 4))
     assert caught.value.banks == (2,)
     assert group.log == [("sent", make_plan(1, 4).step), "met"]
-    assert runner.totals() == GroupTotals(2, 3, 1.5)
 
 
 def test_a_step_cut_short_without_a_loss_is_run_again() -> None:
@@ -202,7 +197,6 @@ def test_idle_moments_bring_rounds_on() -> None:
     assert [runner.use_idle_time() for _ in range(3)] == [True, True, False]
     assert group.log == ["met"]
     assert not GroupRunner(Own(group), group).use_idle_time()
-    assert GroupRunner(Own(group), group).totals() == GroupTotals()
 
 
 def test_a_defect_ends_a_group_that_outlives_ranks_too() -> None:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from fakes.expert_group import TIMEOUT_S, store_meeting
@@ -19,7 +18,6 @@ from penstock.workers.parallel.rank_progress import RankProgress
 from penstock.workers.parallel.rank_states import RankStates
 from penstock.workers.parallel.rank_survival import LeadingRank, SharedParts, SurvivingRank
 from penstock.workers.parallel.shared_prompts import Banks
-from penstock.workers.totals import GroupTotals
 
 RANKS = 3
 
@@ -49,9 +47,6 @@ class Experts:
     def pump(self) -> None:
         self.asked.append("pump")
         self.missing -= 1
-
-    def rank_rows(self) -> np.ndarray:
-        return np.array([[4.0, 100.0, 2.0]])
 
 
 class Leader:
@@ -160,7 +155,6 @@ def test_rank_0_knows_when_a_rank_is_to_be_gone_on_without(group: Group) -> None
     assert leading.go_on() == (2,)
     running.result(TIMEOUT_S)
     assert not leading.due
-    assert leading.totals() == GroupTotals(1, 0, 100.0 / 52.0)
 
 
 def test_experts_are_refilled_by_pumping(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +162,6 @@ def test_experts_are_refilled_by_pumping(group: Group, monkeypatch: pytest.Monke
     assert not leading.use_idle_time()
     experts.missing = 3
     gone = ExpertsGoneError("experts 0, 1, 2", experts.gone)
-    assert leading.totals().experts_gone == 3
     leading.refill(gone)
     assert experts.asked == ["pump"] * 3
     assert group.called == [-1] * 3  # the others are told each time
