@@ -3,8 +3,8 @@
 `BlockSource` and `BlockSink` are all that the transfer thread asks of a pool: bytes of blocks in host memory, to read
 or to fill. `kv/storage.py` hands out its own memory; a pool on a device does it through `staging.py`.
 
-The engine thread calls these methods; none blocks, and a transfer thread does the work. Implemented by
-`engine.py` of this folder over shared memory, TCP and NCCL, and by a fake in tests that reorders, repeats, delays and drops.
+The engine thread calls these methods; none blocks, and a transfer thread does the work. Implemented by `engine.py` of
+this folder over shared memory, TCP and NCCL, and by a fake in tests that reorders, repeats, delays and drops.
 
 Invariants the engine relies on:
 - after `Arrived`, `IncomingFailed` or `IncomingClosed` nobody writes the session's blocks any more;
