@@ -74,6 +74,7 @@ class BackendPair:
         if self._aborted.is_set():
             raise GroupError(f"{what} after the pair was ended")
         try:
+            # On a GPU, after all that was submitted to its default stream: the frame's memory may have served that.
             work = begin()
             if self._device.type == "cuda":
                 self._watch(what, work)
