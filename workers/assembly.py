@@ -13,10 +13,11 @@ import os
 import threading
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from penstock.workers.computing import Computing, build_computing
+from penstock.workers.computing import build_computing
 from penstock.workers.engine import Engine, EngineParts
 from penstock.workers.group_assembly import (
     attention_ranks,
@@ -24,6 +25,7 @@ from penstock.workers.group_assembly import (
     complete_group,
     lead_computing,
     lead_transfer,
+    rank_transfer,
 )
 from penstock.workers.handover import GranterIdentity, HandOver
 from penstock.workers.inbox import Drain
@@ -38,10 +40,14 @@ from penstock.workers.scheduler.scheduler import Scheduler
 from penstock.workers.service import WorkerService
 from penstock.workers.settings import WorkerSettings
 from penstock.workers.spans import SpanSink, open_sink
+from penstock.workers.totals import WeightFigures
 from penstock.workers.tracing import WorkerTracer
 from penstock.workers.transfer.engine import TransferEngine
 from penstock.workers.transfer.faults import TransferFaults
 from penstock.workers.transfer.host import host_id
+
+if TYPE_CHECKING:
+    from penstock.workers.weights.supply import WeightSupply
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +67,7 @@ class WorkerFacts:
     block_size: int
     kv_bytes: int
     load_s: float  # building the worker, weights included
+    weights_address: str  # where rank 0 serves its weights to workers that start; empty: nowhere
 
 
 class Worker:
@@ -75,6 +82,7 @@ class Worker:
         transfer: TransferEngine | GroupTransfer,
         spans: SpanSink | None = None,
         leader: GroupLeader | None = None,
+        supply: WeightSupply | None = None,
     ) -> None:
         self.facts = facts
         self._engine = engine
@@ -83,6 +91,9 @@ class Worker:
         self._settings = settings
         self._spans = spans
         self._leader = leader
+        self._supply = supply
+        if supply is not None and supply.server is not None:
+            supply.server.give_way_to(lambda: engine.load().transfers > 0)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._ended = threading.Event()
         self.address = ""
@@ -103,6 +114,8 @@ class Worker:
             give_up = time.monotonic() + drain_s
             while not self.drained and time.monotonic() < give_up and not self._ended.wait(_POLL_S):
                 pass
+        if self._supply is not None:
+            self._supply.stop()
         self._engine.stop()
         if self._thread.is_alive():
             self._thread.join(_LAST_STEP_S)
@@ -114,7 +127,9 @@ class Worker:
             self._spans.close()
 
     def drain(self) -> None:
-        """Refuse new work from now on."""
+        """Refuse new work from now on, and takers of weights."""
+        if self._supply is not None and self._supply.server is not None:
+            self._supply.server.close("it drains")
         self._engine.post("", Drain())
 
     @property
@@ -146,7 +161,7 @@ def build_worker(
     began = time.monotonic()
     count = attention_ranks(settings)
     awake = threading.Event()
-    computing = _build_runner(settings) if leader is None else lead_computing(settings, leader)
+    computing = build_computing(settings) if leader is None else lead_computing(settings, leader)
     storage, layout = computing.storage, computing.layout
     num_blocks = storage.num_blocks if leader is None else complete_group(settings, leader, computing)
     # Sequences on other attention ranks have blocks that no storage of this process holds.
@@ -157,20 +172,7 @@ def build_worker(
     caches = [bank.cache for bank in banks if bank.cache is not None]
     scheduler = Scheduler(settings.scheduler, layout, *banks)
     host = host_id()
-    own_transfer = TransferEngine(
-        settings.transfer,
-        storage,
-        worker_id=settings.worker_id,
-        epoch=settings.incarnation,
-        host_id=host,
-        compatibility=layout.compatibility,
-        cluster_key=settings.cluster_key,
-        wake=awake.set,
-        clock=time.monotonic,
-        faults=faults,
-        share=layout.share,
-        pieces=layout.pieces,
-    )
+    own_transfer = rank_transfer(settings, computing, awake.set, faults)
     transfer = own_transfer if leader is None else lead_transfer(settings, leader, own_transfer, num_blocks, awake.set)
     service = WorkerService(
         _welcome(settings, count * num_blocks, transfer.address, host, layout),
@@ -187,17 +189,23 @@ def build_worker(
     )
     sink = open_sink(settings.tracing, settings.worker_id)
     tracer = WorkerTracer(sink, settings.worker_id) if sink is not None else None
-    observation = Observation(storage.block_bytes, tracer)
+    supply = computing.supply
+    observation = Observation(storage.block_bytes, tracer, weights=WeightFigures if supply is None else supply.figures)
     handover = HandOver(transfer, identity, lambda: os.urandom(_SESSION_ID_BYTES), observation)
     feed = KVEventFeed(BankedCaches(caches) if len(caches) > 1 else next(iter(caches), None), service)
     parts = EngineParts(scheduler, computing.runner, handover, feed, service, observation, computing.prepare)
     engine = Engine(parts, time.monotonic, awake)
-    facts = _facts(settings, count * num_blocks, storage.block_bytes, transfer.address, time.monotonic() - began)
-    return Worker(settings, facts, engine, service, transfer, sink, leader)
-
-
-def _build_runner(settings: WorkerSettings) -> Computing:
-    return build_computing(settings)
+    facts = WorkerFacts(
+        worker_id=settings.worker_id,
+        transfer_address=transfer.address,
+        pid=os.getpid(),
+        num_blocks=count * num_blocks,
+        block_size=settings.kv.block_size,
+        kv_bytes=count * num_blocks * storage.block_bytes,
+        load_s=time.monotonic() - began,
+        weights_address="" if supply is None else supply.address,
+    )
+    return Worker(settings, facts, engine, service, transfer, sink, leader, supply)
 
 
 def _welcome(settings: WorkerSettings, num_blocks: int, transfer_address: str, host: str, layout: KVLayout) -> Welcome:
@@ -216,18 +224,4 @@ def _welcome(settings: WorkerSettings, num_blocks: int, transfer_address: str, h
         transfer_address=transfer_address,
         host_id=host,
         compatibility=layout.compatibility,
-    )
-
-
-def _facts(
-    settings: WorkerSettings, num_blocks: int, block_bytes: int, transfer_address: str, load_s: float
-) -> WorkerFacts:
-    return WorkerFacts(
-        worker_id=settings.worker_id,
-        transfer_address=transfer_address,
-        pid=os.getpid(),
-        num_blocks=num_blocks,
-        block_size=settings.kv.block_size,
-        kv_bytes=num_blocks * block_bytes,
-        load_s=load_s,
     )

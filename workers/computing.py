@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from penstock.workers.expert_ranks import ExpertRanks
     from penstock.workers.parallel.collectives import Collectives
     from penstock.workers.runner import ModelRunner
+    from penstock.workers.weights.supply import WeightSupply
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class Computing:
     layout: KVLayout
     prepare: Callable[[], bool] | None = None  # see EngineParts
     model: ModelRunner | None = None  # the runner, where it is a model's
+    supply: WeightSupply | None = None  # where its weights came from, and what serves them on
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +68,20 @@ def _build_model(settings: WorkerSettings, group: RankGroup | None) -> Computing
     # Late: torch takes seconds to import, and half of the workers' tests run without it.
     from penstock.workers.device import resolve_device
     from penstock.workers.model_build import build_model_runner
+    from penstock.workers.weights.supply import WeightSupply
 
+    supply = WeightSupply(settings)
+    told = (settings.runner, settings.kv, settings.scheduler)
     if group is None:
-        model = build_model_runner(settings.runner, settings.kv, settings.scheduler)
+        model = build_model_runner(*told, supply=supply)
     else:
         ranks, experts = group.collectives(resolve_device(settings.runner.device))
-        model = build_model_runner(settings.runner, settings.kv, settings.scheduler, group=ranks, expert_ranks=experts)
+        model = build_model_runner(*told, group=ranks, expert_ranks=experts, supply=supply)
+    supply.loaded()
     if model.device.type == "cpu":
         storage = _create_storage(settings, model.layout)
         model.attach(storage)
-        return Computing(model, storage, model.layout, model=model)
+        return Computing(model, storage, model.layout, model=model, supply=supply)
     from penstock.workers.device_pool import PoolWish, open_pool
     from penstock.workers.device_transfer import CardStorage
 
@@ -83,7 +89,7 @@ def _build_model(settings: WorkerSettings, group: RankGroup | None) -> Computing
     # Ranks profile together or not at all: none may remember a start that another has forgotten.
     pool = open_pool(model, PoolWish(settings.kv, needed, settings.runner.record_dir if group is None else ""))
     idle = model.use_idle_time if group is None else None
-    return Computing(model, CardStorage(pool), model.layout, idle, model)
+    return Computing(model, CardStorage(pool), model.layout, idle, model, supply)
 
 
 def _create_storage(settings: WorkerSettings, layout: KVLayout) -> KVStorage:

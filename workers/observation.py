@@ -21,24 +21,26 @@ from penstock.workers.scheduler.events import (
     StepOutcome,
     Work,
 )
-from penstock.workers.totals import STEP_TOKENS_UP_TO, TRANSFER_S_UP_TO, TransferCause, WorkerTotals
+from penstock.workers.totals import STEP_TOKENS_UP_TO, TRANSFER_S_UP_TO, TransferCause, WeightFigures, WorkerTotals
 from penstock.workers.tracing import WorkerTracer
 
 _CAUSES = {cause: index for index, cause in enumerate(TransferCause)}
 
 
 class Observation:
-    """Counters of one worker. `block_bytes`: of one KV block."""
+    """Counters of one worker. `block_bytes`: of one KV block; `weights` counts for itself."""
 
     def __init__(
         self,
         block_bytes: int = 0,
         tracer: WorkerTracer | None = None,
         clock: Callable[[], float] = time.monotonic,
+        weights: Callable[[], WeightFigures] = WeightFigures,
     ) -> None:
         self._block_bytes = block_bytes
         self._tracer = tracer
         self._clock = clock
+        self._weights = weights
         self._steps = [0] * (len(STEP_TOKENS_UP_TO) + 1)
         self._step_tokens = self._generated = self._prompt = self._cached = 0
         self._step_s = 0.0
@@ -50,6 +52,7 @@ class Observation:
 
     def totals(self, reserved: int = 0) -> WorkerTotals:
         """The counters so far; from any thread. `reserved` is the engine's own figure."""
+        weights = self._weights()
         return WorkerTotals(
             reserved=reserved,
             steps_by_tokens=tuple(self._steps),
@@ -64,6 +67,10 @@ class Observation:
             transfers_received=self._received,
             transfer_failures=tuple(self._failures),
             router_leases_expired=self._leases,
+            weights_from_peers=weights.from_peers,
+            weights_from_disk=weights.from_disk,
+            weights_load_s=weights.load_s,
+            weights_served=weights.served,
         )
 
     # --- requests and steps ---------------------------------------------------------------------------------------

@@ -26,6 +26,16 @@ class TransferCause(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class WeightFigures:
+    """Where a rank's weights came from, and what it has given to others."""
+
+    from_peers: int = 0  # bytes
+    from_disk: int = 0
+    load_s: float = 0.0
+    served: int = 0  # bytes
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerTotals:
     """What a worker has done since it started; only ever grows, but for `reserved`.
 
@@ -45,3 +55,7 @@ class WorkerTotals:
     transfers_received: int = 0
     transfer_failures: tuple[int, ...] = ()  # sessions of both directions, one entry per `TransferCause`
     router_leases_expired: int = 0
+    weights_from_peers: int = 0  # bytes; these four are rank 0's, see `WeightFigures`
+    weights_from_disk: int = 0
+    weights_load_s: float = 0.0
+    weights_served: int = 0

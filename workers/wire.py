@@ -86,6 +86,7 @@ _BY_FIELD: dict[tuple[str, str], Codec] = {
     ("Grant", "session_id"): octets(1, exact=16),
     ("WorkerTotals", "step_s"): real(0.0, 1e12),
     ("WorkerTotals", "transfer_s"): real(0.0, 1e12),
+    ("WorkerTotals", "weights_load_s"): real(0.0, 1e12),
     ("KVEvents", "stored"): octets(8),
     ("KVEvents", "evicted"): octets(8),
     ("KVSnapshot", "digests"): octets(8),

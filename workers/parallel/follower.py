@@ -71,6 +71,7 @@ class FollowerParts:
     transfer: TransferEngine
     bank: int = 0
     switch_experts: Callable[[int], None] | None = None
+    weights_address: str = ""  # where it serves its part of the weights
 
 
 class Follower:
