@@ -30,6 +30,7 @@ from penstock.cluster.group_ranks import (
     reason_of,
     start_timeout_s,
     until_done,
+    weights_addresses,
 )
 from penstock.cluster.supervision import StartError
 from penstock.workers.actor import WorkerActor
@@ -52,6 +53,7 @@ class HostedActor:
         """`handles` and `facts` by rank."""
         self.handles = tuple(handles)
         self.pids = tuple(int(str(each["pid"])) for each in facts)
+        self.weights_addresses = weights_addresses(facts)
         self.facts = {**facts[0], "width": len(handles), "pids": self.pids}
         self._placement = placement
 

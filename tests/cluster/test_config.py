@@ -56,6 +56,7 @@ def test_every_key() -> None:
         ).split(),
         "kv": ["block_size", "num_blocks", "memory_bytes", "gpu_memory_utilization", "prefix_caching"],
         "transfer": "transport host lease_s digest digest_sample max_frame_bytes socket_buffer_bytes".split(),
+        "weights": ("source config_from_peer copy_dir serve max_takers serve_bytes_per_s stall_s patience_s").split(),
         "health": ["heartbeat_s", "router_lease_s", "drain_s"],
         "pools": (
             "prefill decode mixed tensor_parallel_size prefill_tensor_parallel_size decode_tensor_parallel_size "
@@ -172,6 +173,9 @@ def test_wrong_files(tmp_path: Path, text: str, says: str) -> None:
         ("runner.cpus", [-1], "different numbers of cores"),
         ("kv.gpu_memory_utilization", 1.2, "more than 1"),
         ("kv.gpu_memory_utilization", 0, "more than zero"),
+        ("weights.source", "luck", "none of auto, disk, peer"),
+        ("weights.max_takers", 0, "more than zero"),
+        ("weights.copy_dir", "copies", "must be absolute"),
         ("transfer.transport", "smoke", "none of auto, shared_memory, tcp"),
         ("router.placement.policy", "dice", "none of"),
         ("health.router_lease_s", 0.6, "two heartbeats"),

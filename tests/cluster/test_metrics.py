@@ -91,7 +91,9 @@ def test_what_workers_counted() -> None:
     sent = [0] * (len(TRANSFER_S_UP_TO) + 1)
     sent[1] = 3
     failures = tuple(int(cause is TransferCause.LEASE_EXPIRED) * 4 for cause in TransferCause)
-    totals = WorkerTotals(1, tuple(steps), 40000, 1.5, 60, 1000, 750, tuple(sent), 0.002, 4096, 2, failures, 1)
+    totals = WorkerTotals(
+        1, tuple(steps), 40000, 1.5, 60, 1000, 750, tuple(sent), 0.002, 4096, 2, failures, 1, 70, 30, 0.5, 11
+    )
     fleet.statuses = [
         WorkerStatus("d", Role.DECODE, 2, (70, 71), "ready", waiting=6, kv_blocks=9, kv_block_size=16, totals=totals)
     ]
@@ -110,6 +112,10 @@ def test_what_workers_counted() -> None:
     assert page[f"penstock_kv_lease_expired_total{{{own}}}"] == 4
     assert page[f"penstock_router_lease_expired_total{{{own}}}"] == 1
     assert page[f'penstock_num_requests_waiting_by_reason{{reason="deferred",{own}}}'] == 1
+    assert page['penstock_weights_loaded_bytes_total{role="decode",source="peer",worker="d"}'] == 70
+    assert page['penstock_weights_loaded_bytes_total{role="decode",source="disk",worker="d"}'] == 30
+    assert page[f"penstock_worker_weights_load_seconds{{{own}}}"] == 0.5
+    assert page[f"penstock_weights_served_bytes_total{{{own}}}"] == 11
     assert page['vllm:num_requests_waiting_by_reason{engine="d",reason="capacity"}'] == 6
     assert page['vllm:cache_config_info{block_size="16",engine="d",num_gpu_blocks="9"}'] == 1
 
