@@ -22,11 +22,13 @@ class Pace:
         busy: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
+        burst_s: float = _BURST_S,
     ) -> None:
         self._bytes_per_s = bytes_per_s
         self.busy = busy
         self._clock = clock
         self._sleep = sleep
+        self._burst_s = burst_s
         self._lock = threading.Lock()
         self._free_at = 0.0  # when everything asked for so far has been sent
 
@@ -35,7 +37,7 @@ class Pace:
         rate = self._bytes_per_s * (YIELDING_SHARE if self.busy() else 1.0)
         with self._lock:
             now = self._clock()
-            begin = max(self._free_at, now - _BURST_S)
+            begin = max(self._free_at, now - self._burst_s)
             self._free_at = begin + size / rate
         if begin > now:
             self._sleep(begin - now)

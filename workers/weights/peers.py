@@ -27,10 +27,11 @@ log = logging.getLogger(__name__)
 
 MAX_CANDIDATES = 64
 _MAX_PAYLOAD_BYTES = max(MAX_RUN_BYTES, MAX_CONFIG_BYTES)
-_CONNECT_S = 2.0
+_CONNECT_S = 2.0  # also for the greeting
+_LOOK_S = 5.0  # after so long without one that admits us, the load goes on without
 _BUSY_S, _ABSENT_S, _UNREACHABLE_S = 1.0, 0.2, 10.0  # rests
 _INNOCENT = (_BUSY_S, _ABSENT_S)  # rests that are no failures
-_STRIKES = 5  # after so many failures a peer is not asked again
+_STRIKES = 10  # after so many failures a peer is not asked again
 
 
 class Source:
@@ -127,14 +128,16 @@ class Peers:
     def current(self) -> Source | None:
         """The source to ask now; the first candidate that admits us, where there was none. None: nobody does."""
         if self._source is None:
-            waiting = [each for each in self._candidates.values() if each.rests_until <= self._clock()]
+            began = self._clock()
+            waiting = [each for each in self._candidates.values() if each.rests_until <= began]
             for candidate in sorted(waiting, key=lambda each: each.strikes):
+                if self._clock() - began > _LOOK_S:
+                    break
                 try:
                     self._source = self._admitted(candidate.address)
                 except PeerError as error:
                     self._rest(candidate, error)
                 else:
-                    candidate.strikes = 0
                     break
         return self._source
 
@@ -173,15 +176,16 @@ class Peers:
             sock = socket.create_connection(where, _CONNECT_S)
         except OSError as error:
             raise PeerError(f"it cannot be reached: {error}", _UNREACHABLE_S) from error
-        sock.settimeout(self._settings.stall_s)
         try:
-            return self._greeted(address, WeightLink(sock, self._key, _MAX_PAYLOAD_BYTES, opened=True))
+            source = self._greeted(address, WeightLink(sock, self._key, _MAX_PAYLOAD_BYTES, opened=True))
         except WireError as error:
             sock.close()
             raise PeerError(str(error)) from error
         except PeerError:
             sock.close()
             raise
+        sock.settimeout(self._settings.stall_s)
+        return source
 
     def _greeted(self, address: str, link: WeightLink) -> Source:
         expected = self.expected
