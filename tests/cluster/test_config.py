@@ -37,6 +37,28 @@ def write(tmp_path: Path, text: str) -> Path:
     return path
 
 
+@pytest.mark.parametrize(
+    ("values", "key", "says"),
+    [
+        ({"weights__copy_dir": "/copies", "weights__serve": False}, "weights.copy_dir", "weights.serve is off"),
+        (
+            {"weights__source": "disk", "weights__config_from_peer": True},
+            "weights.config_from_peer",
+            "no peer is asked",
+        ),
+        (
+            {"weights__source": "peer", "runner__model_impl": "transformers"},
+            "weights.source",
+            "only our own decoders can take weights from peers",
+        ),
+    ],
+)
+def test_weights_keys_fit_together(values: dict[str, Any], key: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as error:
+        load(**values)
+    assert error.value.key == key
+
+
 def test_every_key() -> None:
     """The whole surface. A new key is a decision: add it here, and to the README's table if users should know it."""
     sections: dict[str, list[str]] = {}

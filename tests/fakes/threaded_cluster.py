@@ -58,14 +58,14 @@ class HostedWorker:
         self.preemptions = 0
         self._inner: Runner
         self._on_plan = on_plan
-        build_runner = assembly._build_runner
+        build_runner = assembly.build_computing
 
         def watched(given: WorkerSettings) -> Any:
             found = build_runner(given)
             self._inner, self.storage = found.runner, found.storage
             return dataclasses.replace(found, runner=self)
 
-        with mock.patch.object(assembly, "_build_runner", watched):
+        with mock.patch.object(assembly, "build_computing", watched):
             self.worker: Worker = build_worker(settings)
 
     @property

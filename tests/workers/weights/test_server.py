@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,6 +95,23 @@ def test_only_so_many_takers_and_the_others_are_sent_on(directory: Path) -> None
                 break
         else:
             raise AssertionError("the place is not free again")
+
+
+def test_kv_goes_first(directory: Path) -> None:
+    seconds = []
+    for busy in (False, True):
+        with serving(directory, serve_bytes_per_s=1 << 20) as server:
+            server.give_way_to(lambda busy=busy: busy)
+            source, began = admitted(server), time.monotonic()
+            for _ in range(4):
+                source.ask(0, Run(0, 1 << 15))
+            for _ in range(4):
+                source.answer(Run(0, 1 << 15))
+            seconds.append(time.monotonic() - began)
+            source.close()
+    # 96 KiB wait for those before, at 1 MiB/s or a quarter of it, less what 50 ms let burst.
+    assert seconds[1] > 0.3
+    assert seconds[1] > 1.5 * seconds[0]
 
 
 def test_another_checkpoint_is_refused_by_both_ends(directory: Path) -> None:
