@@ -32,6 +32,7 @@ from penstock.cluster.group_ranks import (
     reason_of,
     start_timeout_s,
     until_done,
+    weights_addresses,
 )
 from penstock.cluster.supervision import StartError
 from penstock.workers.actor import WorkerActor
@@ -60,6 +61,7 @@ class HostedActor:
         self._deciding = 1 if outlives_ranks else len(handles)
         self.handles = tuple(handles)
         self.pids = tuple(int(str(each["pid"])) for each in facts)
+        self.weights_addresses = weights_addresses(facts)
         self.facts = {**facts[0], "width": len(handles), "pids": self.pids}
         self._placement = placement
 

@@ -156,6 +156,7 @@ def worker_settings(
         group=group_settings(config, role),
         tracing=config.tracing,
         logs=config.logs,
+        weights=config.weights,
     )
 
 

@@ -28,7 +28,7 @@ def derive(config: ClusterConfig, cores: int | None = None, gpus: int | None = N
 
     Raises ModelError for an unreadable model directory, ConfigError for what its model cannot be.
     """
-    model = describe(config.runner)
+    model = describe(config.runner, config.weights)
     given = tuple(range(cores)) if cores else tuple(sorted(os.sched_getaffinity(0)))
     cores = len(config.runner.cpus or given)
     config = _pools(config)

@@ -36,6 +36,7 @@ _GAUGES: tuple[tuple[str, str, Callable[[WorkerStatus], float]], ...] = (
     ("experts_gone", "Experts, over all layers, that no rank holds", lambda w: w.totals.experts_gone),
     ("expert_rank_skew", "Rows of the fullest expert rank / mean, worst layer", lambda w: w.totals.expert_skew),
     ("worker_up", "1 when the worker is ready", lambda w: float(w.state == "ready")),
+    ("worker_weights_load_seconds", "Time the worker's rank 0 took to load", lambda w: w.totals.weights_load_s),
     ("worker_restarts", "Times the worker was started again", lambda w: w.restarts),
 )
 _COUNTERS: tuple[tuple[str, str, Callable[[WorkerStatus], float]], ...] = (
@@ -46,6 +47,7 @@ _COUNTERS: tuple[tuple[str, str, Callable[[WorkerStatus], float]], ...] = (
     ("worker_step_seconds", "Time the worker spent in steps", lambda w: w.totals.step_s),
     ("kv_transfer_bytes", "KV bytes sent in sessions that ended whole", lambda w: w.totals.transfer_bytes),
     ("kv_transfers_received", "Sessions whose KV arrived whole", lambda w: w.totals.transfers_received),
+    ("weights_served_bytes", "Weights given to workers that started", lambda w: w.totals.weights_served),
     ("router_lease_expired", "Routers that stopped renewing", lambda w: w.totals.router_leases_expired),
 )
 
@@ -56,6 +58,7 @@ def fleet_metrics(workers: Workers) -> Iterator[Metric]:
         yield _family(GaugeMetricFamily(f"penstock_{name}", text, labels=_BY_WORKER), workers, read)
     for name, text, read in _COUNTERS:
         yield _family(CounterMetricFamily(f"penstock_{name}", text, labels=_BY_WORKER), workers, read)
+    yield _loaded(workers)
     yield _waiting(workers)
     yield _cache_config(workers)
     yield _processes(workers)
@@ -86,6 +89,16 @@ def _family(
 
 def _names(worker: WorkerStatus) -> list[str]:
     return [worker.id, worker.role.value]
+
+
+def _loaded(workers: Workers) -> Metric:
+    family = CounterMetricFamily(
+        "penstock_weights_loaded_bytes", "Weights that rank 0 loaded, by where from", labels=(*_BY_WORKER, "source")
+    )
+    for worker in workers:
+        family.add_metric([*_names(worker), "peer"], worker.totals.weights_from_peers)
+        family.add_metric([*_names(worker), "disk"], worker.totals.weights_from_disk)
+    return family
 
 
 def _waiting(workers: Workers) -> Metric:

@@ -75,6 +75,11 @@ def is_ready(said: Mapping[str, object]) -> bool:
     return "address" in said or "joined" in said
 
 
+def weights_addresses(said: Sequence[Mapping[str, object]]) -> tuple[str, ...]:
+    """Where the ranks serve their weights to workers that start; those that do not are left out."""
+    return tuple(str(facts["weights_address"]) for facts in said if facts.get("weights_address"))
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Failure:
     """Why one rank did not start."""

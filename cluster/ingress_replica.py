@@ -72,7 +72,7 @@ class IngressReplica(GrpcMethods):
         self._spec = spec
         config = spec.config
         self._edition = edition_of(config)
-        model = describe(config.runner)
+        model = describe(config.runner, config.weights)
         text = load_text(model, config.front.skip_tokenizer_init, config.scheduler.max_model_len)
         begin_logs(config.logs, f"ingress-{os.getpid()}")
         if spec.identity is None:  # `penstock serve` says it on its terminal

@@ -81,7 +81,7 @@ def start_cluster(config: ClusterConfig, report: StartupReport, stop: threading.
     """Start everything and return when requests are served; ends what it started if it cannot."""
     config = settle(config)
     # Read here only to fail early and clearly; the ingress reads it again in its own process.
-    model = describe(config.runner)
+    model = describe(config.runner, config.weights)
     load_text(model, config.front.skip_tokenizer_init, config.scheduler.max_model_len)
     report.configuration(config)
     report.generation(model, config.front.generation_config)

@@ -17,7 +17,7 @@ from penstock.workers.errors import ModelError
 from penstock.workers.model.config import DecoderConfig, read_raw_config
 from penstock.workers.model.foreign_config import ForeignConfig
 from penstock.workers.model.implementation import choose_implementation
-from penstock.workers.settings import RunnerSettings
+from penstock.workers.settings import RunnerSettings, WeightSettings
 
 EMBEDDED_MODEL = Path(__file__).parent / "embedded_model"
 MAX_JSON_BYTES = 64 << 20
@@ -67,8 +67,11 @@ class ModelDescription:
     architecture: DecoderConfig | ForeignConfig | None = None  # sizes, as that code reads them; None: the oracle
 
 
-def describe(runner: RunnerSettings) -> ModelDescription:
-    """Read the directory that `runner` names (empty: the embedded model). Raises ModelError and ConfigError."""
+def describe(runner: RunnerSettings, weights: WeightSettings | None = None) -> ModelDescription:
+    """Read the directory that `runner` names (empty: the embedded model). Raises ModelError and ConfigError.
+
+    Workers may do without weight files here where `weights` tell them to take those from peers.
+    """
     if runner.kind == "oracle":
         return ModelDescription(None, "oracle", 1 << 20, runner.oracle_vocab, (), "oracle")
     directory = Path(runner.model_dir) if runner.model_dir else EMBEDDED_MODEL
@@ -78,7 +81,8 @@ def describe(runner: RunnerSettings) -> ModelDescription:
     chosen = choose_implementation(runner.model_impl, config, str(config_path))
     generation_path = directory / "generation_config.json"
     generation = read_json(generation_path, required=False)
-    shards = weight_files(directory)
+    elsewhere = weights is not None and weights.source == "peer" and not any(directory.glob("*.safetensors*"))
+    shards = [] if elsewhere else weight_files(directory)
     return ModelDescription(
         directory=directory,
         name=directory.resolve().name if runner.model_dir else "penstock-embedded",

@@ -8,6 +8,7 @@ of where a value came from beyond the text in `sources`.
     scheduler  limits of one step and of the waiting queue           (workers)
     kv         the block pool                                        (workers)
     transfer   KV blocks between workers                             (workers)
+    weights    where a starting worker's weights come from           (workers)
     health     heartbeats and leases                                 (workers)
     pools      how many workers of which role, of how many ranks
     ranks      how the ranks of one worker share its work, and watch over each other
@@ -36,6 +37,7 @@ from penstock.workers.settings import (
     SchedulerSettings,
     TracingSettings,
     TransferSettings,
+    WeightSettings,
 )
 
 
@@ -173,6 +175,7 @@ class ClusterConfig:
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
     kv: KVSettings = field(default_factory=KVSettings)
     transfer: TransferSettings = field(default_factory=TransferSettings)
+    weights: WeightSettings = field(default_factory=WeightSettings)
     health: HealthSettings = field(default_factory=HealthSettings)
     pools: PoolSettings = field(default_factory=PoolSettings)
     ranks: RankSettings = field(default_factory=RankSettings)

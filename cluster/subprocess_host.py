@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -31,6 +31,7 @@ from penstock.cluster.group_ranks import (
     reason_of,
     start_timeout_s,
     until_done,
+    weights_addresses,
 )
 from penstock.cluster.supervision import StartError
 from penstock.workers.parallel.fence import EXIT_GROUP_LOST
@@ -48,9 +49,13 @@ MAX_READY_LINE = 1 << 16
 class WorkerProcess:
     """One running worker: a process, or one for each of its ranks."""
 
-    def __init__(self, processes: Sequence[Process], settings: WorkerSettings, address: str) -> None:
+    def __init__(
+        self, processes: Sequence[Process], settings: WorkerSettings, said: Sequence[Mapping[str, object]]
+    ) -> None:
+        """`said`: the ready line of each rank."""
         self.settings = settings
-        self.address = address
+        self.address = str(said[0]["address"])
+        self.weights_addresses = weights_addresses(said)
         self._processes = tuple(processes)
 
     @property
@@ -117,7 +122,7 @@ class SubprocessHost:
         starting = _Start(settings, self._log_file, self._command)
         try:
             async with asyncio.timeout(start_timeout_s(settings, START_TIMEOUT_S)) as limit:
-                address = await starting.run()
+                said = await starting.run()
         except TimeoutError as error:
             await _kill(starting.processes)
             if not limit.expired():
@@ -126,7 +131,7 @@ class SubprocessHost:
         except BaseException:
             await _kill(starting.processes)
             raise
-        return WorkerProcess(starting.processes, settings, address)
+        return WorkerProcess(starting.processes, settings, said)
 
 
 class _Start:
@@ -139,8 +144,8 @@ class _Start:
         self._command = command
         self._begin = log_file.stat().st_size if log_file is not None and log_file.exists() else 0
 
-    async def run(self) -> str:
-        """Start every rank; the worker's address. Raises StartError."""
+    async def run(self) -> list[dict[str, object]]:
+        """Start every rank; their ready lines. Raises StartError."""
         leader = await self._begin_rank(0, "")
         if self._settings.group.width > 1:
             said = await self._heard(0, leader)
@@ -148,8 +153,7 @@ class _Start:
                 raise self._error([await self._failure(0, said)])
             for rank in range(1, self._settings.group.width):
                 await self._begin_rank(rank, str(said["group_address"]))
-        lines = await self._ready_lines()
-        return str(lines[0]["address"])
+        return await self._ready_lines()
 
     async def _begin_rank(self, rank: int, leader: str) -> Process:
         """Start the process of one rank and hand over its settings."""

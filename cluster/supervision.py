@@ -25,6 +25,9 @@ from penstock.workers.settings import WorkerSettings
 log = logging.getLogger(__name__)
 
 
+MOST_WEIGHT_PEERS = 32
+
+
 class StartError(PenstockError):
     """A worker did not come up; the message says why in its own words."""
 
@@ -56,6 +59,11 @@ class Hosted(Protocol):
 
     @property
     def incarnation(self) -> int: ...
+
+    @property
+    def weights_addresses(self) -> tuple[str, ...]:
+        """host:port of its ranks that give weights to workers that start."""
+        ...
 
     async def ended(self) -> str:
         """Returns once it is gone, with the reason."""
@@ -98,6 +106,7 @@ class Supervisor:
         self._changed = asyncio.Event()
         self._tasks: dict[str, asyncio.Task[None]] = {}  # the keeper of each worker
         self._stopping = False
+        self._peer_turn = 0  # starts so far that were told peers
 
     @property
     def roster(self) -> Roster:
@@ -189,7 +198,8 @@ class Supervisor:
 
     async def _bring_up(self, worker_id: str) -> None:
         """Start one worker and enter it. Raises StartError."""
-        hosted = await self._host.start(self._settings[worker_id])
+        peers = self._weight_peers(worker_id)
+        hosted = await self._host.start(replace(self._settings[worker_id], weight_peers=peers))
         if self._stopping:  # `stop` may have run while this start was under way
             await hosted.stop(0.0)
             return
@@ -202,6 +212,18 @@ class Supervisor:
             incarnation=hosted.incarnation,
             reason="",
         )
+
+    def _weight_peers(self, worker_id: str) -> tuple[str, ...]:
+        """Running workers that may serve the same weights, each start's in another order, so that they share the load.
+
+        Those of other editions come last: they may have the same checkpoint, which the worker itself finds out.
+        """
+        ready = [each for each in self._hosted if self._entries[each].state is WorkerState.READY and each != worker_id]
+        self._peer_turn += 1
+        turn, edition = self._peer_turn % max(1, len(ready)), self._entries[worker_id].edition
+        order = sorted(ready[turn:] + ready[:turn], key=lambda each: self._entries[each].edition != edition)
+        addresses = [address for each in order for address in self._hosted[each].weights_addresses]
+        return tuple(addresses[:MOST_WEIGHT_PEERS])
 
     async def _begin(self, worker_id: str) -> None:
         await self._try_bring_up(worker_id)

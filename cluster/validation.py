@@ -18,7 +18,7 @@ from penstock.router.placement import POLICIES
 from penstock.workers.errors import ConfigError
 from penstock.workers.parallel.shards import MOST_RANKS
 from penstock.workers.protocol import Role
-from penstock.workers.settings import DEVICE_NAME, LOST_EXPERTS, PLAN_AHEAD
+from penstock.workers.settings import DEVICE_NAME, LOST_EXPERTS, PLAN_AHEAD, WEIGHT_SOURCES
 
 CHOICES = {
     "runner.kind": ("model", "oracle"),
@@ -26,6 +26,7 @@ CHOICES = {
     "runner.model_impl": ("auto", "penstock", "transformers"),
     "front.generation_config": ("auto", "vllm", "none"),
     "transfer.transport": ("auto", "shared_memory", "tcp", "nccl"),
+    "weights.source": WEIGHT_SOURCES,
     "transfer.digest": ("auto", "full", "sampled", "off"),
     "router.placement.policy": tuple(POLICIES),
     "front.metrics_aliases": ("vllm", "none"),
@@ -133,6 +134,7 @@ def check_whole(config: ClusterConfig) -> ClusterConfig:
     _sizes(config)
     _front(config)
     _tracing(config)
+    _weights(config)
     return config
 
 
@@ -205,6 +207,19 @@ def _tracing(config: ClusterConfig) -> None:
     if config.tracing.endpoint and not (parts.scheme in ("http", "https") and parts.hostname):
         reason = f"{config.tracing.endpoint!r} is no http(s) URL; spans go by OTLP over HTTP (port 4318, usually)"
         raise wrong(config, "tracing.endpoint", reason)
+
+
+def _weights(config: ClusterConfig) -> None:
+    weights = config.weights
+    if weights.copy_dir and not Path(weights.copy_dir).is_absolute():
+        raise wrong(config, "weights.copy_dir", f"{weights.copy_dir!r} must be absolute: each worker has its own place")
+    if weights.copy_dir and not weights.serve:
+        raise wrong(config, "weights.copy_dir", "a copy is kept to be served, and weights.serve is off")
+    if weights.config_from_peer and weights.source == "disk":
+        raise wrong(config, "weights.config_from_peer", "no peer is asked for anything while weights.source is disk")
+    if weights.source == "peer" and config.runner.model_impl == "transformers":
+        reason = "transformers reads the model directory itself; only our own decoders can take weights from peers"
+        raise wrong(config, "weights.source", reason)
 
 
 def _sizes(config: ClusterConfig) -> None:

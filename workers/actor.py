@@ -28,7 +28,7 @@ from penstock.workers.cores import take_cores
 from penstock.workers.errors import PenstockError
 from penstock.workers.group_assembly import build_follower
 from penstock.workers.logs import configure
-from penstock.workers.parallel.follower import Follower
+from penstock.workers.parallel.follower import Follower, FollowerParts
 from penstock.workers.parallel.leader import GroupLeader
 from penstock.workers.process import EXIT_ENGINE_FAILED, EXIT_ORPHANED, SWITCH_INTERVAL_S
 from penstock.workers.settings import WorkerSettings
@@ -48,7 +48,7 @@ class WorkerActor:
         self._renewed = time.monotonic()
         self._leader: GroupLeader | None = None
         self._worker: Worker | None = None
-        self._joined = False  # as a rank above 0
+        self._joined: FollowerParts | None = None  # as a rank above 0
         self._stopping = False
         configure(self._settings.logs, self._settings.title)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -80,9 +80,10 @@ class WorkerActor:
 
     async def describe(self) -> dict[str, object]:
         """The facts again, for a controller that came back; empty while the worker, or this rank, does not serve."""
-        if self._joined:
-            group = self._settings.group
-            return {"joined": True, "pid": os.getpid(), "rank": group.rank, "incarnation": self._settings.incarnation}
+        if self._joined is not None:
+            facts = {"joined": True, "pid": os.getpid(), "rank": self._settings.group.rank}
+            served = {"weights_address": self._joined.weights_address}
+            return {**facts, **served, "incarnation": self._settings.incarnation}
         return self._facts(self._worker) if self._worker is not None else {}
 
     async def renew(self) -> None:
@@ -149,7 +150,7 @@ class WorkerActor:
         except (PenstockError, OSError, ValueError) as error:
             follower.abandon_start(error)
             raise
-        self._joined = True
+        self._joined = parts
 
         def obey() -> None:
             code = follower.serve(parts)

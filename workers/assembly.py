@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from penstock.workers.group_assembly import (
     bank_addresses,
     lead_computing,
     lead_transfer,
+    rank_transfer,
 )
 from penstock.workers.handover import GranterIdentity, HandOver
 from penstock.workers.inbox import Drain
@@ -37,10 +39,14 @@ from penstock.workers.scheduler.scheduler import Scheduler
 from penstock.workers.service import WorkerService
 from penstock.workers.settings import WorkerSettings
 from penstock.workers.spans import SpanSink, open_sink
+from penstock.workers.totals import WeightFigures
 from penstock.workers.tracing import WorkerTracer
 from penstock.workers.transfer.engine import TransferEngine
 from penstock.workers.transfer.faults import TransferFaults
 from penstock.workers.transfer.host import host_id
+
+if TYPE_CHECKING:
+    from penstock.workers.weights.supply import WeightSupply
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +66,7 @@ class WorkerFacts:
     block_size: int
     kv_bytes: int
     load_s: float  # building the worker, weights included
+    weights_address: str  # where rank 0 serves its weights to workers that start; empty: nowhere
 
 
 class Worker:
@@ -74,6 +81,7 @@ class Worker:
         transfer: TransferEngine | GroupTransfer,
         spans: SpanSink | None = None,
         leader: GroupLeader | None = None,
+        supply: WeightSupply | None = None,
     ) -> None:
         self.facts = facts
         self._engine = engine
@@ -82,6 +90,9 @@ class Worker:
         self._settings = settings
         self._spans = spans
         self._leader = leader
+        self._supply = supply
+        if supply is not None and supply.server is not None:
+            supply.server.give_way_to(lambda: engine.load().transfers > 0)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._ended = threading.Event()
         self.address = ""
@@ -102,6 +113,8 @@ class Worker:
             give_up = time.monotonic() + drain_s
             while not self.drained and time.monotonic() < give_up and not self._ended.wait(_POLL_S):
                 pass
+        if self._supply is not None:
+            self._supply.stop()
         self._engine.stop()
         if self._thread.is_alive():
             self._thread.join(_LAST_STEP_S)
@@ -113,7 +126,9 @@ class Worker:
             self._spans.close()
 
     def drain(self) -> None:
-        """Refuse new work from now on."""
+        """Refuse new work from now on, and takers of weights."""
+        if self._supply is not None and self._supply.server is not None:
+            self._supply.server.close("it drains")
         self._engine.post("", Drain())
 
     @property
@@ -155,20 +170,7 @@ def build_worker(
     caches = [bank.cache for bank in banks if bank.cache is not None]
     scheduler = Scheduler(settings.scheduler, layout, *banks)
     host = host_id()
-    own_transfer = TransferEngine(
-        settings.transfer,
-        storage,
-        worker_id=settings.worker_id,
-        epoch=settings.incarnation,
-        host_id=host,
-        compatibility=layout.compatibility,
-        cluster_key=settings.cluster_key,
-        wake=awake.set,
-        clock=time.monotonic,
-        faults=faults,
-        share=layout.share,
-        pieces=layout.pieces,
-    )
+    own_transfer = rank_transfer(settings, computing, awake.set, faults)
     transfer = own_transfer if leader is None else lead_transfer(settings, leader, own_transfer, num_blocks, awake.set)
     service = WorkerService(
         _welcome(settings, count * num_blocks, transfer.address, host, layout),
@@ -185,27 +187,38 @@ def build_worker(
     )
     sink = open_sink(settings.tracing, settings.worker_id)
     tracer = WorkerTracer(sink, settings.worker_id) if sink is not None else None
-    observation = Observation(storage.block_bytes, tracer, group=computing.group_totals)
+    supply = computing.supply
+    observation = Observation(
+        storage.block_bytes,
+        tracer,
+        group=computing.group_totals,
+        weights=WeightFigures if supply is None else supply.figures,
+    )
     handover = HandOver(transfer, identity, lambda: os.urandom(_SESSION_ID_BYTES), observation)
     feed = KVEventFeed(BankedCaches(caches) if len(caches) > 1 else next(iter(caches), None), service)
     parts = EngineParts(
         scheduler, computing.runner, handover, feed, service, observation, computing.prepare, computing.start
     )
     engine = Engine(parts, time.monotonic, awake)
-    facts = _facts(settings, count * num_blocks, storage.block_bytes, transfer.address, time.monotonic() - began)
-    return Worker(settings, facts, engine, service, transfer, sink, leader)
+    facts = WorkerFacts(
+        worker_id=settings.worker_id,
+        transfer_address=transfer.address,
+        pid=os.getpid(),
+        num_blocks=count * num_blocks,
+        block_size=settings.kv.block_size,
+        kv_bytes=count * num_blocks * storage.block_bytes,
+        load_s=time.monotonic() - began,
+        weights_address="" if supply is None else supply.address,
+    )
+    return Worker(settings, facts, engine, service, transfer, sink, leader, supply)
 
 
 def _build_computing(settings: WorkerSettings, leader: GroupLeader | None) -> tuple[Computing, int]:
     """What computes, and the blocks of a bank."""
     if leader is not None:
         return lead_computing(settings, leader)
-    computing = _build_runner(settings)
+    computing = build_computing(settings)
     return computing, computing.storage.num_blocks
-
-
-def _build_runner(settings: WorkerSettings) -> Computing:
-    return build_computing(settings)
 
 
 def _welcome(settings: WorkerSettings, num_blocks: int, transfer_address: str, host: str, layout: KVLayout) -> Welcome:
@@ -224,18 +237,4 @@ def _welcome(settings: WorkerSettings, num_blocks: int, transfer_address: str, h
         transfer_address=transfer_address,
         host_id=host,
         compatibility=layout.compatibility,
-    )
-
-
-def _facts(
-    settings: WorkerSettings, num_blocks: int, block_bytes: int, transfer_address: str, load_s: float
-) -> WorkerFacts:
-    return WorkerFacts(
-        worker_id=settings.worker_id,
-        transfer_address=transfer_address,
-        pid=os.getpid(),
-        num_blocks=num_blocks,
-        block_size=settings.kv.block_size,
-        kv_bytes=num_blocks * block_bytes,
-        load_s=load_s,
     )

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from penstock.workers.expert_ranks import ExpertRanks
     from penstock.workers.parallel.collectives import Collectives
     from penstock.workers.runner import ModelRunner
+    from penstock.workers.weights.supply import WeightSupply
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class Computing:
     model: ModelRunner | None = None  # the runner, where it is a model's
     start: StartStep | None = None  # see EngineParts
     group_totals: Callable[[], GroupTotals] = GroupTotals  # of its ranks, where there are several
+    supply: WeightSupply | None = None  # where its weights came from, and what serves them on
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +71,21 @@ def _build_model(settings: WorkerSettings, group: RankGroup | None) -> Computing
     # Late: torch takes seconds to import, and half of the workers' tests run without it.
     from penstock.workers.device import resolve_device
     from penstock.workers.model_build import build_model_runner
+    from penstock.workers.weights.supply import WeightSupply
 
+    supply = WeightSupply(settings)
+    told = (settings.runner, settings.kv, settings.scheduler)
     if group is None:
-        model = build_model_runner(settings.runner, settings.kv, settings.scheduler)
+        model = build_model_runner(*told, supply=supply)
     else:
         ranks, experts = group.collectives(resolve_device(settings.runner.device))
-        model = build_model_runner(settings.runner, settings.kv, settings.scheduler, group=ranks, expert_ranks=experts)
+        model = build_model_runner(*told, group=ranks, expert_ranks=experts, supply=supply)
+    supply.loaded()
     if model.device.type == "cpu":
         storage = _create_storage(settings, model.layout)
         model.attach(storage)
         start = model.start if group is None and settings.scheduler.plan_ahead == "always" else None
-        return Computing(model, storage, model.layout, model=model, start=start)
+        return Computing(model, storage, model.layout, model=model, start=start, supply=supply)
     from penstock.workers.device_pool import PoolWish, open_pool
     from penstock.workers.device_transfer import CardStorage
 
@@ -88,7 +94,7 @@ def _build_model(settings: WorkerSettings, group: RankGroup | None) -> Computing
     pool = open_pool(model, PoolWish(settings.kv, needed, settings.runner.record_dir if group is None else ""))
     idle = model.use_idle_time if group is None else None
     start = model.start if group is None and settings.scheduler.plan_ahead != "never" else None
-    return Computing(model, CardStorage(pool), model.layout, idle, model, start)
+    return Computing(model, CardStorage(pool), model.layout, idle, model, start, supply=supply)
 
 
 def _create_storage(settings: WorkerSettings, layout: KVLayout) -> KVStorage:

@@ -7,6 +7,7 @@
     ├── IntegrityError       a check of our own bookkeeping failed: a defect of Penstock, never the caller's fault
     ├── DeviceError          the accelerator or the runner is gone for good; the worker process ends, quickly
     │   └── GroupError       a rank of this worker's group is gone, silent or stuck; the others end too, or go on
+    ├── PeerError            another worker does not deliver weights (now); they come from elsewhere
     ├── ExpertsGoneError     no rank holds these experts any more; steps go on once they are refilled
     ├── BanksLostError       ranks are gone with their KV blocks, the others go on; this step is to be planned anew
     ├── RequestError         the caller's request is wrong; names the field (HTTP 400 family)
@@ -58,6 +59,15 @@ class GroupError(DeviceError):
     def __init__(self, message: str, rank: int | None = None) -> None:
         super().__init__(message)
         self.rank = rank
+
+
+class PeerError(PenstockError):
+    """A peer does not deliver weights. It may be asked again after `pause_s`; None: not by this load."""
+
+    def __init__(self, message: str, pause_s: float | None = None, referrals: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.pause_s = pause_s
+        self.referrals = referrals  # others to ask instead
 
 
 class ExpertsGoneError(PenstockError):

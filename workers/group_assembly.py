@@ -28,6 +28,7 @@ from penstock.workers.parallel.shards import TensorShard
 from penstock.workers.settings import WorkerSettings
 from penstock.workers.totals import GroupTotals
 from penstock.workers.transfer.engine import TransferEngine
+from penstock.workers.transfer.faults import TransferFaults
 from penstock.workers.transfer.host import host_id
 
 if TYPE_CHECKING:
@@ -85,6 +86,27 @@ def lead_computing(settings: WorkerSettings, leader: GroupLeader) -> tuple[Compu
     return dataclasses.replace(own, runner=runner, prepare=prepare, group_totals=totals), num_blocks
 
 
+def rank_transfer(
+    settings: WorkerSettings, computing: Computing, wake: Callable[[], None], faults: TransferFaults | None = None
+) -> TransferEngine:
+    """KV transfer into and out of this rank's storage. Raises ConfigError."""
+    layout = computing.layout
+    return TransferEngine(
+        settings.transfer,
+        computing.storage,
+        worker_id=settings.worker_id,
+        epoch=settings.incarnation,
+        host_id=host_id(),
+        compatibility=layout.compatibility,
+        cluster_key=settings.cluster_key,
+        wake=wake,
+        clock=time.monotonic,
+        faults=faults,
+        share=layout.share,
+        pieces=layout.pieces,
+    )
+
+
 def lead_transfer(
     settings: WorkerSettings, leader: GroupLeader, own: TransferEngine, bank_blocks: int, wake: Callable[[], None]
 ) -> GroupTransfer:
@@ -120,19 +142,7 @@ def build_follower(settings: WorkerSettings, follower: Follower) -> FollowerPart
 
     computing = build_computing(settings, RankGroup(_shard(settings), FollowerSums(follower), collectives))
     storage, layout = computing.storage, computing.layout
-    transfer = TransferEngine(
-        settings.transfer,
-        storage,
-        worker_id=settings.worker_id,
-        epoch=settings.incarnation,
-        host_id=host_id(),
-        compatibility=layout.compatibility,
-        cluster_key=settings.cluster_key,
-        wake=follower.wake,
-        clock=time.monotonic,
-        share=layout.share,
-        pieces=layout.pieces,
-    )
+    transfer = rank_transfer(settings, computing, follower.wake)
     joined = Joined(fingerprint(layout), storage.num_blocks, transfer.address)
     num_blocks = use_banks(settings, computing, follower.complete(joined, transfer))
     took = time.monotonic() - began
@@ -141,7 +151,8 @@ def build_follower(settings: WorkerSettings, follower: Follower) -> FollowerPart
     gc.freeze()  # as in rank 0: what is loaded stays
     bank = settings.group.rank // settings.group.tensor_parallel_size if attention_ranks(settings) > 1 else 0
     survival = surviving_rank(settings, follower.progress, computing, opened)
-    return FollowerParts(computing.runner, storage.generations[:num_blocks], transfer, bank, survival)
+    address = "" if computing.supply is None else computing.supply.address
+    return FollowerParts(computing.runner, storage.generations[:num_blocks], transfer, bank, survival, address)
 
 
 def surviving_rank(

@@ -33,6 +33,7 @@ from penstock.workers.parallel.shared_prompts import MOST_SHARED
 from penstock.workers.runner import ModelRunner, RunnerParts
 from penstock.workers.settings import KVSettings, RunnerSettings, SchedulerSettings
 from penstock.workers.step_inputs import StepLimits
+from penstock.workers.weights.supply import WeightSupply
 
 logger = logging.getLogger(__name__)
 
@@ -44,17 +45,20 @@ def build_model_runner(
     progress: Progress | None = None,
     group: Collectives = ALONE,
     expert_ranks: ExpertRanks | None = None,
+    supply: WeightSupply | None = None,
 ) -> ModelRunner:
     """Read and load the model; `attach` the storage before the first step. Raises ModelError and ConfigError.
 
     A rank of a group loads its own part, and then runs the same plans as all others; rank 0's runner samples. `group`
-    are the ranks that share one copy of the layers, `expert_ranks` those that share the experts.
+    are the ranks that share one copy of the layers, `expert_ranks` those that share the experts. Without a `supply`
+    everything is read from the model directory.
     """
     begin = time.monotonic()
     device = resolve_device(settings.device)
     torch.set_num_threads(settings.threads)
     model_dir = Path(settings.model_dir)
-    chosen = choose_implementation(settings.model_impl, read_raw_config(model_dir), str(model_dir / "config.json"))
+    raw = read_raw_config(model_dir) if supply is None else supply.raw_config()
+    chosen = choose_implementation(settings.model_impl, raw, str(model_dir / "config.json"))
     config = chosen.config
     dtype = resolve_dtype(settings.dtype, config.dtype)
     check_dtype(device, dtype)
@@ -65,7 +69,7 @@ def build_model_runner(
             f"({chosen.length_key})",
             key="scheduler.max_model_len",
         )
-    wanted = _Wanted(dtype, kv.block_size, scheduler.max_model_len, device, group, expert_ranks)
+    wanted = _Wanted(dtype, kv.block_size, scheduler.max_model_len, device, group, expert_ranks, supply)
     loaded = _load(model_dir, config, wanted, progress)
     took = time.monotonic() - begin
     logger.info(
@@ -110,6 +114,7 @@ class _Wanted:
     device: torch.device
     group: Collectives
     expert_ranks: ExpertRanks | None
+    supply: WeightSupply | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +130,7 @@ def _load(
     model_dir: Path, config: DecoderConfig | ForeignConfig, wanted: _Wanted, progress: Progress | None
 ) -> _Loaded:
     if isinstance(config, DecoderConfig):
-        checkpoint = Checkpoint(model_dir)
+        checkpoint = Checkpoint(model_dir) if wanted.supply is None else wanted.supply.checkpoint()
         place, shard = (wanted.device, wanted.group), TensorShard(wanted.group.rank, wanted.group.width)
         experts = None
         if wanted.expert_ranks is not None:

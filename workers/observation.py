@@ -21,14 +21,21 @@ from penstock.workers.scheduler.events import (
     StepOutcome,
     Work,
 )
-from penstock.workers.totals import STEP_TOKENS_UP_TO, TRANSFER_S_UP_TO, GroupTotals, TransferCause, WorkerTotals
+from penstock.workers.totals import (
+    STEP_TOKENS_UP_TO,
+    TRANSFER_S_UP_TO,
+    GroupTotals,
+    TransferCause,
+    WeightFigures,
+    WorkerTotals,
+)
 from penstock.workers.tracing import WorkerTracer
 
 _CAUSES = {cause: index for index, cause in enumerate(TransferCause)}
 
 
 class Observation:
-    """Counters of one worker. `block_bytes`: of one KV block."""
+    """Counters of one worker. `block_bytes`: of one KV block; `weights` counts for itself."""
 
     def __init__(
         self,
@@ -36,12 +43,14 @@ class Observation:
         tracer: WorkerTracer | None = None,
         clock: Callable[[], float] = time.monotonic,
         group: Callable[[], GroupTotals] = GroupTotals,
+        weights: Callable[[], WeightFigures] = WeightFigures,
     ) -> None:
         """`group` tells of the ranks, where there are several; from any thread."""
         self._group = group
         self._block_bytes = block_bytes
         self._tracer = tracer
         self._clock = clock
+        self._weights = weights
         self._steps = [0] * (len(STEP_TOKENS_UP_TO) + 1)
         self._step_tokens = self._generated = self._prompt = self._cached = 0
         self._step_s = 0.0
@@ -53,7 +62,7 @@ class Observation:
 
     def totals(self, reserved: int = 0, blocks_lost: int = 0) -> WorkerTotals:
         """The counters so far; from any thread. `reserved` and `blocks_lost` are the engine's own figures."""
-        group = self._group()
+        group, weights = self._group(), self._weights()
         return WorkerTotals(
             reserved=reserved,
             steps_by_tokens=tuple(self._steps),
@@ -72,6 +81,10 @@ class Observation:
             ranks_lost=group.ranks_lost,
             experts_gone=group.experts_gone,
             expert_skew=group.expert_skew,
+            weights_from_peers=weights.from_peers,
+            weights_from_disk=weights.from_disk,
+            weights_load_s=weights.load_s,
+            weights_served=weights.served,
         )
 
     # --- requests and steps ---------------------------------------------------------------------------------------

@@ -85,7 +85,8 @@ def _follow(settings: WorkerSettings) -> int:
         follower.abandon_start(error)
         raise
     stop = _catch_signals()
-    _say(sys.stdout, {"joined": True, "pid": os.getpid(), "rank": settings.group.rank})
+    facts = {"joined": True, "pid": os.getpid(), "rank": settings.group.rank}
+    _say(sys.stdout, {**facts, "weights_address": parts.weights_address})
     threading.Thread(target=_end_without_leader, args=(stop, settings), name="stop", daemon=True).start()
     code = follower.serve(parts)
     parts.transfer.stop()

@@ -17,6 +17,7 @@ from penstock.workers.protocol import Role
 
 PLAN_AHEAD = ("auto", "always", "never")
 LOST_EXPERTS = ("refuse", "degrade")
+WEIGHT_SOURCES = ("auto", "disk", "peer")
 DEVICE_NAME = re.compile(r"cpu|auto|cuda(:[0-9]{1,2})?")
 
 
@@ -58,6 +59,20 @@ class TransferSettings:
     digest_sample: float = 0.03125  # share of each block that a sampled digest covers
     max_frame_bytes: int = 64 << 20
     socket_buffer_bytes: int = 0  # of each connection; 0 = small to a peer on this host, else the system's choice
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSettings:
+    """Where a starting worker's weights come from, and what it gives to others that start."""
+
+    source: str = "auto"  # auto | disk | peer; auto = a running peer where that was measured to beat our own disk
+    config_from_peer: bool = False  # a worker without config.json may take it from a peer as well
+    copy_dir: str = ""  # keep what peers gave in unnamed files in this directory, and serve it on; empty = keep nothing
+    serve: bool = True  # give weights to others that start
+    max_takers: int = 2  # loads served at a time; others are sent on to those who have a copy
+    serve_bytes_per_s: int = 1 << 30  # of all takers together; a quarter of it while KV blocks move
+    stall_s: float = 5.0  # a peer that gives nothing for so long is left
+    patience_s: float = 120.0  # without a disk of our own: wait so long for a peer that gives something
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +214,8 @@ class WorkerSettings:
     group: GroupSettings = field(default_factory=GroupSettings)
     tracing: TracingSettings = field(default_factory=TracingSettings)
     logs: LogSettings = field(default_factory=LogSettings)
+    weights: WeightSettings = field(default_factory=WeightSettings)
+    weight_peers: tuple[str, ...] = ()  # host:port of running workers that may serve the same weights
 
     @property
     def title(self) -> str:
@@ -224,6 +241,8 @@ class WorkerSettings:
             raw["group"] = GroupSettings(**raw.get("group", {}))
             raw["tracing"] = TracingSettings(**raw.get("tracing", {}))
             raw["logs"] = LogSettings(**raw.get("logs", {}))
+            raw["weights"] = WeightSettings(**raw.get("weights", {}))
+            raw["weight_peers"] = tuple(raw.get("weight_peers", ()))
             return WorkerSettings(**raw)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"worker settings: {error}") from error

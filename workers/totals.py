@@ -35,6 +35,16 @@ class GroupTotals:
 
 
 @dataclass(frozen=True, slots=True)
+class WeightFigures:
+    """Where a rank's weights came from, and what it has given to others."""
+
+    from_peers: int = 0  # bytes
+    from_disk: int = 0
+    load_s: float = 0.0
+    served: int = 0  # bytes
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerTotals:
     """What a worker has done since it started; only ever grows, but for `reserved` and what is said of its ranks.
 
@@ -58,3 +68,7 @@ class WorkerTotals:
     ranks_lost: int = 0  # see `GroupTotals`, as the next two
     experts_gone: int = 0
     expert_skew: float = 0.0
+    weights_from_peers: int = 0  # bytes; these four are rank 0's, see `WeightFigures`
+    weights_from_disk: int = 0
+    weights_load_s: float = 0.0
+    weights_served: int = 0

@@ -87,6 +87,7 @@ _BY_FIELD: dict[tuple[str, str], Codec] = {
     ("WorkerTotals", "step_s"): real(0.0, 1e12),
     ("WorkerTotals", "transfer_s"): real(0.0, 1e12),
     ("WorkerTotals", "expert_skew"): real(0.0, 1e12),
+    ("WorkerTotals", "weights_load_s"): real(0.0, 1e12),
     ("KVEvents", "stored"): octets(8),
     ("KVEvents", "evicted"): octets(8),
     ("KVSnapshot", "digests"): octets(8),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,9 +90,10 @@ class RandomCheckpoint:
         out = torch.empty(shape, dtype=self.dtype, device=self.device)
         return out.normal_(0.0, shape[-1] ** -0.5, generator=self._generator)
 
-    def release(self, name: str) -> None:
-        """Nothing is mapped. `name` as for `read`."""
+    def arriving(self, name: str, pieces: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """All is here at once. `name` as for `read`."""
         del name
+        yield from pieces
 
 
 def random_runner(

@@ -37,6 +37,28 @@ def write(tmp_path: Path, text: str) -> Path:
     return path
 
 
+@pytest.mark.parametrize(
+    ("values", "key", "says"),
+    [
+        ({"weights__copy_dir": "/copies", "weights__serve": False}, "weights.copy_dir", "weights.serve is off"),
+        (
+            {"weights__source": "disk", "weights__config_from_peer": True},
+            "weights.config_from_peer",
+            "no peer is asked",
+        ),
+        (
+            {"weights__source": "peer", "runner__model_impl": "transformers"},
+            "weights.source",
+            "only our own decoders can take weights from peers",
+        ),
+    ],
+)
+def test_weights_keys_fit_together(values: dict[str, Any], key: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as error:
+        load(**values)
+    assert error.value.key == key
+
+
 def test_every_key() -> None:
     """The whole surface. A new key is a decision: add it here, and to the README's table if users should know it."""
     sections: dict[str, list[str]] = {}
@@ -56,6 +78,7 @@ def test_every_key() -> None:
         ).split(),
         "kv": ["block_size", "num_blocks", "memory_bytes", "gpu_memory_utilization", "prefix_caching"],
         "transfer": "transport host lease_s digest digest_sample max_frame_bytes socket_buffer_bytes".split(),
+        "weights": ("source config_from_peer copy_dir serve max_takers serve_bytes_per_s stall_s patience_s").split(),
         "health": ["heartbeat_s", "router_lease_s", "drain_s"],
         "pools": (
             "prefill decode mixed tensor_parallel_size prefill_tensor_parallel_size decode_tensor_parallel_size "
@@ -172,6 +195,9 @@ def test_wrong_files(tmp_path: Path, text: str, says: str) -> None:
         ("runner.cpus", [-1], "different numbers of cores"),
         ("kv.gpu_memory_utilization", 1.2, "more than 1"),
         ("kv.gpu_memory_utilization", 0, "more than zero"),
+        ("weights.source", "luck", "none of auto, disk, peer"),
+        ("weights.max_takers", 0, "more than zero"),
+        ("weights.copy_dir", "copies", "must be absolute"),
         ("transfer.transport", "smoke", "none of auto, shared_memory, tcp, nccl"),
         ("transfer.transport", "nccl", "the oracle's blocks are in host memory"),
         ("router.placement.policy", "dice", "none of"),

@@ -93,7 +93,17 @@ def test_what_workers_counted() -> None:
     sent[1] = 3
     failures = tuple(int(cause is TransferCause.LEASE_EXPIRED) * 4 for cause in TransferCause)
     totals = WorkerTotals(1, tuple(steps), 40000, 1.5, 60, 1000, 750, tuple(sent), 0.002, 4096, 2, failures, 1)
-    totals = dataclasses.replace(totals, blocks_lost=3, ranks_lost=1, experts_gone=4, expert_skew=1.25)
+    totals = dataclasses.replace(
+        totals,
+        blocks_lost=3,
+        ranks_lost=1,
+        experts_gone=4,
+        expert_skew=1.25,
+        weights_from_peers=70,
+        weights_from_disk=30,
+        weights_load_s=0.5,
+        weights_served=11,
+    )
     fleet.statuses = [
         WorkerStatus(
             "d",
@@ -126,6 +136,10 @@ def test_what_workers_counted() -> None:
     assert page[f"penstock_kv_lease_expired_total{{{own}}}"] == 4
     assert page[f"penstock_router_lease_expired_total{{{own}}}"] == 1
     assert page[f'penstock_num_requests_waiting_by_reason{{reason="deferred",{own}}}'] == 1
+    assert page['penstock_weights_loaded_bytes_total{role="decode",source="peer",worker="d"}'] == 70
+    assert page['penstock_weights_loaded_bytes_total{role="decode",source="disk",worker="d"}'] == 30
+    assert page[f"penstock_worker_weights_load_seconds{{{own}}}"] == 0.5
+    assert page[f"penstock_weights_served_bytes_total{{{own}}}"] == 11
     assert page['vllm:num_requests_waiting_by_reason{engine="d",reason="capacity"}'] == 6
     assert page['vllm:cache_config_info{block_size="16",engine="d",num_gpu_blocks="9"}'] == 1
 

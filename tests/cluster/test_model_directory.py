@@ -19,7 +19,7 @@ from penstock.cluster.settings import ClusterConfig, FrontSettings
 from penstock.cluster.startup_report import StartupReport
 from penstock.cluster.text import load_text
 from penstock.workers.errors import ConfigError, ModelError
-from penstock.workers.settings import RunnerSettings
+from penstock.workers.settings import RunnerSettings, WeightSettings
 
 
 @pytest.fixture
@@ -44,6 +44,16 @@ def test_description(directory: Path) -> None:
     assert found.revision == described(directory).revision
     change(directory / "config.json", rope_theta=5.0)
     assert found.revision != described(directory).revision
+
+
+def test_weights_may_be_elsewhere_only_where_workers_take_them_from_peers(directory: Path) -> None:
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"neither model\.safetensors nor"):
+        describe(RunnerSettings(model_dir=str(directory)), WeightSettings())
+    assert describe(RunnerSettings(model_dir=str(directory)), WeightSettings(source="peer")).vocab_size == 400
+    (directory / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    with pytest.raises(ModelError, match="is missing"):
+        describe(RunnerSettings(model_dir=str(directory)), WeightSettings(source="peer"))
 
 
 def test_the_oracle_has_no_files() -> None:

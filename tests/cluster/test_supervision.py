@@ -17,6 +17,7 @@ class FakeWorker:
         self.address = f"host:{settings.worker_id}:{settings.incarnation}"
         self.pids = (settings.incarnation,)
         self.incarnation = settings.incarnation
+        self.weights_addresses = (f"{settings.worker_id}:weights",)
         self.gone = asyncio.Event()
         self.drained_s: float | None = None
 
@@ -263,6 +264,32 @@ def test_a_note_says_what_a_worker_waits_for_until_it_is_there() -> None:
         await asyncio.sleep(6)
         supervisor.note("a", "late")
         assert [entry.reason for entry in supervisor.roster.entries] == [""]
+        await supervisor.stop(0.0)
+
+    run_virtual(scenario())
+
+
+def test_a_new_worker_is_told_running_peers_of_its_edition_first_and_in_turns() -> None:
+    async def scenario() -> None:
+        host = FakeHost()
+        supervisor = Supervisor(host, ())
+        supervisor.add(settings("a")[0], "one")
+        supervisor.add(settings("b")[0], "one")
+        supervisor.add(settings("x")[0], "two")
+        await asyncio.sleep(2)
+        assert [worker.settings.weight_peers for worker in host.workers] == [(), (), ()], "nobody ran before"
+        for number in range(4):
+            supervisor.add(settings(f"c{number}")[0], "one")
+        await asyncio.sleep(2)
+        told = [worker.settings.weight_peers for worker in host.workers[3:]]
+        assert {peers[-1] for peers in told} == {"x:weights"}, "another edition may have the same checkpoint"
+        assert {peers[:2] for peers in told} == {("a:weights", "b:weights"), ("b:weights", "a:weights")}
+        host.workers[0].gone.set()
+        await asyncio.sleep(5)
+        again = host.workers[-1].settings
+        assert (again.worker_id, again.incarnation) == ("a", 2)
+        assert "b:weights" in again.weight_peers
+        assert "a:weights" not in again.weight_peers, "itself, as it was"
         await supervisor.stop(0.0)
 
     run_virtual(scenario())

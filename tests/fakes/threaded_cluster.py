@@ -60,7 +60,7 @@ class HostedWorker:
         self._inner: Runner
         self._start_inner: StartStep | None
         self._on_plan = on_plan
-        build_runner = assembly._build_runner
+        build_runner = assembly.build_computing
 
         def watched(given: WorkerSettings) -> Any:
             found = build_runner(given)
@@ -68,7 +68,7 @@ class HostedWorker:
             self._start_inner = found.start
             return dataclasses.replace(found, runner=self, start=found.start and self.start)
 
-        with mock.patch.object(assembly, "_build_runner", watched):
+        with mock.patch.object(assembly, "build_computing", watched):
             self.worker: Worker = build_worker(settings)
 
     @property

@@ -14,7 +14,12 @@ DOORS = {
     "grpc": ("workers/rpc.py", "cluster/grpc_front/"),
     "grpc_reflection": ("cluster/grpc_front/server.py",),
     "google.protobuf": ("cluster/grpc_front/",),
-    "msgpack": ("workers/wire.py", "workers/transfer/messages.py", "workers/parallel/group_messages.py"),
+    "msgpack": (
+        "workers/wire.py",
+        "workers/transfer/messages.py",
+        "workers/parallel/group_messages.py",
+        "workers/weights/messages.py",
+    ),
     "opentelemetry": ("workers/span_export.py",),
     "transformers": ("workers/model/", "cluster/text.py"),
 }

@@ -1,16 +1,19 @@
 """The weights of a model directory, one file or many: which file holds which tensor, and reading them by name.
 
-Used by `loading.py`. Only safetensors: pickled weights are refused, because opening one runs code. A shard may not lie
-outside the directory, except as the Hugging Face hub's own cache stores it (`snapshots/REV/file -> ../../blobs/ID`).
+Used by `loading.py`. The files are those of the directory, or come from peers (`workers/weights/`). Only safetensors:
+pickled weights are refused, because opening one runs code. A shard may not lie outside the directory, except as the
+Hugging Face hub's own cache stores it (`snapshots/REV/file -> ../../blobs/ID`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from penstock.workers.errors import ModelError
@@ -22,14 +25,41 @@ MAX_INDEX_BYTES = 100 << 20
 MAX_SHARDS = 4096
 
 
+class WeightFile(Protocol):
+    """One safetensors file, wherever its bytes are; see `SafetensorsFile`."""
+
+    path: Path
+    size: int
+    data_offset: int
+    entries: Mapping[str, TensorEntry]
+    header_digest: bytes
+    digest: bytes
+    bytes_read: int
+
+    def read(self, name: str) -> Tensor: ...
+
+    def arriving(self, name: str, pieces: Sequence[Tensor]) -> Iterator[Tensor]: ...
+
+
 class Checkpoint:
     """All shards, open. `revision` changes when config, shapes or (sampled) weights do, not with file times."""
 
-    def __init__(self, model_dir: Path) -> None:
-        """Open every shard. Raises ModelError naming the file and the tensor."""
+    def __init__(
+        self, model_dir: Path, config: bytes | None = None, files: Mapping[str, WeightFile] | None = None
+    ) -> None:
+        """Open every shard, or take `files` by name. Raises ModelError naming the file and the tensor.
+
+        `config` are the bytes of `config.json`, where the directory need not have it.
+        """
         self._dir = model_dir
+        self._config = config
+        self._files: dict[str, WeightFile]
         single, index = model_dir / SINGLE, model_dir / INDEX
-        if single.exists():
+        if files is not None:
+            self.source, self._files = model_dir, dict(files)
+            self._places = {name: file for file, shard in files.items() for name in shard.entries}
+            self._check_owners()
+        elif single.exists():
             self.source = single
             shard = SafetensorsFile(_inside(model_dir, SINGLE, single))
             self._files = {SINGLE: shard}
@@ -47,6 +77,9 @@ class Checkpoint:
         for name, shard in self._places.items():
             if name not in self._files[shard].entries:
                 raise ModelError(f"{self._dir / shard}: {name}: missing, though {INDEX} places it here", shard)
+        self._check_owners()
+
+    def _check_owners(self) -> None:
         owners: dict[str, str] = {}
         for shard, file in self._files.items():
             for name in file.entries:
@@ -57,10 +90,17 @@ class Checkpoint:
     @property
     def revision(self) -> str:
         """32 hex digits over `config.json` and every shard's digest."""
-        digest = hashlib.sha256((self._dir / "config.json").read_bytes())
-        for name in sorted(self._files):
-            digest.update(self._files[name].digest)
-        return digest.hexdigest()[:32]
+        return revision_of(self.config, {name: file.digest for name, file in self._files.items()})
+
+    @property
+    def config(self) -> bytes:
+        """`config.json` as it stands there."""
+        return (self._dir / "config.json").read_bytes() if self._config is None else self._config
+
+    @property
+    def files(self) -> Mapping[str, WeightFile]:
+        """By name."""
+        return self._files
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
@@ -72,7 +112,10 @@ class Checkpoint:
         return self._files[self._places[name]].entries[name]
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A view of the mapped file, floating point, of this shape. Raises ModelError naming file and tensor."""
+        """A view of the mapped file, floating point, of this shape. Raises ModelError naming file and tensor.
+
+        Its numbers may still have to come: read them out of what `arriving` gives.
+        """
         entry = self.entry(name)
         path = str(self._files[self._places[name]].path)
         if entry.shape != shape:
@@ -81,9 +124,25 @@ class Checkpoint:
             raise ModelError(f"{path}: {name}: dtype {entry.dtype} is not floating point", path)
         return self._files[self._places[name]].read(name)
 
-    def release(self, name: str) -> None:
-        """Give back the memory that reading this tensor took; see `SafetensorsFile.release`."""
-        self._files[self._places[name]].release(name)
+    def arriving(self, name: str, pieces: Sequence[Tensor]) -> Iterator[Tensor]:
+        """`pieces`, which are views out of `read`, each once its numbers are here, until the next is asked for.
+
+        Raises ModelError where they cannot be had.
+        """
+        return self._files[self._places[name]].arriving(name, pieces)
+
+    def take(self, name: str, part: Tensor) -> Tensor:
+        """A copy of `part`, a view out of `read`. Raises ModelError."""
+        (taken,) = (piece.clone(memory_format=torch.contiguous_format) for piece in self.arriving(name, [part]))
+        return taken
+
+
+def revision_of(config: bytes, digests: Mapping[str, bytes]) -> str:
+    """32 hex digits over `config.json` and the digest of every shard, by name."""
+    digest = hashlib.sha256(config)
+    for name in sorted(digests):
+        digest.update(digests[name])
+    return digest.hexdigest()[:32]
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -45,16 +45,18 @@ class CheckpointExperts:
 
     def _stacked(self, block: str, expert: int) -> tuple[Tensor, Tensor]:
         how, own = self._how, self._columns
-        both = self._checkpoint.read(block + STACKED_GATE_UP, (how.count, 2 * how.width, self._hidden))[expert]
-        down = self._checkpoint.read(block + STACKED_DOWN, (how.count, self._hidden, how.width))[expert]
-        gate, up = both[own.start : own.stop], both[how.width + own.start : how.width + own.stop]
-        return torch.cat((gate, up)), down[:, own.start : own.stop].contiguous()
+        take, gate_up_name, down_name = self._checkpoint.take, block + STACKED_GATE_UP, block + STACKED_DOWN
+        both = self._checkpoint.read(gate_up_name, (how.count, 2 * how.width, self._hidden))[expert]
+        down = self._checkpoint.read(down_name, (how.count, self._hidden, how.width))[expert]
+        gate = take(gate_up_name, both[own.start : own.stop])
+        up = take(gate_up_name, both[how.width + own.start : how.width + own.stop])
+        return torch.cat((gate, up)), take(down_name, down[:, own.start : own.stop])
 
     def _single(self, prefix: str) -> tuple[Tensor, Tensor]:
         names, own, width, hidden = self._how.names, self._columns, self._how.width, self._hidden
+        read, take, down = self._checkpoint.read, self._checkpoint.take, f"{prefix}{names.down}.weight"
         gate, up = (
-            self._checkpoint.read(f"{prefix}{name}.weight", (width, hidden))[own.start : own.stop]
-            for name in (names.gate, names.up)
+            take(name, read(name, (width, hidden))[own.start : own.stop])
+            for name in (f"{prefix}{names.gate}.weight", f"{prefix}{names.up}.weight")
         )
-        down = self._checkpoint.read(f"{prefix}{names.down}.weight", (hidden, width))
-        return torch.cat((gate, up)), down[:, own.start : own.stop].contiguous()
+        return torch.cat((gate, up)), take(down, read(down, (hidden, width))[:, own.start : own.stop])

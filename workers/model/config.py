@@ -74,13 +74,20 @@ def read_raw_config(model_dir: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ModelError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes", str(path))
-        raw = json.loads(path.read_bytes())
+        text = path.read_bytes()
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}", str(path)) from error
+    return parse_raw_config(text, str(path))
+
+
+def parse_raw_config(text: bytes, path: str) -> dict[str, Any]:
+    """The same of its bytes, wherever they are from."""
+    try:
+        raw = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not JSON: {error}", str(path)) from error
+        raise ModelError(f"{path}: not JSON: {error}", path) from error
     if not isinstance(raw, dict):
-        raise ModelError(f"{path}: the top level must be an object", str(path))
+        raise ModelError(f"{path}: the top level must be an object", path)
     return raw
 
 

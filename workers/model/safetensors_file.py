@@ -1,8 +1,9 @@
 """Our own reader of one safetensors file: a checked header, and tensors read from a memory map, only the bytes needed.
 
-Used by `checkpoint.py`. Nothing in the file is trusted: length, JSON, names, dtypes, shapes and offsets are checked
-before anything is mapped, so a hostile header costs an error and no memory. Format: 8 bytes little-endian header
-length, that many bytes of JSON, then the tensors' bytes (https://github.com/huggingface/safetensors, "Format").
+Used by `checkpoint.py`; `parse_header` also for files that peers hold (`workers/weights/`). Nothing in the file is
+trusted: length, JSON, names, dtypes, shapes and offsets are checked before anything is mapped, so a hostile header
+costs an error and no memory. Format: 8 bytes little-endian header length, that many bytes of JSON, then the tensors'
+bytes (https://github.com/huggingface/safetensors, "Format").
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ class SafetensorsFile:
     """One open file. `entries` maps names to places; `digest` is over the header and a sample of every tensor.
 
     Tensors returned by `read` are views of the map and keep it alive; copy what must stay. Nobody writes to them.
+    `bytes_read` counts what went through `arriving`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -63,21 +65,23 @@ class SafetensorsFile:
         self.path = path
         try:
             with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                header = _read_header(file.read(8), size, file.read, str(path))
-                self._data_offset = 8 + len(header)
-                self.entries: Mapping[str, TensorEntry] = _parse_header(header, size - self._data_offset, str(path))
+                self.size = os.fstat(file.fileno()).st_size
+                header = file.read(header_bytes(file.read(8), self.size, str(path)))
+                self.data_offset = 8 + len(header)
+                self.entries: Mapping[str, TensorEntry] = parse_header(header, self.size - self.data_offset, str(path))
                 # A private map: torch wants writable memory, and nobody's writes may reach the file.
-                self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+                self._map = mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_COPY)
         except OSError as error:
             raise ModelError(f"{path}: cannot be read: {error.strerror}", str(path)) from error
+        self.bytes_read = 0
+        self.header_digest = hashlib.sha256(header).digest()
         self.digest = self._sample(header)
 
     def _sample(self, header: bytes) -> bytes:
         """SHA-256 that tells checkpoints of equal shapes apart without reading them whole."""
         digest = hashlib.sha256(header)
         for entry in self.entries.values():
-            begin = self._data_offset + entry.begin
+            begin = self.data_offset + entry.begin
             digest.update(self._map[begin : begin + min(SAMPLE_BYTES, entry.end - entry.begin)])
             self._drop(begin, begin + SAMPLE_BYTES)
         return digest.digest()
@@ -88,13 +92,20 @@ class SafetensorsFile:
         count = math.prod(entry.shape)
         if count == 0:
             return torch.empty(entry.shape, dtype=entry.dtype)
-        flat = torch.frombuffer(self._map, dtype=entry.dtype, count=count, offset=self._data_offset + entry.begin)
+        flat = torch.frombuffer(self._map, dtype=entry.dtype, count=count, offset=self.data_offset + entry.begin)
         return flat.view(entry.shape)
+
+    def arriving(self, name: str, pieces: Sequence[Tensor]) -> Iterator[Tensor]:
+        """`pieces`, views of the named tensor, one by one; what reading one took is given back before the next."""
+        for piece in pieces:
+            yield piece
+            self.bytes_read += piece.nbytes
+            self.release(name)
 
     def release(self, name: str) -> None:
         """Give back the memory that reading this tensor took; views stay valid, and reading again reads the file."""
         entry = self.entries[name]
-        self._drop(self._data_offset + entry.begin, self._data_offset + entry.end)
+        self._drop(self.data_offset + entry.begin, self.data_offset + entry.end)
 
     def _drop(self, begin: int, end: int) -> None:
         """Unmap these bytes' pages and those that the system maps around one that is touched."""
@@ -103,7 +114,8 @@ class SafetensorsFile:
         self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
 
-def _read_header(prefix: bytes, size: int, read: Any, path: str) -> bytes:
+def header_bytes(prefix: bytes, size: int, path: str) -> int:
+    """How long the header is behind `prefix`, the first 8 bytes of a file of `size`. Raises ModelError."""
     if len(prefix) < 8:
         raise ModelError(f"{path}: shorter than a safetensors header", path)
     length = int.from_bytes(prefix, "little")
@@ -111,11 +123,11 @@ def _read_header(prefix: bytes, size: int, read: Any, path: str) -> bytes:
         raise ModelError(f"{path}: header length {length} is above {MAX_HEADER_BYTES} bytes", path)
     if 8 + length > size:
         raise ModelError(f"{path}: header length {length} goes past the end of the file ({size} bytes)", path)
-    header: bytes = read(length)
-    return header
+    return length
 
 
-def _parse_header(header: bytes, data_bytes: int, path: str) -> dict[str, TensorEntry]:
+def parse_header(header: bytes, data_bytes: int, path: str) -> dict[str, TensorEntry]:
+    """The tensors of a header, which must fill `data_bytes` without a gap. Raises ModelError naming the tensor."""
     try:
         raw = json.loads(header, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:

@@ -1,8 +1,8 @@
 """Copies one rank's part of every tensor out of a checkpoint, straight into its fused place, and counts them.
 
-Used by `loading.py`, which knows the names. Only the part's bytes are read from the mapped file, half a megabyte at a
-time, and the pages are given back as soon as they are copied, so that a load takes hardly more memory than what it
-leaves. It does not know families.
+Used by `loading.py`, which knows the names. Only the part's bytes are read, half a megabyte of the file at a time, and
+their memory is given back as soon as they are copied, so that a load takes hardly more memory than what it leaves. It
+knows neither families nor whether the bytes come from our own file or from a peer.
 """
 
 from __future__ import annotations
@@ -78,9 +78,10 @@ class WeightReader:
     def copy(self, name: str, out: Tensor, cuts: tuple[Cut, ...] | None = None) -> None:
         """The named tensor, of the shape of `out`, into it; or the part of it that `cuts` tell."""
         part = self._part(name, cuts or tuple(Cut.whole(size) for size in out.shape))
-        for target, piece in _pieces(out, part):
+        pairs = list(_pieces(out, part))
+        arriving = self.checkpoint.arriving(name, [piece for _, piece in pairs])
+        for (target, _), piece in zip(pairs, arriving, strict=True):
             target.copy_(piece)
-            self.checkpoint.release(name)
         self.count(1)
 
     def packing(self, outputs: int, inputs: int) -> WeightPacking:
@@ -103,9 +104,9 @@ class WeightReader:
     def put_rows(self, name: str, matrix: Tensor, rows: RowSink) -> None:
         """A matrix out of a view of the named tensor to `rows`; does not count it."""
         count = max(1, _PIECE_BYTES // max(1, matrix.stride(0) * matrix.element_size()))
-        for begin in range(0, len(matrix), count):
-            rows.put(matrix[begin : begin + count])
-            self.checkpoint.release(name)
+        pieces = [matrix[begin : begin + count] for begin in range(0, len(matrix), count)]
+        for piece in self.checkpoint.arriving(name, pieces):
+            rows.put(piece)
 
     def _part(self, name: str, cuts: tuple[Cut, ...]) -> Tensor:
         view = self.view(name, tuple(cut.size for cut in cuts))

@@ -95,6 +95,7 @@ class FollowerParts:
     transfer: TransferEngine
     bank: int = 0
     survival: Survival | None = None  # None: the group ends when a rank does
+    weights_address: str = ""  # where it serves its part of the weights
 
 
 class Follower:

@@ -1,13 +1,13 @@
 """Frames between two workers: a fixed header, authenticated before anything is allocated, then body and payload.
 
-Used by `connection.py`. Each side opens with a preface (magic, version, 16-byte nonce); both nonces and the cluster
-key give one key per direction, so a frame recorded on one connection is void on every other, and the sequence number
-makes it void twice on the same one.
+Used by `connection.py`, and by `workers/weights/link.py` for a vocabulary of its own. Each side opens with a preface
+(magic, version, 16-byte nonce); both nonces and the cluster key give one key per direction, so a frame recorded on one
+connection is void on every other, and the sequence number makes it void twice on the same one.
 
     header   48 bytes: magic, version, type, body bytes, payload bytes, sequence, session, epoch
     mac      32 bytes: HMAC-SHA256 over the header
     body     `body_bytes`, then HMAC-SHA256 over (mac, body) where there is a body
-    payload  `payload_bytes` of KV blocks; not authenticated, covered by the digests in the (authenticated) body
+    payload  `payload_bytes` of KV blocks or weights; not authenticated, covered by digests in the (authenticated) body
 
 The per-block generation and digest therefore sit in the body of `Offer`, since one frame carries many blocks.
 Stateful: a `FrameSeal` counts one direction's frames; both ends must see every frame once and in order, as TCP gives.
@@ -24,6 +24,7 @@ from penstock.workers.protocol import WIRE_VERSION
 from penstock.workers.transfer.messages import (
     CODES,
     MAX_BODY_BYTES,
+    NO_SESSION,
     SESSION_BYTES,
     Message,
     decode_body,
@@ -71,9 +72,11 @@ def read_preface(data: bytes | bytearray) -> bytes:
     return bytes(nonce)
 
 
-def connection_keys(cluster_key: bytes, connector_nonce: bytes, listener_nonce: bytes) -> tuple[bytes, bytes]:
-    """(key of frames from connector to listener, key of the other direction)."""
-    seed = hmac.digest(cluster_key, b"penstock transfer" + connector_nonce + listener_nonce, "sha256")
+def connection_keys(
+    cluster_key: bytes, connector_nonce: bytes, listener_nonce: bytes, purpose: bytes = b"penstock transfer"
+) -> tuple[bytes, bytes]:
+    """(key of frames from connector to listener, key of the other direction); other purposes have other keys."""
+    seed = hmac.digest(cluster_key, purpose + connector_nonce + listener_nonce, "sha256")
     return hmac.digest(seed, b"to listener", "sha256"), hmac.digest(seed, b"to connector", "sha256")
 
 
@@ -87,11 +90,13 @@ class FrameSeal:
 
     def seal(self, message: Message, payload_bytes: int = 0) -> bytes:
         """Header and body of the next frame; the caller appends the payload."""
-        body = encode_body(message)
-        session_id, epoch = session_of(message)
-        header = _HEADER.pack(
-            MAGIC, WIRE_VERSION, CODES[type(message)], 0, len(body), payload_bytes, self._sequence, session_id, epoch
-        )
+        return self.seal_body(CODES[type(message)], encode_body(message), payload_bytes, *session_of(message))
+
+    def seal_body(
+        self, code: int, body: bytes, payload_bytes: int = 0, session_id: bytes = NO_SESSION, epoch: int = 0
+    ) -> bytes:
+        """The same of a body that another vocabulary than that of KV transfers has encoded."""
+        header = _HEADER.pack(MAGIC, WIRE_VERSION, code, 0, len(body), payload_bytes, self._sequence, session_id, epoch)
         self._sequence += 1
         mac = hmac.digest(self._key, header, "sha256")
         if not body:
@@ -113,9 +118,13 @@ class FrameSeal:
 
     def open_body(self, header: Header, data: bytes | bytearray) -> Message:
         """Check and decode what followed the header (`body_frame_bytes` bytes). Raises WireError."""
+        return decode_body(header.code, header.session_id, header.epoch, self.authentic_body(header, data))
+
+    def authentic_body(self, header: Header, data: bytes | bytearray) -> bytes:
+        """The body in what followed the header, checked and not decoded. Raises WireError."""
         body = bytes(data[: header.body_bytes])
         if header.body_bytes:
             mac = bytes(data[header.body_bytes :])
             if not hmac.compare_digest(mac, hmac.digest(self._key, header.mac + body, "sha256")):
                 raise WireError("transfer: frame body is not authentic")
-        return decode_body(header.code, header.session_id, header.epoch, body)
+        return body

@@ -45,8 +45,8 @@ class SocketLoop:
         self._connections: dict[int, Connection] = {}  # by descriptor
         self._events: dict[int, int] = {}  # of the connections that the system watches
         self._attention: dict[Connection, None] = {}
-        self._listener = _listen(host)
-        self.address = _format(self._listener.getsockname())
+        self._listener = listen_on(host)
+        self.address = numeric_address(self._listener.getsockname())
         self._eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll = select.epoll()
         self._epoll.register(self._eventfd, select.EPOLLIN)
@@ -179,7 +179,7 @@ def _serve(connection: Connection, mask: int) -> None:
         connection.fail("internal error")
 
 
-def _listen(host: str) -> socket.socket:
+def listen_on(host: str) -> socket.socket:
     """A listener on any free port of one interface; peers get its numeric address."""
     try:
         family, _, _, _, where = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
@@ -198,6 +198,7 @@ def _listen(host: str) -> socket.socket:
     return listener
 
 
-def _format(where: tuple[str, int]) -> str:
+def numeric_address(where: tuple[str, int]) -> str:
+    """host:port of a socket's own end, as peers are told it."""
     host = f"[{where[0]}]" if ":" in where[0] else where[0]
     return f"{host}:{where[1]}"

@@ -43,6 +43,10 @@ class Tensors:
         assert self.tensors[name].shape == shape
         return self.tensors[name]
 
+    def take(self, name: str, part: torch.Tensor) -> torch.Tensor:
+        assert part.untyped_storage().data_ptr() == self.tensors[name].untyped_storage().data_ptr()
+        return part.clone()
+
 
 def parts_of(layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     chance = torch.Generator().manual_seed(10 * layer + expert)

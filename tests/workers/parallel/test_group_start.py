@@ -40,7 +40,7 @@ async def test_lines_and_orderly_end(tmp_path: Path) -> None:
     first, second = await pair(tmp_path / "log", settings, settings)
     facts, joined = await first.says(), await second.says()
     assert facts["address"]
-    assert joined == {"joined": True, "pid": second.pid, "rank": 1}
+    assert joined == {"joined": True, "pid": second.pid, "rank": 1, "weights_address": ""}
     second.signal(signal.SIGTERM)  # a host tells all; rank 0 drains, and the others stay with it
     await asyncio.sleep(0.3)
     assert second.process.returncode is None
