@@ -186,14 +186,7 @@ def build_worker(
         bank_addresses(own_transfer.address, leader, count),
     )
     sink = open_sink(settings.tracing, settings.worker_id)
-    tracer = WorkerTracer(sink, settings.worker_id) if sink is not None else None
-    supply = computing.supply
-    observation = Observation(
-        storage.block_bytes,
-        tracer,
-        group=computing.group_totals,
-        weights=WeightFigures if supply is None else supply.figures,
-    )
+    observation = _observation(settings, computing, sink)
     handover = HandOver(transfer, identity, lambda: os.urandom(_SESSION_ID_BYTES), observation)
     feed = KVEventFeed(BankedCaches(caches) if len(caches) > 1 else next(iter(caches), None), service)
     parts = EngineParts(
@@ -208,9 +201,15 @@ def build_worker(
         block_size=settings.kv.block_size,
         kv_bytes=count * num_blocks * storage.block_bytes,
         load_s=time.monotonic() - began,
-        weights_address="" if supply is None else supply.address,
+        weights_address="" if computing.supply is None else computing.supply.address,
     )
-    return Worker(settings, facts, engine, service, transfer, sink, leader, supply)
+    return Worker(settings, facts, engine, service, transfer, sink, leader, computing.supply)
+
+
+def _observation(settings: WorkerSettings, computing: Computing, sink: SpanSink | None) -> Observation:
+    tracer = WorkerTracer(sink, settings.worker_id) if sink is not None else None
+    weights = WeightFigures if computing.supply is None else computing.supply.figures
+    return Observation(computing.storage.block_bytes, tracer, group=computing.group_totals, weights=weights)
 
 
 def _build_computing(settings: WorkerSettings, leader: GroupLeader | None) -> tuple[Computing, int]:

@@ -47,9 +47,11 @@ class WeightServer:
         self._max_takers = settings.max_takers
         self._pace = Pace(settings.serve_bytes_per_s)
         self._lock = threading.Lock()
-        self._links: set[WeightLink] = set()
+        self._links: set[WeightLink] = set()  # of takers that were admitted
+        self._sockets: set[socket.socket] = set()  # of all
         self._copies: deque[str] = deque(maxlen=_REFERRALS)  # where earlier takers serve what they have got
         self._closed = ""  # why nobody is served any more
+        self._stopped = False
         self.served_bytes = 0
         self._listener = listen_on(host)
         self._listener.settimeout(None)
@@ -72,9 +74,9 @@ class WeightServer:
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         with self._lock:
-            links = list(self._links)
-        for link in links:
-            link.close()
+            self._stopped = True
+            for sock in self._sockets:
+                _cut(sock)
 
     def _listen(self) -> None:
         while True:
@@ -82,8 +84,11 @@ class WeightServer:
                 sock, _ = self._listener.accept()
             except OSError:
                 return
-            if not self._greetings.acquire(blocking=False):
-                sock.close()
+            with self._lock:
+                self._sockets.add(sock)
+                stopped = self._stopped
+            if stopped or not self._greetings.acquire(blocking=False):
+                self._forget(sock)
                 continue
             threading.Thread(target=self._serve, args=(sock,), name="weights-taker", daemon=True).start()
 
@@ -105,7 +110,12 @@ class WeightServer:
         finally:
             if waiting:
                 self._greetings.release()
-            sock.close()
+            self._forget(sock)
+
+    def _forget(self, sock: socket.socket) -> None:
+        with self._lock:
+            self._sockets.discard(sock)
+        sock.close()
 
     def _answer_greeting(self, link: WeightLink, greeting: WeightMessage) -> None:
         if not isinstance(greeting, Greeting):
@@ -161,6 +171,12 @@ class WeightServer:
         with self._lock:
             self.served_bytes += len(payload)
         link.send(Piece(xxh3_64_intdigest(payload)), payload)
+
+
+def _cut(sock: socket.socket) -> None:
+    """Whoever waits for it wakes up."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 def take_low_priority() -> None:
