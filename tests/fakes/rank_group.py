@@ -90,6 +90,10 @@ class HostedGroup:
         return tuple(rank.pid for rank in self.ranks)
 
     @property
+    def weights_addresses(self) -> tuple[str, ...]:
+        return ()
+
+    @property
     def incarnation(self) -> int:
         return self.settings.incarnation
 

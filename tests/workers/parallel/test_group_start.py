@@ -27,7 +27,7 @@ async def pair(log: Path, leader: WorkerSettings, follower: WorkerSettings) -> t
 async def refused(log: Path, **changed: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """What both say when the follower was told otherwise; both end with code 1."""
     settings = in_group(oracle_settings(), 2)
-    settings = dataclasses.replace(settings, group=dataclasses.replace(settings.group, start_timeout_s=8.0))
+    settings = dataclasses.replace(settings, group=dataclasses.replace(settings.group, start_timeout_s=25.0))
     first, second = await pair(log, settings, dataclasses.replace(settings, **changed))
     said = await second.says(), await first.says()
     assert await second.ends() == 1
