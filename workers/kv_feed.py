@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from penstock.workers import fault_points
+from penstock.workers.fault_points import Point
 from penstock.workers.protocol import KVEvents, KVSnapshot, ToRouter
 
 _COLLECT_S = 0.02
@@ -63,4 +65,5 @@ class KVEventFeed:
         stored, evicted = self._cache.take_events() if self._cache is not None else (b"", b"")
         if stored or evicted:
             self._sequence += 1
-            self._reporter.broadcast(KVEvents(self._sequence, stored, evicted))
+            for _ in range(fault_points.times(Point.KV_PUBLISH, "")):
+                self._reporter.broadcast(KVEvents(self._sequence, stored, evicted))

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.workers.errors import IntegrityError
+from penstock.workers.kv.block_account import BlockAccount
 
 Blocks = NDArray[np.intp]  # block ids; numpy looks up by native integers several times as fast as by others
 U64 = NDArray[np.uint64]
@@ -47,6 +48,7 @@ class BlockPool:
         self._blank: Blocks = np.arange(first + num_blocks - 1, first - 1, -1, dtype=np.intp)
         self._num_blank = num_blocks
         self._reclaim: Callable[[int], Blocks] | None = None
+        self._handed_out = self._freed = self._adopted = self._reclaimed = 0  # blocks, for the ledger
 
     @property
     def num_free(self) -> int:
@@ -76,8 +78,10 @@ class BlockPool:
         self._num_blank = max(left, 0)
         if left < 0 and self._reclaim is not None:
             reclaimed = self._reclaim(-left)
+            self._reclaimed += len(reclaimed)
             blocks = np.concatenate((blocks, reclaimed)) if len(blocks) else reclaimed
         self._allocations += 1
+        self._handed_out += len(blocks)
         places = blocks - self.first if self.first else blocks
         self._state[places] = _PRIVATE
         self.generations[places] = self._allocations
@@ -91,6 +95,7 @@ class BlockPool:
     def free(self, blocks: Blocks) -> None:
         """These private blocks are blank again."""
         self._change(blocks, _PRIVATE, _BLANK)
+        self._freed += len(blocks)
         end = self._num_blank + len(blocks)
         self._blank[self._num_blank : end] = blocks
         self._num_blank = end
@@ -98,6 +103,7 @@ class BlockPool:
     def adopt(self, blocks: Blocks) -> None:
         """These private blocks belong to the prefix cache from now on; their holder still holds them."""
         self._change(blocks, _PRIVATE, _CACHED)
+        self._adopted += len(blocks)
 
     def quarantine(self, blocks: Blocks) -> None:
         """The holder of these private blocks leaves, but a transfer may still write them: keep them apart."""
@@ -117,6 +123,12 @@ class BlockPool:
     def cached_blocks(self) -> Blocks:
         """Ids of all blocks that belong to the prefix cache, ascending."""
         return np.flatnonzero(self._state == _CACHED) + self.first
+
+    def account(self) -> BlockAccount:
+        """What was done with the blocks, and their states counted anew."""
+        blank, private, cached, apart = np.bincount(self._state, minlength=4).tolist()
+        done = self._handed_out, self._freed, self._adopted, self._reclaimed
+        return BlockAccount(self.num_blocks, *done, private, cached, self.num_idle, apart, blank)
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless every invariant of the module docstring holds."""

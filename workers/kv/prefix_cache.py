@@ -21,7 +21,7 @@ that stands for all else that shapes KV (tenant salt, model and adapter revision
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import NamedTuple
@@ -105,10 +105,15 @@ class PrefixCache:
         self._time = 0
         self._queue: list[tuple[int, int, Run]] = []  # heap; every idle run without children has an entry
         self._changes = CacheChanges()
+        self._on_idle: Callable[[bytes, Blocks], None] | None = None
         pool.reclaim_by(self._evict)
 
     def __len__(self) -> int:
         return self._size
+
+    def on_idle(self, tell: Callable[[bytes, Blocks], None]) -> None:
+        """Call `tell(digests, blocks)` for blocks that nobody holds any more, those of a prefix first."""
+        self._on_idle = tell
 
     def match(self, digests: bytes) -> Match:
         """The longest known prefix of a chain. Its blocks may be idle until held: hold before allocating."""
@@ -137,6 +142,7 @@ class PrefixCache:
 
     def leave(self, run: Run) -> None:
         """The holder of this run, and of all above it, leaves them. Its blocks stay until they are needed."""
+        idle: list[Run] = []
         while run.parent is not None:
             run.holders -= 1
             if not run.holders:
@@ -144,7 +150,11 @@ class PrefixCache:
                 run.left = self._time
                 self._pool.num_idle += len(run.blocks)
                 self._enqueue(run)
+                idle.append(run)
             run = run.parent
+        if self._on_idle is not None:
+            for run in reversed(idle):
+                self._on_idle(run.digests, run.blocks)
 
     def publish(self, run: Run, digests: bytes, blocks: Blocks) -> tuple[Run, Blocks]:
         """The holder of `run` has completed private blocks that follow it. Returns the run it holds from now on, and
