@@ -1,4 +1,4 @@
-"""The arithmetic of `LogitEdits`: penalties, then biases, then bans, on the logits of a step's rows, in place.
+"""The arithmetic of `LogitEdits`: penalties, biases, bans, then grammars' masks, on a step's logits, in place.
 
 Called by `sampling.py`. Works on the (row, token) pairs that the edits name, all rows at once; only rows with a list of
 allowed tokens are touched whole. A row's result depends on its own logits and edits only.
@@ -8,7 +8,8 @@ multiplies negative logits of every token of prompt and output once; then freque
 are subtracted for tokens of the output.
 
 A row of which everything is banned could not go on: then all its bans give way for this step. A list of allowed tokens
-never does, and it is not empty. So some token can always be sampled, by the same rules in every run.
+never does, and it is not empty. A grammar's mask is stronger than either: where nothing that it allows is left, bans
+and lists give way to it. So some token can always be sampled, by the same rules in every run.
 Legend: S rows, V vocabulary, N pairs.
 """
 
@@ -35,6 +36,7 @@ def edited_rows(edits: LogitEdits) -> NDArray[np.bool_]:
         edits.allowed_offsets,
     )
     found: NDArray[np.bool_] = np.logical_or.reduce([np.diff(offsets) > 0 for offsets in all_offsets])
+    found[edits.masked_rows] = True
     return found
 
 
@@ -47,6 +49,7 @@ def select_rows(edits: LogitEdits, rows: Rows) -> LogitEdits:
     bias_values, _ = gather_ranges(edits.bias_values, starts, np.diff(edits.bias_offsets)[rows])
     banned, banned_offsets = _select(edits.banned, edits.banned_offsets, rows)
     allowed, allowed_offsets = _select(edits.allowed, edits.allowed_offsets, rows)
+    masked_rows, masks = _select_masks(edits, rows)
     return LogitEdits(
         presence=edits.presence[rows],
         frequency=edits.frequency[rows],
@@ -62,6 +65,8 @@ def select_rows(edits: LogitEdits, rows: Rows) -> LogitEdits:
         banned_offsets=banned_offsets,
         allowed=allowed,
         allowed_offsets=allowed_offsets,
+        masked_rows=masked_rows,
+        masks=masks,
     )
 
 
@@ -72,10 +77,14 @@ def apply_edits(logits: Tensor, edits: LogitEdits) -> None:
     if len(edits.bias_ids):
         values = torch.from_numpy(edits.bias_values).to(logits.device)
         logits.index_put_(_pairs(edits.bias_ids, edits.bias_offsets, logits.device), values, accumulate=True)
+    masked = torch.from_numpy(edits.masked_rows.astype(np.int64)).to(logits.device)
+    unlisted = logits[masked] if len(masked) and (len(edits.allowed) or len(edits.banned)) else None
     if len(edits.allowed):
         _keep_allowed(logits, edits)
     if len(edits.banned):
         _ban(logits, edits)
+    if len(masked):
+        _mask(logits, masked, edits.masks, unlisted)
 
 
 def _penalise(logits: Tensor, edits: LogitEdits) -> None:
@@ -121,6 +130,31 @@ def _ban(logits: Tensor, edits: LogitEdits) -> None:
         stuck = suspects[logits[suspects].amax(dim=-1) == -torch.inf]
         freed = torch.isin(pairs[0], stuck)
         logits[pairs[0][freed], pairs[1][freed]] = before[freed]
+
+
+def _mask(logits: Tensor, rows: Tensor, masks: I32, unlisted: Tensor | None) -> None:
+    """Keep what the masks [M, words] allow to these rows [M]. `unlisted` [M, V]: their logits before lists and bans."""
+    banned = ~_unpacked(masks, logits.device)[:, : logits.shape[1]]
+    kept = logits[rows].masked_fill_(banned, -torch.inf)
+    if unlisted is not None:
+        stuck = kept.amax(dim=-1, keepdim=True) == -torch.inf
+        kept = torch.where(stuck, unlisted.masked_fill_(banned, -torch.inf), kept)
+    logits[rows] = kept
+
+
+def _unpacked(masks: I32, device: torch.device) -> Tensor:
+    """bool [M, words x 32] of bit masks int32 [M, words], lowest bits first."""
+    octets = torch.from_numpy(np.ascontiguousarray(masks, "<i4").view(np.uint8)).to(device)
+    bits = octets.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=device)
+    return (bits & 1).bool().flatten(1)
+
+
+def _select_masks(edits: LogitEdits, rows: Rows) -> tuple[I32, I32]:
+    """The masks of these rows, and which of them have one."""
+    place = np.full(len(edits.presence), -1, np.int32)
+    place[edits.masked_rows] = np.arange(len(edits.masked_rows))
+    found = place[rows]
+    return np.flatnonzero(found >= 0).astype(np.int32), edits.masks[found[found >= 0]]
 
 
 def _pairs(tokens: I32, offsets: I32, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -14,13 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.workers.protocol import SamplingParams, Tokens
+from penstock.workers.scheduler.grammars import Guide
 from penstock.workers.scheduler.plan import F32, I32, LogitEdits
 from penstock.workers.scheduler.row_arena import RowArena, gather_ranges, offsets_of
 
 Slots = NDArray[np.intp]
 
-_PENALTIES, _BAD_WORDS, _MIN_TOKENS, _LISTS = 1, 2, 4, 8  # bits of `_wishes`
-_READING = _PENALTIES | _BAD_WORDS
+_PENALTIES, _BAD_WORDS, _MIN_TOKENS, _LISTS, _GRAMMAR = 1, 2, 4, 8, 16  # bits of `_wishes`
+_READING = _PENALTIES | _BAD_WORDS | _GRAMMAR
+
+_NO_ROWS: Slots = np.zeros(0, np.intp)
+_NO_MASKS: I32 = np.zeros((0, 0), np.int32)
 
 
 class EditColumns:
@@ -32,6 +36,8 @@ class EditColumns:
         self.active = 0  # rows with any wish
         self.reading = 0  # rows whose wishes depend on which tokens were generated
         self.min_tokens: I32 = np.zeros(max_seqs, np.int32)  # stop tokens do not end a choice before so many
+        self._early: I32 = np.zeros(max_seqs, np.int32)  # they are banned before so many
+        self._guides: dict[int, Guide] = {}
         self._tokens = tokens.reshape(-1)
         self._row_starts = np.arange(max_seqs) * max_length
         self._length = length
@@ -48,9 +54,9 @@ class EditColumns:
         self._word_lengths = RowArena(max_seqs, np.int32)  # of these prefixes
         self._word_lasts = RowArena(max_seqs, np.int32)
 
-    def fill(self, slot: int, sampling: SamplingParams, prompt: I32) -> None:
-        """The row now belongs to a request with this prompt."""
-        wishes = _wishes_of(sampling)
+    def fill(self, slot: int, sampling: SamplingParams, prompt: I32, guide: Guide | None = None) -> None:
+        """The row now belongs to a request with this prompt, whose text `guide` keeps to a grammar."""
+        wishes = _wishes_of(sampling) | (_GRAMMAR if guide is not None else 0)
         if not wishes:
             return
         self.active += 1
@@ -66,13 +72,27 @@ class EditColumns:
             self._bias_values.put(slot, np.array([value for _, value in sampling.logit_bias], np.float32))
             self._allowed.put(slot, _distinct(sampling.allowed_token_ids or ()))
         if wishes & _MIN_TOKENS:
-            self.min_tokens[slot] = sampling.min_tokens
+            self._early[slot] = sampling.min_tokens
+            # Where a grammar leaves nothing but an end, the end comes however early.
+            self.min_tokens[slot] = sampling.min_tokens if guide is None else 0
             self._stops.put(slot, _distinct(sampling.stop_token_ids))
         if wishes & _BAD_WORDS:
             words = sampling.bad_words
             self._word_lengths.put(slot, np.array([len(word) - 1 for word in words], np.int32))
             self._word_lasts.put(slot, np.array([word[-1] for word in words], np.int32))
             self._word_prefixes.put(slot, np.array([token for word in words for token in word[:-1]], np.int32))
+        if guide is not None:
+            self._guides[slot] = guide
+
+    def guided_rows(self, slots: Slots) -> Slots:
+        """Indices into `slots` of the rows under a grammar."""
+        if not self._guides:
+            return _NO_ROWS
+        return np.flatnonzero(self._wishes[slots] & _GRAMMAR)
+
+    def advance(self, slot: int, token: int) -> None:
+        """Move the row's grammar on. Raises GrammarError."""
+        self._guides[slot].advance(token)
 
     def empty(self, slot: int) -> None:
         """The row belongs to nobody."""
@@ -81,7 +101,8 @@ class EditColumns:
         self.active -= 1
         self.reading -= int(self._wishes[slot]) & _READING != 0
         self._wishes[slot] = 0
-        self.min_tokens[slot] = 0
+        self.min_tokens[slot] = self._early[slot] = 0
+        self._guides.pop(slot, None)
         self._penalties[:, slot] = (0.0, 0.0, 1.0)
         rows = (self._prompts, self._bias_ids, self._allowed, self._stops)
         for arena in (*rows, self._word_prefixes, self._word_lengths, self._word_lasts):
@@ -103,7 +124,8 @@ class EditColumns:
         bias_ids, bias_offsets = self._bias_ids.take(slots)
         banned, banned_offsets = self._banned(slots, wishes)
         allowed, allowed_offsets = self._allowed.take(slots)
-        if not (len(generated) or len(prompt) or len(bias_ids) or len(banned) or len(allowed)):
+        masked = self.guided_rows(slots)
+        if not (len(generated) or len(prompt) or len(bias_ids) or len(banned) or len(allowed) or len(masked)):
             return None
         return LogitEdits(
             presence=presence,
@@ -120,12 +142,14 @@ class EditColumns:
             banned_offsets=banned_offsets,
             allowed=allowed,
             allowed_offsets=allowed_offsets,
+            masked_rows=masked.astype(np.int32),
+            masks=np.stack([self._guides[slot].mask for slot in slots[masked].tolist()]) if len(masked) else _NO_MASKS,
         )
 
     def _banned(self, slots: Slots, wishes: NDArray[np.uint8]) -> tuple[I32, I32]:
         """Tokens that may not come next, and where each row's begin."""
         early = (wishes & _MIN_TOKENS).astype(bool)
-        early &= self._length[slots] - self._prompt_length[slots] < self.min_tokens[slots]
+        early &= self._length[slots] - self._prompt_length[slots] < self._early[slots]
         stop_rows = np.flatnonzero(early)
         stops, offsets = self._stops.take(slots[stop_rows])
         rows = np.repeat(stop_rows, np.diff(offsets))
