@@ -44,7 +44,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 class ChatTemplate:
-    """One compiled template with the special tokens it may use."""
+    """One compiled template with the special tokens it may use. `tells_tools`: it shows the model tools it is given."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], path: str, max_chars: int) -> None:
         environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
@@ -56,13 +56,18 @@ class ChatTemplate:
             read = jinja2.meta.find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateError as error:
             raise ModelError(f"{path}: the chat template does not compile: {error}", path=path) from error
+        self.source = source
+        self.tells_tools = "tools" in read
         self.variables = frozenset(n for n in read - RESERVED - environment.globals.keys() if not n.endswith("_token"))
         self._special_tokens = dict(special_tokens)
         self._max_chars = max_chars
 
-    def render(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
+    def render(
+        self, messages: Sequence[Message], variables: Mapping[str, Any], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> str:
         """The prompt text. Raises RequestError with the template's own words when it refuses the messages."""
-        arguments = {**self._special_tokens, **variables, "messages": messages, "tools": None, "documents": None}
+        told = {"messages": messages, "tools": list(tools) or None, "documents": None}
+        arguments = {**self._special_tokens, **variables, **told}
         pieces: list[str] = []
         size = 0
         try:
@@ -80,9 +85,12 @@ class ChatTemplate:
         return "".join(pieces)
 
 
-def load_chat_template(directory: Path, max_chars: int) -> ChatTemplate | None:
-    """The directory's template (`chat_template.jinja`, else the tokenizer configuration's), or None."""
-    source, path = _source(directory)
+def load_chat_template(directory: Path, max_chars: int, name: str = "default") -> ChatTemplate | None:
+    """The directory's template (`chat_template.jinja`, else the tokenizer configuration's), or None.
+
+    `name`: which one, of a tokenizer configuration that states several; `tool_use` is the other usual one.
+    """
+    source, path = _source(directory, name)
     return ChatTemplate(source, special_token_texts(directory), str(path), max_chars) if source else None
 
 
@@ -94,12 +102,12 @@ def tokenizer_information(directory: Path) -> dict[str, Any]:
     return {**told, **special_token_texts(directory), "chat_template": source or None}
 
 
-def _source(directory: Path) -> tuple[str, Path]:
+def _source(directory: Path, name: str = "default") -> tuple[str, Path]:
     path = directory / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8"), path
+        return (path.read_text(encoding="utf-8") if name == "default" else ""), path
     path = directory / "tokenizer_config.json"
-    return _named_default(read_json(path, required=False).get("chat_template")), path
+    return _named(read_json(path, required=False).get("chat_template"), name), path
 
 
 def special_token_texts(directory: Path) -> dict[str, str]:
@@ -113,12 +121,14 @@ def special_token_texts(directory: Path) -> dict[str, str]:
     return found
 
 
-def _named_default(stated: object) -> str:
+def _named(stated: object, name: str) -> str:
     """The template text; some models state a list of named ones, of which `default` is the plain chat."""
     if isinstance(stated, list):
-        named = {item.get("name"): item.get("template") for item in stated if isinstance(item, dict)}
-        stated = named.get("default")
-    return stated if isinstance(stated, str) else ""
+        found = {item.get("name"): item.get("template") for item in stated if isinstance(item, dict)}
+    else:
+        found = {"default": stated}
+    template = found.get(name)
+    return template if isinstance(template, str) else ""
 
 
 def _to_json(value: object, ensure_ascii: bool = False, indent: int | None = None) -> str:

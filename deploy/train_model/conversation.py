@@ -19,6 +19,11 @@ from deploy.train_model.talk import memory, small_talk, unknown
 END_OF_TEXT, SYSTEM, USER, ASSISTANT, END = "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 SPECIAL = (END_OF_TEXT, SYSTEM, USER, ASSISTANT, END)
 CHAT_TEMPLATE = """\
+{%- if tools -%}
+  {{- '<|system|>Tools:' -}}
+  {%- for tool in tools -%}{{- ' ' + tool['function'] | tojson -}}{%- endfor -%}
+  {{- ' Call one: <tool_call>\\n{"name": NAME, "arguments": {}}\\n</tool_call><|end|>' -}}
+{%- endif -%}
 {%- for message in messages -%}
   {{- '<|system|>' if message['role'] == 'developer' else '<|' + message['role'] + '|>' -}}
   {%- if message['content'] is string -%}
@@ -26,6 +31,10 @@ CHAT_TEMPLATE = """\
   {%- else -%}
     {%- for part in message['content'] or [] -%}{{- part['text'] -}}{%- endfor -%}
   {%- endif -%}
+  {%- for call in message['tool_calls'] or [] -%}
+    {{- '<tool_call>\\n{"name": "' + call['function']['name'] + '", "arguments": ' -}}
+    {{- call['function']['arguments'] | tojson + '}\\n</tool_call>' -}}
+  {%- endfor -%}
   {{- '<|end|>' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}

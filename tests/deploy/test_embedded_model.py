@@ -11,6 +11,7 @@ from random import Random
 
 import pytest
 import torch
+from fakes.embedded_app import embedded_codec
 from safetensors import safe_open
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -110,6 +111,21 @@ def test_the_template_writes_what_training_wrote(chat_tokenizer):
     asked = chat_tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
     assert whole.startswith(asked)
     assert asked.endswith("<|user|> 2 + 2 <|end|><|assistant|>")
+
+
+def test_the_template_tells_tools_as_transformers_would(chat_tokenizer):
+    function = {"name": "add", "description": "Adds <é>.", "parameters": {"type": "object", "properties": {"n": {}}}}
+    called = {"id": "1", "type": "function", "function": {"name": "add", "arguments": {"n": [1, "ü"]}}}
+    messages = [
+        {"role": "user", "content": "2 + 2"},
+        {"role": "assistant", "content": "", "tool_calls": [called]},
+        {"role": "tool", "content": "4", "tool_call_id": "1"},
+    ]
+    tools = [{"type": "function", "function": function}]
+    text = chat_tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+    ids = embedded_codec().encode_chat(messages, {"add_generation_prompt": True}, tools=tools)
+    assert ids == chat_tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert text.count("<tool_call>") == 2
 
 
 def test_a_tenth_of_the_pairs_is_held_out_in_either_order():
