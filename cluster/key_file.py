@@ -7,9 +7,13 @@
       max_open_requests: 8         # default: no limit of its own
       requests_per_minute: 600
       tokens_per_minute: 100000
+      max_tokens: 4096             # of one choice
+      not_after: 2027-01-31        # the last day (UTC), or a time, on which the key opens anything
+      ttft_target_s: 5             # refuse at once what would wait longer for its first token; lowers the router's own
       operator: false              # may also read /metrics and /status
 
-Called when the configuration is checked and when an ingress starts. Keys are kept as digests only. Knows no HTTP.
+Called when the configuration is checked, when an ingress starts, and when the file has changed
+(`ingress/key_watch.py`). Keys are kept as digests only. Knows no HTTP.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +36,8 @@ MAX_RATE = 1 << 50
 SETTING = "front.api_keys_file"
 _NAME = re.compile(r"[A-Za-z0-9_.:@-]{1,64}\Z")
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}\Z")
-_LIMITS = ("max_open_requests", "requests_per_minute", "tokens_per_minute")
-_KNOWN = {"name", "key", "key_sha256", "tenant", "models", "operator", *_LIMITS}
+_LIMITS = ("max_open_requests", "requests_per_minute", "tokens_per_minute", "max_tokens", "ttft_target_s")
+_KNOWN = {"name", "key", "key_sha256", "tenant", "models", "operator", "not_after", *_LIMITS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,9 @@ class KeyEntry:
     max_open_requests: int | None = None
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
+    max_tokens: int | None = None  # of one choice
+    not_after: float | None = None  # seconds since the epoch
+    ttft_target_s: int | None = None
 
 
 def key_digest(key: str) -> bytes:
@@ -88,7 +96,8 @@ def _entry(raw: object, place: str) -> KeyEntry:
         raise _wrong(place, "'operator' must be true or false")
     limits = {limit: _limit(raw, limit, place) for limit in _LIMITS}
     tenant = _name(raw, "tenant", place, name)
-    return KeyEntry(name, _digest(raw, place), tenant, tuple(models), operator, **limits)
+    until = _not_after(raw.get("not_after"), place)
+    return KeyEntry(name, _digest(raw, place), tenant, tuple(models), operator, **limits, not_after=until)
 
 
 def _digest(raw: Mapping[Any, Any], place: str) -> bytes:
@@ -116,6 +125,22 @@ def _limit(raw: Mapping[Any, Any], key: str, place: str) -> int | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_RATE):
         raise _wrong(place, f"{key!r} must be a whole number of at least 1")
     return value
+
+
+def _not_after(value: object, place: str) -> float | None:
+    """The end of a day, or a moment; without a zone it is UTC's."""
+    if value is None:
+        return None
+    try:
+        stated = datetime.fromisoformat(value) if isinstance(value, str) and len(value) > len("2027-01-31") else value
+        day = date.fromisoformat(stated) if isinstance(stated, str) else stated
+        if isinstance(day, datetime):
+            return (day if day.tzinfo is not None else day.replace(tzinfo=UTC)).timestamp()
+        if isinstance(day, date):
+            return (datetime.combine(day, time(), UTC) + timedelta(days=1)).timestamp()
+    except (ValueError, OverflowError):
+        pass
+    raise _wrong(place, "'not_after' must be a date or a time, as 2027-01-31 or 2027-01-31T12:00:00Z")
 
 
 def _wrong(place: Path | str, reason: str) -> ConfigError:

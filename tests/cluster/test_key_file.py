@@ -30,6 +30,24 @@ def test_a_good_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("stated", "seconds"),
+    [
+        ("1970-01-02", 2 * 86400),
+        ("'1970-01-02'", 2 * 86400),
+        ("1970-01-02T00:00:10Z", 86410),
+        ("'1970-01-02T00:00:10+00:00'", 86410),
+        ("1970-01-02 00:00:10", 86410),
+        ("1970-01-02T02:00:10+02:00", 86410),
+    ],
+)
+def test_last_days(tmp_path: Path, stated: str, seconds: float) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text(f"- {{name: a, key: sk-secret, not_after: {stated}, max_tokens: 9}}")
+    (entry,) = read_key_file(path)
+    assert (entry.not_after, entry.max_tokens) == (seconds, 9)
+
+
+@pytest.mark.parametrize(
     ("text", "reason"),
     [
         ("", "list of 1 to"),
@@ -48,6 +66,10 @@ def test_a_good_file(tmp_path: Path) -> None:
         ("- {name: a, key: sk-secret, operator: 1}", "'operator' must be"),
         ("- {name: a, key: sk-secret, tokens_per_minute: 0}", "'tokens_per_minute' must be"),
         ("- {name: a, key: sk-secret, requests_per_minute: true}", "'requests_per_minute' must be"),
+        ("- {name: a, key: sk-secret, max_tokens: 0}", "'max_tokens' must be"),
+        ("- {name: a, key: sk-secret, not_after: soon}", "'not_after' must be"),
+        ("- {name: a, key: sk-secret, not_after: '2027-02-30'}", "'not_after' must be"),
+        ("- {name: a, key: sk-secret, not_after: 5}", "'not_after' must be"),
         ("- {name: a, key: sk-secret, request_per_minute: 5}", "unknown key 'request_per_minute'"),
         ("- {name: a, key: sk-secret}\n- {name: a, key: other}", "two entries have the same name"),
         ("- {name: a, key: sk-secret}\n- {name: b, key: sk-secret}", "two entries have the same key"),

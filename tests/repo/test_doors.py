@@ -23,9 +23,15 @@ DOORS = {
     "opentelemetry": ("workers/span_export.py",),
     "transformers": ("workers/model/", "cluster/text.py"),
 }
-BANNED_MODULES = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
-BANNED_CALLS = {"eval", "exec", "print"}
-BANNED_ATTRIBUTES = {"torch.load", "yaml.load", "yaml.unsafe_load", "asyncio.wait"}
+BANNED_MODULES = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
+BANNED_CALLS = {"eval", "exec", "print", "__import__"}
+BANNED_ATTRIBUTES = {
+    *{"torch.load", "yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "asyncio.wait"},
+    *{"os.system", "os.popen", "tempfile.mktemp", "jinja2.Environment"},
+}
+BANNED_METHODS = {"recv_pyobj", "send_pyobj"}  # of any object
+BANNED_ARGUMENTS = {"allow_pickle", "shell", "trust_remote_code"}  # said to be true, or anything not plainly false
+SECRET_WORDS = {"mac", "proof", "secret", "signature", "password", "token_digest", "cluster_key", "api_key"}
 ENVIRONMENT_READERS = ("cluster/config.py", "kernels/dispatch.py")
 
 
@@ -55,6 +61,49 @@ def test_nobody_unpickles_or_evaluates() -> None:
                 found.append(f"{relative(path)}:{node.lineno} calls {node.func.id}")
             if isinstance(node.func, ast.Attribute) and ast.unparse(node.func) in BANNED_ATTRIBUTES:
                 found.append(f"{relative(path)}:{node.lineno} calls {ast.unparse(node.func)}")
+            if isinstance(node.func, ast.Attribute) and node.func.attr in BANNED_METHODS:
+                found.append(f"{relative(path)}:{node.lineno} calls {node.func.attr}")
+            found += [
+                f"{relative(path)}:{node.lineno} says {word.arg}"
+                for word in node.keywords
+                if word.arg in BANNED_ARGUMENTS
+                and not (isinstance(word.value, ast.Constant) and word.value.value is False)
+            ]
+    assert found == []
+
+
+def names_in(node: ast.AST) -> set[str]:
+    found = {one.id for one in ast.walk(node) if isinstance(one, ast.Name)}
+    return found | {one.attr for one in ast.walk(node) if isinstance(one, ast.Attribute)}
+
+
+def is_secret(name: str, *more: str) -> bool:
+    return any(name.strip("_") == word or name.endswith(f"_{word}") for word in (*SECRET_WORDS, *more))
+
+
+def test_secrets_are_compared_in_constant_time() -> None:
+    """`==` on a mac tells by its time how much of a guess was right; an empty one may be asked for."""
+    found = []
+    for path in source_files("workers", "router", "cluster"):
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.Compare) and any(isinstance(one, ast.Eq | ast.NotEq) for one in node.ops):
+                sides = [node.left, *node.comparators]
+                plain = any(isinstance(side, ast.Constant) for side in sides)
+                if not plain and any(is_secret(name) for side in sides for name in names_in(side)):
+                    found.append(f"{relative(path)}:{node.lineno} {ast.unparse(node)}")
+    assert found == []
+
+
+def test_secrets_are_not_drawn_from_a_generator_that_can_be_guessed() -> None:
+    found = []
+    for path in source_files("workers", "router", "cluster"):
+        for node in ast.walk(parse(path)):
+            if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
+                continue
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            drawn = any(ast.unparse(one).startswith(("random.", "np.random.")) for one in ast.walk(node.value))
+            if drawn and any(is_secret(name, "nonce") for target in targets for name in names_in(target)):
+                found.append(f"{relative(path)}:{node.lineno}")
     assert found == []
 
 
