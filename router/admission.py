@@ -6,6 +6,10 @@ lets in as many sequences as the fleet has places for (and some more), and as mu
 workers do in a few seconds. Requests that were inside before (migrating) go first; then tenants by their counters
 (`tenants.py`), and within a tenant by priority (lower first) and arrival. The head of the line is never overtaken.
 
+Nobody waits in vain: a newcomer that would not begin within its target (`forecast.py`) is refused on arrival, as the
+tenant's own fault where the tenant has more than its share, and those whose target has become impossible since are
+shed, the last in the fair order first. What was let in is never shed.
+
 Pure: the caller brings the time. Knows no workers but through `Fleet`.
 
 Invariants: a ticket is waiting, inside, or gone; the sums of tokens inside are those of the tickets inside.
@@ -14,54 +18,47 @@ Invariants: a ticket is waiting, inside, or gone; the sums of tokens inside are 
 from __future__ import annotations
 
 import bisect
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from penstock.router.emission import Emission
+from penstock.router.capacity import Capacity, capacity_of, prefill_limit, prefilling
 from penstock.router.fleet import Fleet
+from penstock.router.forecast import Forecast
 from penstock.router.settings import AdmissionSettings
 from penstock.router.tenants import TenantCounters
+from penstock.router.ticket import Ticket, Work
 from penstock.workers.errors import RefusedError
-from penstock.workers.protocol import FailureCode, Role
+from penstock.workers.protocol import FailureCode
 
 _RETRY_AFTER_S = 1.0
-_GROWTH_TOKENS = 256  # of the output, counted against the KV pools at the gate
-
-
-@dataclass(slots=True, eq=False)
-class Ticket:
-    """One request at the gate. `wake` is called when it is let in, or when its prospects may have changed."""
-
-    tenant: str
-    priority: int
-    emission: Emission
-    growth: int  # output tokens that need KV at first
-    prefill_tokens: int  # not expected to be cached anywhere
-    wake: Callable[[], None]
-    arrival: int = 0
-    admitted: bool = False  # may go on to placement
-    inside: bool = False  # its sequence and KV tokens count
-    computing: bool = False  # its prefill tokens count
-    kv_tokens: int = 0  # counted while inside
-    charged: int = 0  # generated tokens charged so far
-
-    def rank(self) -> tuple[int, int]:
-        """Place within its tenant's line."""
-        return (self.priority, self.arrival)
+_LAST = (0, float("inf"))  # rank of a request without a ticket
+_CERTAIN = 0.65  # of the target: who is let wait should also make it when the forecast is somewhat off
+_LAST_CALL = 0.95  # of the target, after which nobody begins: some of it is for the way to the first token
+_LEAST_SHARE = 0.5  # of the target that may be spent waiting, however long the prompt itself takes
+_AHEAD_S = 0.25  # workers get this much turnover to queue, so that no place stays empty
+_BACKLOG_SHARE = 0.25  # of the target that prompts let in may take to compute
+_CAPACITY_AGE_S = 0.05
 
 
 class Admission:
     """The gate of one router."""
 
-    def __init__(self, settings: AdmissionSettings, fleet: Fleet) -> None:
+    def __init__(self, settings: AdmissionSettings, fleet: Fleet, draw: Callable[[], float]) -> None:
+        """`draw`: uniform in [0, 1), so that those who are refused together do not come back together."""
         self.tenants = TenantCounters(settings.tenant_weights)
         self._settings = settings
         self._fleet = fleet
+        self._draw = draw
+        self._forecast = Forecast(settings, self.tenants)
+        self._now = 0.0
+        self._capacity: tuple[int, float, Capacity] | None = None  # of a version of the fleet, at a time
         self._lines: dict[str, list[Ticket]] = {}  # waiting newcomers by tenant, each in rank order
         self._urgent: list[Ticket] = []  # waiting again after a migration, oldest first
         self._inside: dict[Ticket, None] = {}
+        self._inside_of: Counter[str] = Counter()  # tickets inside by tenant, none of them zero
         self._prefill_tokens = 0
         self._kv_tokens = 0
+        self._growth = 0
         self._arrivals = 0
 
     @property
@@ -74,20 +71,51 @@ class Admission:
         """Tickets let in and not gone."""
         return len(self._inside)
 
-    def arrive(self, ticket: Ticket) -> None:
-        """A new request. Raises RefusedError when the line, or the tenant's part of it, is full."""
+    def check(self, tenant: str, now: float) -> None:
+        """Raises RefusedError where even the smallest request of the tenant would be refused now."""
+        self._note(now)
+        self._check_in_time(tenant, _LAST, Work(1, 1, 0), self._settings.ttft_target_s)
+
+    def arrive(self, ticket: Ticket, now: float) -> None:
+        """A new request. Raises RefusedError: it could not begin in time, or its line is full."""
+        self._note(now)
         line = self._lines.get(ticket.tenant, [])
         if len(line) >= self._settings.max_waiting_per_tenant:
             raise RefusedError(FailureCode.TENANT_LIMIT, "too many requests of this tenant are waiting", _RETRY_AFTER_S)
         if self.waiting >= self._settings.max_waiting:
             raise RefusedError(FailureCode.OVERLOADED, "too many requests are waiting", _RETRY_AFTER_S)
         self._arrivals += 1
-        ticket.arrival = self._arrivals
+        ticket.arrival, ticket.arrived_at = self._arrivals, now
         ticket.charged = ticket.emission.count
+        if ticket.target_s is not None:
+            ticket.target_s = min(ticket.target_s, self._settings.ttft_target_s)
+            self._check_in_time(ticket.tenant, ticket.rank(), ticket.needs, ticket.target_s)
         if not line:
             self.tenants.joined_line(ticket.tenant, self._lines)
             self._lines[ticket.tenant] = line
         bisect.insort(line, ticket, key=Ticket.rank)
+        self.pump()
+
+    def shed_late(self, now: float) -> None:
+        """Send those away who cannot begin in time any more; called a few times a second."""
+        self._note(now)
+        capacity, standing, turns_per_s = self._room(), self._held, self._turns_per_s
+        if not capacity.workers:
+            return  # how long nobody may be there is another rule's matter
+        placed: list[tuple[Ticket, float]] = []
+        for ticket in self._forecast.order(self._lines):
+            standing += ticket.needs
+            without_own = Work(standing.sequences, standing.kv_tokens, standing.prefill_tokens - ticket.prefill_tokens)
+            placed.append((ticket, self._forecast.wait_s(capacity, without_own, turns_per_s)))
+        for ticket, wait_s in reversed(placed):
+            if ticket.target_s is None:
+                continue
+            patience_s = _LAST_CALL * self._patience_s(ticket.prefill_tokens, ticket.target_s)
+            late_s = now - ticket.arrived_at + wait_s - patience_s
+            if late_s > 0:
+                ticket.shed = self._refusal(ticket.tenant, late_s)
+                self._drop_from_line(ticket)
+                ticket.wake()
         self.pump()
 
     def reenter(self, ticket: Ticket, prefill_tokens: int) -> None:
@@ -104,8 +132,9 @@ class Admission:
             self._settle_prefill(ticket)
             self.pump()
 
-    def leave(self, ticket: Ticket) -> None:
+    def leave(self, ticket: Ticket, now: float) -> None:
         """The request is over, or gives up waiting. Idempotent."""
+        self._note(now)
         line = self._lines.get(ticket.tenant, [])
         if ticket in self._urgent:
             self._urgent.remove(ticket)
@@ -114,8 +143,13 @@ class Admission:
         if ticket.inside:
             self._charge_output(ticket)
             self._settle_prefill(ticket)
+            capacity = self._room()
+            if capacity.places and capacity.kv_tokens:
+                self._forecast.turnover.released(max(1.0 / capacity.places, ticket.kv_tokens / capacity.kv_tokens))
             del self._inside[ticket]
+            self._inside_of -= Counter({ticket.tenant: 1})
             self._kv_tokens -= ticket.kv_tokens
+            self._growth -= ticket.growth
             ticket.inside = False
         self.pump()
 
@@ -156,7 +190,9 @@ class Admission:
             ticket.inside = True
             ticket.kv_tokens = ticket.prefill_tokens + ticket.growth
             self._inside[ticket] = None
+            self._inside_of[ticket.tenant] += 1
             self._kv_tokens += ticket.kv_tokens
+            self._growth += ticket.growth
         ticket.computing = True
         ticket.admitted = True
         self._prefill_tokens += ticket.prefill_tokens
@@ -183,25 +219,70 @@ class Admission:
 
     def _sequence_fits(self, ticket: Ticket) -> bool:
         """Nobody comes in while no worker decodes; the first one always does where one does."""
-        views = self._fleet.alive((Role.DECODE, Role.MIXED))
-        if not views:
+        capacity = self._room()
+        if not capacity.workers:
             return False
         if not self._inside:
             return True
-        places = sum(max(0, view.welcome.max_num_seqs - view.others_sequences) for view in views)
-        tokens = sum(max(0, view.welcome.num_blocks - view.others_blocks) * view.welcome.block_size for view in views)
-        ratio = self._settings.admit_ratio
+        more = min(self._settings.admit_ratio - 1.0, self._turns_per_s * _AHEAD_S)
         needed = self._kv_tokens + ticket.prefill_tokens + ticket.growth
-        return len(self._inside) < ratio * places and needed <= ratio * tokens
+        fits = len(self._inside) < capacity.places + more * capacity.spare
+        return fits and needed <= (1.0 + more) * capacity.kv_tokens
 
     def _prefill_fits(self, ticket: Ticket) -> bool:
         if not self._prefill_tokens:
             return True
-        views = self._fleet.alive((Role.PREFILL, Role.MIXED)) or self._fleet.alive((Role.DECODE,))
-        limit = sum(view.prefill_limit(self._settings.prefill_backlog_s) for view in views)
+        backlog_s = min(self._settings.prefill_backlog_s, _BACKLOG_SHARE * self._settings.ttft_target_s)
+        limit = sum(prefill_limit(view, backlog_s) for view in prefilling(self._fleet))
         return self._prefill_tokens + ticket.prefill_tokens <= limit
 
+    # --- what would come too late ---------------------------------------------------------------------------------
 
-def growth_of(remaining: int) -> int:
-    """Output tokens whose KV counts at the gate: the start of a long answer, all of a short one."""
-    return min(remaining, _GROWTH_TOKENS)
+    @property
+    def _held(self) -> Work:
+        return Work(len(self._inside), self._kv_tokens, self._prefill_tokens)
+
+    @property
+    def _turns_per_s(self) -> float:
+        return self._forecast.turns_per_s(self._room(), len(self._inside), self._growth)
+
+    def _note(self, now: float) -> None:
+        """Take note of the time, and of whether the house is full from now on."""
+        self._now = now
+        capacity = self._room()
+        full = len(self._inside) >= capacity.places or self._kv_tokens >= capacity.kv_tokens
+        self._forecast.turnover.note(full and capacity.workers > 0, now)
+
+    def _room(self) -> Capacity:
+        """The fleet's capacity, at most a moment old."""
+        kept, version = self._capacity, self._fleet.version
+        if kept is None or kept[0] != version or not 0 <= self._now - kept[1] < _CAPACITY_AGE_S:
+            kept = self._capacity = (version, self._now, capacity_of(self._fleet, self._settings.tpot_target_s))
+        return kept[2]
+
+    def _patience_s(self, prefill_tokens: int, target_s: float) -> float:
+        """How long a request may wait for its turn, given that its prompt takes its time too."""
+        return max(target_s - self._forecast.compute_s(self._room(), prefill_tokens), _LEAST_SHARE * target_s)
+
+    def _check_in_time(self, tenant: str, rank: tuple[int, float], needs: Work, target_s: float) -> None:
+        """Raises RefusedError for a newcomer that would begin too late. An empty house takes anybody."""
+        if not self._inside:
+            return
+        ahead = self._forecast.ahead(self._lines, tenant, rank)
+        own = Work(needs.sequences, needs.kv_tokens, 0)
+        wait_s = self._forecast.wait_s(self._room(), self._held + ahead + own, self._turns_per_s)
+        late_s = wait_s - _CERTAIN * self._patience_s(needs.prefill_tokens, target_s)
+        if late_s > 0:
+            raise self._refusal(tenant, late_s)
+
+    def _refusal(self, tenant: str, late_s: float) -> RefusedError:
+        """The tenant's own fault where others are here too and it has more than its share of the house and the line."""
+        retry_after_s = max(_RETRY_AFTER_S, late_s) * (0.75 + 0.5 * self._draw())
+        present = self._inside_of.keys() | self._lines.keys() | {tenant}
+        held = {each: self._inside_of[each] + len(self._lines.get(each, ())) for each in present}
+        weights = sum(map(self.tenants.weight, present))
+        share = sum(held.values()) * self.tenants.weight(tenant) / weights
+        if len(present) > 1 and held[tenant] > share:
+            message = "this tenant has more than its share under way; its next request would begin too late"
+            return RefusedError(FailureCode.TENANT_LIMIT, message, retry_after_s)
+        return RefusedError(FailureCode.OVERLOADED, "the request would begin too late", retry_after_s)

@@ -8,6 +8,7 @@ in `alone_on`; a homeless journey is woken whenever the fleet changes or a worke
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from penstock.router.admission import Admission
@@ -16,11 +17,15 @@ from penstock.router.handovers import Handovers
 from penstock.router.journey import AttemptError, Journey
 from penstock.router.placement import Ask, Placement, Route
 from penstock.router.prefix_index import PrefixIndex
+from penstock.router.retry_budget import RetryBudget
 from penstock.router.settings import RetrySettings
 from penstock.workers.protocol import EndReason, FailureCode, Role
 
+log = logging.getLogger(__name__)
+
 DECODING = (Role.DECODE, Role.MIXED)
-_BLAMED = frozenset({FailureCode.INTERNAL, FailureCode.TRANSFER_FAILED})
+_UNSENT = frozenset({FailureCode.TRANSFER_FAILED, FailureCode.KV_DAMAGED})
+_BLAMED = frozenset({FailureCode.INTERNAL, *_UNSENT})
 
 
 class Attempts:
@@ -41,6 +46,7 @@ class Attempts:
         self._placement = placement
         self._admission = admission
         self._draw = draw
+        self._budget = RetryBudget(settings.budget_share, settings.budget_per_s, settings.budget_burst)
         self._handovers = Handovers(settings.sibling_wait_s)
         self._homeless: dict[Journey, None] = {}  # admitted, waiting for a worker that takes them
 
@@ -84,8 +90,18 @@ class Attempts:
         route = journey.route
         if route is None or route.decode is None or journey.alone_on is not None:
             return
-        if self._placement.has_room_elsewhere(journey.ask(), route, journey.clock(), journey.refused.keys()):
+        stake, now = journey.stakes[route.decode], journey.clock()
+        ahead = stake.tokens_ahead + stake.view.others_prefill_tokens
+        if self._placement.has_room_elsewhere(journey.ask(), route, ahead, now, journey.refused.keys()):
             raise AttemptError(route.decode, FailureCode.QUEUE_FULL, "another worker has room", moved=True)
+
+    def check_open(self, journey: Journey, worker_id: str) -> None:
+        """Raises AttemptError, as a refusal, when the worker has begun to drain, or is gone, since it was chosen."""
+        view = journey.stakes[worker_id].view
+        if self._fleet.workers.get(worker_id) is not view:
+            raise AttemptError(worker_id, FailureCode.DRAINING, "the worker went before it was asked", moved=True)
+        if view.draining and journey.alone_on is None:
+            raise AttemptError(worker_id, FailureCode.DRAINING, "the worker began to drain", moved=True)
 
     def started(self, journey: Journey, worker_id: str, cached_tokens: int) -> None:
         """The worker computes. Only the first start counts as cache use: later ones find our own blocks."""
@@ -105,21 +121,27 @@ class Attempts:
     def interrupted(self, journey: Journey, cause: AttemptError) -> float:
         """An attempt is over: settle it. Returns the pause before the next. Raises when there will be none."""
         now = journey.clock()
-        view = self._fleet.workers.get(cause.worker_id)
-        if view is not None and cause.code in _BLAMED and not self._lost_a_partner(journey):
-            view.breaker.failed(now)
+        orphaned = self._lost_a_partner(journey)
+        if cause.code in _BLAMED and not orphaned:
+            self._blame(journey, cause, now)
+        unpaced = cause.died or cause.moved or orphaned or cause.code is FailureCode.DRAINING
         journey.note_end("moved" if cause.moved else cause.code)
+        journey.moves_failed += journey.move is not None
+        journey.move = None
         try:
             journey.survive(cause)
         finally:
             self.end(journey)
+        if orphaned:
+            journey.refused.pop(cause.worker_id, None)  # who is gone has not refused; its successor may be asked
         if journey.remaining == 0:
             last, sampling = journey.emission.tokens[-1:], journey.request.sampling
             may_stop = journey.emission.count > sampling.min_tokens
             stopped = may_stop and bool(last) and last[0] in sampling.stop_token_ids
             journey.emission.conclude(EndReason.STOP if stopped else EndReason.LENGTH)
             return 0.0
-        return 0.0 if cause.refusal else journey.next_backoff(self._draw())
+        pause_s = 0.0 if cause.refusal else journey.next_backoff(self._draw())
+        return pause_s if unpaced else max(pause_s, self._budget.spend(now))
 
     def reenter(self, journey: Journey) -> None:
         """Back to the gate, ahead of newcomers."""
@@ -135,6 +157,10 @@ class Attempts:
     def end(self, journey: Journey) -> None:
         """Whatever the current attempt holds is given back. Idempotent."""
         now = journey.clock()
+        journey.settled = journey.leaving = False
+        journey.moves_stayed += journey.move is not None  # it ended before the move did
+        journey.move = None
+        journey.emission.forget_successor()
         for stake in journey.stakes.values():
             self._fleet.close(stake)
         decode = self._fleet.workers.get(journey.route.decode or "") if journey.route is not None else None
@@ -146,18 +172,24 @@ class Attempts:
         self.wake_homeless()
 
     def _begin(self, journey: Journey, route: Route, now: float) -> None:
-        journey.attempt += 1
+        journey.issued += 1
+        journey.attempt = journey.issued
+        if journey.attempt == 1:
+            self._budget.earn()
         journey.route = route
         journey.attempt_base = journey.emission.count
         ask = journey.ask()
         journey.note_attempt(route, _kind_of_choice(journey, route, ask), now)
         if journey.predicted_cached is None:
             journey.predicted_cached = ask.context_tokens - route.prefill_tokens
+        if route.prefill is not None and route.decode is not None:
+            self._fleet.pairs.tried(route.prefill, route.decode, now)
         for worker_id in route.workers:
             decodes = worker_id == route.decode
             block_size = self._fleet.workers[worker_id].welcome.block_size
             tokens = route.decode_tokens + ask.growth if decodes else route.prefill_tokens
             prefill_tokens = route.prefill_tokens if worker_id == route.computes else 0
+            self._fleet.workers[worker_id].breaker.tried(now)
             journey.stakes[worker_id] = self._fleet.stake(worker_id, prefill_tokens, -(-tokens // block_size), now)
         self._index.assume(route.computes, journey.digests, now)
         computing = journey.stakes[route.computes]
@@ -169,9 +201,11 @@ class Attempts:
         now, route, emission = journey.clock(), journey.route, journey.emission
         journey.mark("first_token")
         stake.started = True
+        stake.view.breaker.passed()
         self._fleet.computed(stake, now)
         self._admission.computed(journey.ticket)
         if route is None or route.decode is None or not route.split or emission.ended:
+            journey.settled = route is not None and route.decode is not None
             return
         # The KV is on its way: the decode worker counts as holding the prompt from now on.
         journey.stakes[route.decode].started = True
@@ -181,7 +215,12 @@ class Attempts:
 
     def _handed_over(self, journey: Journey) -> None:
         """The decode worker's first own token is there."""
+        route = journey.route
+        if route is not None and (stake := journey.stakes.get(route.decode or "")) is not None:
+            stake.view.breaker.passed()
+            self._fleet.pairs.succeeded(route.prefill or "", route.decode or "")
         journey.mark("handed_over")
+        journey.settled = True
         self._handovers.done(journey.digests)
 
     def _alone(self, journey: Journey) -> Route | None:
@@ -203,6 +242,19 @@ class Attempts:
             return None
         ask = journey.ask()
         return Route(None, view.worker_id, ask.context_tokens, ask.context_tokens)
+
+    def _blame(self, journey: Journey, cause: AttemptError, now: float) -> None:
+        """A hand-over that failed is held against the pair, and against who fails with others, too."""
+        route, blamed = journey.route, [cause.worker_id]
+        handing_over = cause.code in _UNSENT and not journey.settled
+        if handing_over and route is not None and route.prefill is not None and route.decode is not None:
+            blamed = self._fleet.pairs.failed(route.prefill, route.decode, now)
+            damaged = cause.code is FailureCode.KV_DAMAGED and route.decode not in blamed
+            if damaged and self._fleet.quarantine.mismatched(route.prefill, now):
+                log.warning("worker %s sends damaged KV again and again; no prompts for a while", route.prefill)
+        for worker_id in blamed:
+            if (view := self._fleet.workers.get(worker_id)) is not None:
+                view.breaker.failed(now)
 
     def _release_claim(self, journey: Journey) -> None:
         view = self._fleet.workers.get(journey.alone_on or "")

@@ -62,12 +62,14 @@ class Emission:
         self.on_progress = on_progress
         self._max_tokens = max_tokens
         self._scores = scores
-        self._logprobs: list[TokenLogprob] | None = [] if logprobs else None
-        self._logprob_base = len(emitted)  # index of the first token that can have a logprob
+        self._logprobs: list[TokenLogprob] | None = [] if logprobs else None  # of tokens that are not handed out yet
         self._taken = len(emitted)
         self._end_taken = False
         self._held: dict[int, _HeldRow] = {}
         self._held_tokens = 0
+        self._successor: int | None = None  # attempt that is to take over where the current one stops
+        self._on_taken_over: Callable[[], None] | None = None
+        self._early: list[tuple[int, _HeldRow]] = []  # rows of the successor behind what is out
         self._mark = 0  # count at which `_on_mark` is called
         self._on_mark: Callable[[], None] | None = None
 
@@ -110,6 +112,16 @@ class Emission:
         self._held.clear()
         self._held_tokens = 0
         self._on_mark = None
+        self.forget_successor()
+
+    def expect_successor(self, attempt: int, on_taken_over: Callable[[], None]) -> None:
+        """Rows of `attempt` count from where they continue what is out; from then on it is the current one."""
+        self._successor, self._on_taken_over = attempt, on_taken_over
+
+    def forget_successor(self) -> None:
+        """The current attempt goes on."""
+        self._successor = self._on_taken_over = None
+        self._early.clear()
 
     def notify_at(self, count: int, callback: Callable[[], None]) -> None:
         """Call `callback` once, as soon as `count` tokens are there (at once if they are), unless an attempt begins
@@ -140,6 +152,8 @@ class Emission:
 
         Returns True if this row completed the choice (exactly once). Never raises on rows from the wire.
         """
+        if attempt != self.attempt and self._succeeds(attempt, start, _HeldRow(tokens, end, logprobs)):
+            return self._take_over()
         if attempt != self.attempt or self.end is not EndReason.NONE:
             self.ignored_rows += 1
             return False
@@ -154,6 +168,8 @@ class Emission:
         self._append(start, tokens, end, logprobs)
         if self._held:
             self._release_held()
+        if self._early and not self.ended and self._early[0][0] <= len(self.tokens):
+            return self._take_over()
         if len(self.tokens) == have and not self.ended:
             return False
         if self._on_mark is not None and len(self.tokens) >= self._mark:
@@ -183,19 +199,51 @@ class Emission:
         self._end_taken = self.ended
         logprobs = None
         if self._logprobs is not None:
-            logprobs = tuple(self._logprobs[start - self._logprob_base : stop - self._logprob_base])
+            logprobs = tuple(self._logprobs)
+            self._logprobs.clear()
         return Delta(tuple(self.tokens[start:stop]), logprobs, self.end)
 
     def check_integrity(self) -> None:
         """Raises ValueError when an invariant does not hold."""
-        if self._logprobs is not None and len(self._logprobs) != len(self.tokens) - self._logprob_base:
+        if self._logprobs is not None and len(self._logprobs) != len(self.tokens) - self._taken:
             raise ValueError("logprobs and tokens differ in length")
         if any(start <= len(self.tokens) for start in self._held):
             raise ValueError("a row is held that could be applied")
         if self._held_tokens != sum(len(row.tokens) for row in self._held.values()):
             raise ValueError("held token count is off")
-        if not self._logprob_base <= self._taken <= len(self.tokens) <= self._max_tokens:
+        if not 0 <= self._taken <= len(self.tokens) <= self._max_tokens:
             raise ValueError("read position is outside the tokens")
+
+    def _succeeds(self, attempt: int, start: int, row: _HeldRow) -> bool:
+        """Whether the successor's row continues what is out. One that lies behind it is kept until it does.
+
+        Where the current attempt has gone beyond it, or differs, both run: then the current one is believed.
+        """
+        if attempt != self._successor or self.ended or not 0 <= start <= self._max_tokens - len(row.tokens):
+            return False
+        known = self.tokens[start:]
+        if start > len(self.tokens):
+            if len(self._early) < self._max_tokens:
+                self._early.append((start, row))
+            return False
+        if self._early or len(known) > len(row.tokens) or list(row.tokens[: len(known)]) != known:
+            return False
+        self._early.append((start, row))
+        return True
+
+    def _take_over(self) -> bool:
+        """The successor is the current attempt from here on. True if its rows complete the choice."""
+        early, callback = list(self._early), self._on_taken_over
+        attempt = self._successor
+        if attempt is None or callback is None:
+            return False
+        self.attempt = attempt
+        self._held.clear()
+        self._held_tokens = 0
+        self.forget_successor()
+        callback()
+        completed = [self.apply(attempt, start, row.tokens, row.end, row.logprobs) for start, row in early]
+        return any(completed)
 
     def _append(self, start: int, tokens: Sequence[int], end: int, logprobs: Sequence[TokenLogprob] | None) -> None:
         """Append what is new of a row that starts at or before the next index; the end counts if it is not beyond."""

@@ -7,9 +7,9 @@ transport and no clock: every call that needs the time gets it.
 A worker whose KV cannot be exchanged with the other phase's workers is known but refused: it has no view, so nobody
 places anything there, until those others have been gone for a while.
 
-Invariants: every prefill worker can hand over to every decode worker; a worker's own counters are the sums over its
-open stakes; a stake is closed once, also when the worker was lost in between; with no stake open all own counters are
-zero.
+Invariants: the widths of every prefill worker and every decode worker go together; a worker's own counters are the
+sums over its open stakes; a stake is closed once, also when the worker was lost in between; with no stake open all own
+counters are zero.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from penstock.router.breaker import Breaker
+from penstock.router.pairs import Pairs
+from penstock.router.quarantine import Quarantine
 from penstock.router.settings import HealthSettings
 from penstock.workers.protocol import Load, Role, Welcome
 from penstock.workers.transfer.head_slices import reason_against
 
-_UNMEASURED_STEPS = 8  # steps' worth of prompts to have in flight while a worker's prefill rate is unknown
 _EXPECTED_BACK_S = 60.0  # a lost worker is being restarted: so long nobody who does not fit takes its place
 _RATE_MEMORY = 0.9  # weight of the past in the measured prefill rate, per completed prompt
 
@@ -48,6 +49,7 @@ class WorkerView:
     work_at: float = 0.0
     claimed_by: str | None = None  # a suspect request that must run here alone
     draining: bool = False
+    prefill_per_s: float | None = None  # in full steps, beside the sequences that decode there; None while unknown
     rate_tokens: float = 0.0
     rate_seconds: float = 0.0
     prefill_busy_since: float = 0.0
@@ -73,14 +75,9 @@ class WorkerView:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Measured prefill rate; None until a prompt has been computed."""
+        """Prompt tokens per second that came of what was sent there, waits for grants and all: what it has done, not
+        what it can do. None until a prompt has been computed."""
         return self.rate_tokens / self.rate_seconds if self.rate_seconds > 0 else None
-
-    def prefill_limit(self, backlog_s: float) -> float:
-        """Prefill tokens worth having in flight here."""
-        floor = float(_UNMEASURED_STEPS * self.welcome.max_num_batched_tokens)
-        rate = self.tokens_per_s
-        return floor if rate is None else max(floor, rate * backlog_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +111,8 @@ class Fleet:
     def __init__(self, settings: HealthSettings, work_half_life_s: float) -> None:
         self.workers: dict[str, WorkerView] = {}
         self.refused: dict[str, Refusal] = {}
+        self.pairs = Pairs(settings)
+        self.quarantine = Quarantine(settings)
         self._expected: dict[str, tuple[Welcome, float]] = {}  # lost workers, and until when they count
         self.version = 0  # grows with every join, loss and drain
         self._settings = settings
@@ -152,6 +151,7 @@ class Fleet:
     def lose(self, worker_id: str) -> WorkerView | None:
         """The worker is gone; returns the last view of it."""
         self.refused.pop(worker_id, None)
+        self.pairs.forget(worker_id)
         view = self.workers.pop(worker_id, None)
         if view is not None:
             self.version += 1
@@ -171,6 +171,7 @@ class Fleet:
             self.version += 1
         view.load = load
         view.load_at = now
+        view.prefill_per_s = _prefill_per_s(view.welcome, load)
 
     def overdue(self, now: float) -> list[tuple[str, str]]:
         """Workers to give up, with the reason: no heartbeat, or work whose step does not move."""
@@ -287,3 +288,12 @@ class Fleet:
         if load.step_age_s > allowed:
             return f"step {load.step} has not moved for {load.step_age_s:.1f} s"
         return None
+
+
+def _prefill_per_s(welcome: Welcome, load: Load) -> float | None:
+    """Prompt tokens per second by the line that the worker has fitted to its steps."""
+    budget = welcome.max_num_batched_tokens
+    if load.step_base_s + load.step_token_s <= 0:
+        return None
+    decodes = 0 if welcome.role is Role.PREFILL else min(load.running, budget - 1)
+    return (budget - decodes) / (load.step_base_s + load.step_token_s * budget)

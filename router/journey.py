@@ -11,23 +11,27 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.router.admission import Ticket, growth_of
 from penstock.router.emission import Emission
 from penstock.router.fleet import Stake
 from penstock.router.placement import Ask, Route
 from penstock.router.port import Event, Lost
 from penstock.router.prefix_index import short_digests
 from penstock.router.settings import RetrySettings
+from penstock.router.ticket import Ticket, growth_of
 from penstock.router.trail import AttemptTrail, Trail, attempt_context, route_context
 from penstock.workers.errors import PenstockError, RefusedError, RequestError
 from penstock.workers.protocol import EndReason, Failed, FailureCode, GenerateRequest
 
+if TYPE_CHECKING:
+    from penstock.router.live_moves import LiveMove
+
 _REFUSALS = frozenset({FailureCode.QUEUE_FULL, FailureCode.DRAINING, FailureCode.TOO_LARGE})
-_FINAL = frozenset({FailureCode.BAD_REQUEST, FailureCode.DEADLINE})
+_FINAL = frozenset({FailureCode.BAD_REQUEST, FailureCode.GRAMMAR, FailureCode.DEADLINE})
 _RETRY_AFTER_S = 1.0
 COMPLETED = "completed"
 _MAX_ATTEMPT = 2**16 - 2  # attempts travel as uint16
@@ -78,6 +82,9 @@ class RequestReport:
     times: dict[str, float]
     trail: Trail = field(default_factory=Trail)
     traceparent: str = ""  # as the caller gave it
+    live_moves: int = 0  # times it went on at another worker with its KV
+    moves_stayed: int = 0  # such moves that came to nothing: it went on, or ended, where it was
+    moves_failed: int = 0  # such moves in which it was lost, and computed again
 
 
 @dataclass(slots=True, eq=False)
@@ -108,6 +115,17 @@ class Journey:
     unserved_since: float | None = None  # nobody is left to serve it
     predicted_cached: int | None = None  # by the index, for the first attempt
     reported: bool = False
+    cut: bool = False  # this router ends before the request does
+    issued: int = 0  # attempt numbers given out
+    nudge: Callable[[], None] = lambda: None  # make the request path look at `leaving` and `left`
+    settled: bool = False  # it decodes where its route says
+    leaving: bool = False  # it is asked to go on elsewhere, with its KV
+    left: str = ""  # worker from which it has been taken over, to be told
+    move: LiveMove | None = None
+    live_moves: int = 0
+    moves_stayed: int = 0
+    moves_failed: int = 0
+    stays_until: float = 0.0  # it is not to move before
     trail: Trail = field(init=False)
 
     def __post_init__(self) -> None:
@@ -162,14 +180,22 @@ class Journey:
         """Raises AttemptError when the event says that its worker serves this attempt no longer."""
         body = event.body
         if isinstance(body, Lost):
-            raise AttemptError(event.worker_id, FailureCode.WORKER_LOST, body.reason, died=True)
+            stake = self.stakes.get(event.worker_id)
+            drained = stake is not None and stake.view.draining  # it was to end, and says nothing about the request
+            raise AttemptError(event.worker_id, FailureCode.WORKER_LOST, body.reason, died=not drained)
         if isinstance(body, Failed):
             raise AttemptError(event.worker_id, body.code, body.message, retry_after_s=body.retry_after_s)
 
-    def check_wait(self, serves: bool, now: float) -> None:
-        """Raises RefusedError when the request has waited too long for its turn, or for anybody who could serve it."""
+    def check_end(self, now: float) -> None:
+        """Raises RefusedError when the caller's patience, or this router's time, is over."""
+        if self.cut:
+            raise RefusedError(FailureCode.DRAINING, "this server is shutting down", _RETRY_AFTER_S)
         if self.patience(now) <= 0:
             raise RefusedError(FailureCode.DEADLINE, "the request took too long")
+
+    def check_wait(self, serves: bool, now: float) -> None:
+        """Raises RefusedError when the request has waited too long for its turn, or for anybody who could serve it."""
+        self.check_end(now)
         if not self.started and now - self.arrived >= self.request.queue_timeout_s:
             raise RefusedError(FailureCode.DEADLINE, "the request waited too long for its turn", _RETRY_AFTER_S)
         if serves:
@@ -288,6 +314,9 @@ class Journey:
             times=self.trail.times,
             trail=self.trail,
             traceparent=self.request.traceparent,
+            live_moves=self.live_moves,
+            moves_stayed=self.moves_stayed,
+            moves_failed=self.moves_failed,
         )
 
 

@@ -9,7 +9,7 @@ Pure but for the random draws passed in (ties, samples). Knows beliefs only; wor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -23,7 +23,7 @@ from penstock.router.policies.prefix_load import PrefixLoad
 from penstock.router.prefix_index import PrefixIndex
 from penstock.router.settings import PlacementSettings
 from penstock.workers.errors import ConfigError
-from penstock.workers.protocol import Role
+from penstock.workers.protocol import MOVE_WIRE_VERSION, Role, Welcome
 from penstock.workers.transfer.head_slices import reason_against
 
 POLICIES: MappingProxyType[str, type[Policy]] = MappingProxyType(
@@ -34,6 +34,8 @@ POLICIES: MappingProxyType[str, type[Policy]] = MappingProxyType(
 )
 
 _QUEUEING_CONTEXTS = 4.0  # a decode worker without room costs this many times the context
+_AS_FAST = 1.5  # workers whose speeds differ by less count as equals: measured lines are never quite the same
+_WORTH_MOVING = 0.5  # of what stands before a request where it waits: a queue elsewhere that is longer is no gain
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +104,15 @@ class Placement:
         mixed = self._workers((Role.MIXED,), avoid, now)
         options = [self._local(cost, each) for cost, each in self._score(ask, Phase.LOCAL, mixed, held, now)[:1]]
         if not decodes and prefills:
-            partners = self._partners(prefills[0][1].worker_id, mixed)
-            decodes = self._score(ask, Phase.DECODE, partners, held, now)
-        if ask.single and prefills:
-            cost, best = prefills[0]
-            options.append(_Scored(cost, Route(best.worker_id, None, best.uncached_tokens, 0)))
-        elif prefills and decodes:
-            options.append(self._split(ask, prefills[0], decodes[0][1]))
-        options += self._local_on_decode(ask, bool(prefills), avoid, held, now)
+            decodes = self._score(ask, Phase.DECODE, mixed, held, now)
+        if ask.single:
+            served = [
+                _Scored(cost, Route(each.worker_id, None, each.uncached_tokens, 0)) for cost, each in prefills[:1]
+            ]
+        else:
+            served = list(self._splits(ask, prefills, [decode for _, decode in decodes], now))
+        options += served
+        options += self._local_on_decode(ask, bool(served), avoid, held, now)
         return min(options, key=lambda option: option.cost).route if options else None
 
     def uncached_anywhere(self, ask: Ask, now: float) -> int:
@@ -119,33 +122,57 @@ class Placement:
             (self._uncached(ask, view, held) for view in self._fleet.workers.values()), default=ask.context_tokens
         )
 
-    def has_room_elsewhere(self, ask: Ask, route: Route, now: float, avoid: Collection[str] = ()) -> bool:
-        """True when a worker like the decode worker of `route`, where the request still waits, could start it now."""
+    def has_room_elsewhere(
+        self, ask: Ask, route: Route, ahead_tokens: int, now: float, avoid: Collection[str] = ()
+    ) -> bool:
+        """True when a worker like the decode worker of `route`, where the request still waits, could start it now.
+
+        `ahead_tokens` of prompts are computed there before its own. Where the worker has room the request has but to
+        wait for its turn, and goes for a much shorter queue only, or all that wait would change places for ever.
+        """
         current = self._fleet.workers.get(route.decode or "")
         if current is None:
             return False
         held = self._index.match(ask.digests, now)
         views = self._workers((Role.DECODE, Role.MIXED), (*avoid, current.worker_id), now)
-        views = self._partners(route.prefill, views) if route.prefill is not None else views
-        others = [self._candidate(ask, Phase.DECODE, view, held, 0.0) for view in views]
-        return any(
-            each.has_room and each.queued_tokens + each.uncached_tokens <= current.queued_tokens + ask.context_tokens
-            for each in others
-        )
+        views = self._partners(route.prefill, views, now) if route.prefill is not None else views
+        others = [self._candidate(ask, Phase.DECODE, view, held) for view in views]
+        wait_tokens = ahead_tokens + ask.context_tokens
+        if current.free_blocks and current.all_sequences <= current.welcome.max_num_seqs:  # its own are counted
+            wait_tokens = int(_WORTH_MOVING * wait_tokens)
+        return any(each.has_room and each.queued_tokens + each.uncached_tokens <= wait_tokens for each in others)
+
+    def choose_target(self, ask: Ask, source: WorkerView, now: float, spare: float) -> str | None:
+        """Where a sequence that runs at `source` can go on with its KV at once, `spare` of the blocks staying free."""
+        mine = source.welcome
+        views = [
+            view
+            for view in self._fleet.usable((Role.DECODE, Role.MIXED), now)
+            if view is not source and view.welcome.wire_version >= MOVE_WIRE_VERSION and _exchange(mine, view.welcome)
+        ]
+        scored = self._score(ask, Phase.DECODE, views, self._index.match(ask.digests, now), now)
+        for _, each in scored:
+            if each.has_room and each.free_tokens - each.uncached_tokens >= spare * each.total_tokens:
+                return each.worker_id
+        return None
 
     def _workers(self, roles: tuple[Role, ...], avoid: Collection[str], now: float) -> list[WorkerView]:
         """Workers that take new work; if none does, those whose breaker is open: better a trial than no answer."""
         views = self._fleet.usable(roles, now)
         if not views:
             views = [view for view in self._fleet.alive(roles) if view.claimed_by is None]
-        return [view for view in views if view.worker_id not in avoid]
+        sound = [view for view in views if not self._fleet.quarantine.holds(view.worker_id, now)]
+        return [view for view in sound if view.worker_id not in avoid]
 
-    def _partners(self, prefill: str, views: list[WorkerView]) -> list[WorkerView]:
-        """Those to which this prefill worker can hand over: the fleet sees to it for decode workers, not for mixed."""
+    def _partners(self, prefill: str, views: list[WorkerView], now: float) -> list[WorkerView]:
+        """Those to which this prefill worker can hand over."""
         sender = self._fleet.workers.get(prefill)
-        if sender is None:
-            return views
-        return [view for view in views if reason_against(sender.welcome.width, view.welcome.width) is None]
+        return views if sender is None else [view for view in views if self._hands_over(sender.welcome, view, now)]
+
+    def _hands_over(self, sender: Welcome, receiver: WorkerView, now: float) -> bool:
+        """Whether KV can go from one to the other, and has not just failed to."""
+        apart = not self._fleet.pairs.closed(sender.worker_id, receiver.worker_id, now)
+        return not apart and _exchange(sender, receiver.welcome)
 
     def _score(
         self, ask: Ask, phase: Phase, views: list[WorkerView], held: dict[str, int], now: float
@@ -154,8 +181,10 @@ class Placement:
         views = self._sampled(views, held)
         work = [self._fleet.recent_work(view, now) for view in views]
         least = min(work, default=0.0)
+        fastest = max((view.prefill_per_s or 0.0 for view in self._fleet.workers.values()), default=0.0)
         candidates = [
-            self._candidate(ask, phase, view, held, done - least) for view, done in zip(views, work, strict=True)
+            self._candidate(ask, phase, view, held, done - least, _slowness(view, fastest))
+            for view, done in zip(views, work, strict=True)
         ]
         scored = [(self._policy.cost(each), self._draw(), each) for each in candidates]
         scored.sort(key=lambda entry: entry[:2])
@@ -172,7 +201,13 @@ class Placement:
         return [views[i] for i in (owner, *rest[:wanted])]
 
     def _candidate(
-        self, ask: Ask, phase: Phase, view: WorkerView, held: dict[str, int], recent_work: float
+        self,
+        ask: Ask,
+        phase: Phase,
+        view: WorkerView,
+        held: dict[str, int],
+        recent_work: float = 0.0,
+        slowness: float = 1.0,
     ) -> Candidate:
         welcome = view.welcome
         return Candidate(
@@ -186,6 +221,7 @@ class Placement:
             free_tokens=max(0, view.free_blocks * welcome.block_size - ask.growth),
             total_tokens=max(1, welcome.num_blocks * welcome.block_size),
             recent_work=recent_work,
+            slowness=slowness,
         )
 
     def _uncached(self, ask: Ask, view: WorkerView, held: dict[str, int]) -> int:
@@ -195,7 +231,24 @@ class Placement:
     def _local(self, cost: float, candidate: Candidate, penalty: float = 1.0) -> _Scored:
         uncached = candidate.uncached_tokens
         route = Route(None, candidate.worker_id, uncached, uncached)
-        return _Scored(cost + (penalty - 1.0) * uncached, route)
+        return _Scored(cost + (penalty - 1.0) * candidate.slowness * uncached, route)
+
+    def _splits(
+        self, ask: Ask, prefills: list[tuple[float, Candidate]], decodes: list[Candidate], now: float
+    ) -> Iterator[_Scored]:
+        """For each kind of KV that meets in the fleet the cheapest prefill worker and the best partner it has."""
+        tried: set[tuple[str, int]] = set()
+        for prefill in prefills:
+            sender = self._fleet.workers[prefill[1].worker_id].welcome
+            if (kind := (sender.compatibility, sender.width)) in tried:
+                continue
+            workers = self._fleet.workers
+            fitting = (each for each in decodes if self._hands_over(sender, workers[each.worker_id], now))
+            decode = next(fitting, None)
+            if decode is not None:
+                yield self._split(ask, prefill, decode)
+            if decode is not None or not self._fleet.pairs:  # what keeps one of a kind from all need not keep another
+                tried.add(kind)
 
     def _split(self, ask: Ask, prefill: tuple[float, Candidate], decode: Candidate) -> _Scored:
         cost, chosen = prefill
@@ -205,18 +258,32 @@ class Placement:
         route = Route(chosen.worker_id, decode.worker_id, chosen.uncached_tokens, decode.uncached_tokens)
         return _Scored(cost, route)
 
+    def _is_short(self, uncached: int, view: WorkerView) -> bool:
+        """Whether a prompt may be computed where others decode: by itself, and with what waits there."""
+        step, cap = view.welcome.max_num_batched_tokens, self._settings.local_prefill_tokens
+        longest = step if cap is None else cap
+        return uncached <= longest and uncached + view.queued_tokens <= max(step, longest)
+
     def _local_on_decode(
         self, ask: Ask, prefill_lives: bool, avoid: Collection[str], held: dict[str, int], now: float
     ) -> list[_Scored]:
-        """Decode workers prefill what is short, and everything when nobody else is left to do it."""
+        """Decode workers prefill what is short and fits their next step beside what waits there; everything when nobody
+        else is left to do it: many short prompts would hold up decodes as one long one does.
+        """
         views = self._workers((Role.DECODE,), avoid, now)
         penalty = self._settings.local_penalty if prefill_lives else 1.0
         if prefill_lives:
-            cap = self._settings.local_prefill_tokens
-            views = [
-                view
-                for view in views
-                if self._uncached(ask, view, held) <= (view.welcome.max_num_batched_tokens if cap is None else cap)
-            ]
+            views = [view for view in views if self._is_short(self._uncached(ask, view, held), view)]
         scored = self._score(ask, Phase.LOCAL, views, held, now)
         return [self._local(cost, each, penalty) for cost, each in scored[:1]]
+
+
+def _exchange(one: Welcome, other: Welcome) -> bool:
+    """Whether KV blocks of one worker mean the same at the other, and can be cut for its ranks."""
+    return one.compatibility == other.compatibility and reason_against(one.width, other.width) is None
+
+
+def _slowness(view: WorkerView, fastest: float) -> float:
+    """Time for a prompt token against that of a worker with `fastest` tokens per second; 1 while unknown."""
+    slowness = fastest / view.prefill_per_s if view.prefill_per_s else 1.0
+    return slowness if slowness > _AS_FAST else 1.0

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from penstock.router.emission import Emission
-from penstock.workers.protocol import Failed, GenerateRequest, Grant, Granted, Queued, Started
+from penstock.workers.protocol import Failed, GenerateRequest, Grant, Granted, Queued, Started, Stays
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Event:
 
     worker_id: str
     attempt: int
-    body: Queued | Granted | Started | Failed | FirstToken | Ended | Lost | TimedOut
+    body: Queued | Granted | Started | Failed | Stays | FirstToken | Ended | Lost | TimedOut
 
 
 class Channel(Protocol):
@@ -52,6 +52,18 @@ class Channel(Protocol):
     def prefill(self, worker_id: str, attempt: int, request: GenerateRequest, grant: Grant | None) -> None: ...
 
     def generate(self, worker_id: str, attempt: int, request: GenerateRequest) -> None: ...
+
+    def take_over(self, worker_id: str, attempt: int, request: GenerateRequest) -> None:
+        """As `reserve`, for a sequence that runs elsewhere."""
+        ...
+
+    def move(self, worker_id: str, attempt: int, grant: Grant, emitted: int) -> None:
+        """Have the sequence that decodes there go on at the granter, whose request has `emitted` generated tokens."""
+        ...
+
+    def nudge(self) -> None:
+        """Make a pending `next_event` return `TimedOut`."""
+        ...
 
     def cancel(self, worker_id: str) -> None:
         """End what this request holds at the worker and free the slot; later events from it are dropped."""

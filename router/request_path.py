@@ -5,7 +5,8 @@
     3. reserve    have the decode worker set KV blocks aside
     4. prefill    have the prompt computed, and its KV sent to those blocks
     5. hand_over  wait until it is done
-    6. stream     wait for the end; tokens flow past this function, straight into the emission
+    6. stream     wait for the end; tokens flow past this function, straight into the emission. Meanwhile the sequence
+                  may go on at another worker, with its KV
     7. migrate    after a refusal, a failure or a death: let go, learn, and go round again
     8. end        account for it
 
@@ -23,8 +24,7 @@ from penstock.router.journey import AttemptError, Journey, RequestReport
 from penstock.router.placement import Route
 from penstock.router.port import Channel, Ended, Event, FirstToken, Lost, Port, Signal, TimedOut
 from penstock.router.router import Router
-from penstock.workers.errors import RefusedError
-from penstock.workers.protocol import Failed, FailureCode, GenerateRequest, Grant, Granted, Started
+from penstock.workers.protocol import Failed, FailureCode, GenerateRequest, Grant, Granted, Started, Stays
 
 _LOOK_AGAIN_S = 0.5  # a waiter looks at the world at least this often
 _LAST_WORD_S = 0.05
@@ -47,6 +47,7 @@ async def serve_request(request: GenerateRequest, port: Port, router: Router, em
     signal = port.signal()
     journey = router.begin(request, emission, signal.set, port.now)
     life = Life(journey, port.open_channel(emission), port, router, signal)
+    journey.nudge = life.channel.nudge
     try:
         await admit(life)
         while not emission.ended:
@@ -106,6 +107,7 @@ def prefill(life: Life, route: Route, grant: Grant | None) -> None:
     """Have the context computed: for the granter, or to be decoded at the same place."""
     journey = life.journey
     if route.prefill is not None:
+        life.router.attempts.check_open(journey, route.prefill)
         life.channel.prefill(route.prefill, journey.attempt, journey.resumed(), grant)
     else:
         life.channel.generate(route.computes, journey.attempt, journey.resumed())
@@ -139,16 +141,50 @@ async def stream(life: Life, route: Route) -> None:
     bystander = route.prefill if route.split else None
     orphaned_at: float | None = None
     while not emission.ended:
-        watching = orphaned_at is not None or journey.alone_on is not None
+        begin_move(life)
+        watching = orphaned_at is not None or journey.alone_on is not None or journey.move is not None
         event = await _next_event(life, _WATCH_S if watching else None, bystander=bystander)
         now = life.port.now()
+        if go_on_moving(life, event, now):
+            continue
+        if isinstance(event.body, Started) and event.worker_id == route.computes:
+            life.router.attempts.started(journey, event.worker_id, event.body.cached_tokens)  # its tokens overtook it
         if isinstance(event.body, Lost | Failed):
             orphaned_at = now if orphaned_at is None else orphaned_at
         life.router.attempts.watch(journey)
-        if emission.count > journey.attempt_base + 1:
+        if emission.count > journey.attempt_base + 1 or journey.live_moves:
             orphaned_at = None
         elif orphaned_at is not None and now - orphaned_at > life.router.settings.retry.handover_grace_s:
             raise AttemptError(route.computes, FailureCode.TRANSFER_FAILED, "prefill was lost while handing over")
+
+
+def begin_move(life: Life) -> None:
+    """Where this stream is asked to leave its worker: have another one set blocks aside, while it goes on."""
+    journey = life.journey
+    if journey.left:  # taken over; what is left there is a name
+        life.channel.cancel(journey.left)
+        journey.left = ""
+        life.router.moved(journey)
+    if journey.leaving and (move := life.router.moves.begin(journey)) is not None:
+        life.channel.take_over(move.target, move.attempt, journey.resumed())
+
+
+def go_on_moving(life: Life, event: Event, now: float) -> bool:
+    """Whether the event was about the stream's move alone. The move ends in the emission, or comes to nothing here."""
+    journey, move = life.journey, life.journey.move
+    if move is None:
+        return isinstance(event.body, Stays)
+    about_target = event.worker_id == move.target
+    if about_target and isinstance(event.body, Granted):
+        move.sent = True
+        life.channel.move(move.source, journey.attempt, event.body.grant, move.emitted)
+    elif move.comes_to_nothing(event, now):
+        life.channel.cancel(move.target)
+        life.router.moves.give_up(journey)
+        life.router.moved(journey)
+    else:
+        life.router.moves.check(journey, move, now)
+    return about_target or isinstance(event.body, Stays | Lost)
 
 
 async def migrate(life: Life, cause: AttemptError) -> None:
@@ -180,13 +216,15 @@ async def _next_event(life: Life, timeout_s: float | None, bystander: str | None
     """The next event of the current attempt, or `TimedOut`. Raises AttemptError when a worker that matters is out."""
     journey = life.journey
     while True:
-        left_s = journey.patience(life.port.now())
-        if left_s <= 0:
-            raise RefusedError(FailureCode.DEADLINE, "the request took too long")
+        now = life.port.now()
+        journey.check_end(now)
+        left_s = journey.patience(now)
         event = await life.channel.next_event(left_s if timeout_s is None else min(timeout_s, left_s))
         if isinstance(event.body, TimedOut):
             return event
         current = event.attempt == journey.attempt or isinstance(event.body, Lost)
+        if journey.move is not None and journey.move.concerns(event, life.port.now()):
+            return event
         if not current or event.worker_id not in journey.stakes:
             continue
         if event.worker_id != bystander:

@@ -23,14 +23,16 @@ from collections.abc import Callable
 
 import numpy as np
 
-from penstock.router.admission import Admission, Ticket, growth_of
+from penstock.router.admission import Admission
 from penstock.router.attempts import DECODING, Attempts
 from penstock.router.emission import Emission
 from penstock.router.fleet import Fleet
 from penstock.router.journey import COMPLETED, Journey, RequestReport
+from penstock.router.live_moves import LiveMoves
 from penstock.router.placement import Placement
 from penstock.router.prefix_index import PrefixIndex
 from penstock.router.settings import RouterSettings
+from penstock.router.ticket import Ticket, growth_of
 from penstock.workers.errors import RefusedError, RequestError
 from penstock.workers.protocol import FailureCode, GenerateRequest, KVEvents, KVSnapshot, Load, Role, Welcome
 
@@ -55,8 +57,9 @@ class Router:
         self.fleet = Fleet(settings.health, settings.placement.balance_window_s)
         self.index = PrefixIndex(settings.index, seed)
         self.placement = Placement(settings.placement, self.fleet, self.index, draw)
-        self.admission = Admission(settings.admission, self.fleet)
+        self.admission = Admission(settings.admission, self.fleet, draw)
         self.attempts = Attempts(settings.retry, self.fleet, self.index, self.placement, self.admission, draw)
+        self.moves = LiveMoves(settings.moves, self.fleet, self.index, self.placement)
         self._observe = observe
         self._journeys: dict[Journey, None] = {}
         self._refusals_told: dict[str, str] = {}  # worker id -> the reason that the log has
@@ -86,6 +89,7 @@ class Router:
         self.fleet.load_arrived(worker_id, load, now)
         if self.fleet.version != before:
             self._fleet_changed()
+            self.moves.tick(self._journeys, now)
 
     def kv_events(self, worker_id: str, events: KVEvents) -> bool:
         """Changes of a worker's prefix cache. Returns True when a snapshot is needed."""
@@ -96,10 +100,12 @@ class Router:
         self.index.apply_snapshot(worker_id, snapshot)
 
     def overdue(self, now: float) -> list[tuple[str, str]]:
-        """Workers that are silent or stuck, with the reason in one short sentence."""
+        """Workers that are silent or stuck, with the reason in one short sentence. Sheds who waits in vain, too."""
         for welcome in self.fleet.reconsider(now):
             log.info("worker %s is taken in after all", welcome.worker_id)
             self._admitted(welcome)
+        self.admission.shed_late(now)
+        self.moves.tick(self._journeys, now)
         return self.fleet.overdue(now)
 
     # --- asked by the request path --------------------------------------------------------------------------------
@@ -109,18 +115,22 @@ class Router:
     ) -> Journey:
         """A request arrives. It is accounted for from here on; `finish` must follow."""
         growth = growth_of(request.remaining)
-        ticket = Ticket(request.tenant, request.priority, emission, growth, request.context_length, wake)
+        # Further choices belong to a call that is being answered already: they are not refused for being late.
+        target_s = None if request.sampling.choice else request.queue_timeout_s
+        ticket = Ticket(request.tenant, request.priority, emission, growth, request.context_length, wake, target_s)
         journey = Journey(request, emission, ticket, self.settings.retry, clock)
         self._journeys[journey] = None
         return journey
 
     def enter(self, journey: Journey) -> None:
-        """Join the line. Raises RefusedError when it is full."""
+        """Join the line. Raises RefusedError when it is full, or too long to begin in time."""
         journey.ticket.prefill_tokens = self.placement.uncached_anywhere(journey.ask(), journey.clock())
-        self.admission.arrive(journey.ticket)
+        self.admission.arrive(journey.ticket, journey.clock())
 
     def check_wait(self, journey: Journey) -> None:
         """Raises RefusedError when there is no point in waiting longer."""
+        if journey.ticket.shed is not None:
+            raise journey.ticket.shed
         roles = (*DECODING, Role.PREFILL) if journey.remaining == 1 else DECODING
         journey.check_wait(bool(self.fleet.alive(roles)), journey.clock())
 
@@ -134,12 +144,23 @@ class Router:
         code = FailureCode.BAD_REQUEST if isinstance(error, RequestError) else FailureCode.INTERNAL
         self._report(journey, error.code if isinstance(error, RefusedError) else code)
 
+    def moved(self, journey: Journey) -> None:
+        """A move of this stream is over, one way or the other: another may begin."""
+        self.moves.tick(self._journeys, journey.clock())
+
+    def cut(self) -> None:
+        """The process is about to end: every request that is still open ends now, with a typed error."""
+        for journey in self._journeys:
+            journey.cut = True
+            journey.nudge()
+            journey.ticket.wake()
+
     def finish(self, journey: Journey) -> None:
         """Give everything back. A request that was not reported was cancelled."""
         if journey.emission.ended and not journey.reported:
             self.complete(journey)  # its reader had the end, and left before the request path heard of it
         self.attempts.end(journey)
-        self.admission.leave(journey.ticket)
+        self.admission.leave(journey.ticket, journey.clock())
         self._journeys.pop(journey, None)
         if not journey.reported:
             self._report(journey, FailureCode.CANCELLED)

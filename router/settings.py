@@ -29,10 +29,12 @@ class PlacementSettings:
 class AdmissionSettings:
     """How many requests may be inside, who waits, and how long."""
 
+    ttft_target_s: float = 10.0  # what would wait longer for its first token is refused at once; callers may ask less
+    tpot_target_s: float = 0.0  # batches are kept so small that a decode step takes no longer; 0 = as they come
     max_waiting: int = 4096
     max_waiting_per_tenant: int = 1024
     admit_ratio: float = 1.25  # requests let in per place in the fleet: a short queue at the workers keeps them busy
-    prefill_backlog_s: float = 4.0  # prefill work let in ahead; below the transfer lease, which runs meanwhile
+    prefill_backlog_s: float = 4.0  # prefill work let in ahead, at most a quarter of the target for the first token
     input_weight: float = 1.0  # service charged per computed prompt token
     output_weight: float = 2.0  # and per generated token
     tenant_weights: Mapping[str, float] = field(default_factory=dict)  # share of the service; 1 where not named
@@ -49,6 +51,8 @@ class HealthSettings:
     breaker_failures: int = 3  # failures in a row that open the breaker
     breaker_open_s: float = 1.0  # first pause; doubles up to breaker_max_s
     breaker_max_s: float = 30.0
+    quarantine_mismatches: int = 3  # transfers with damaged blocks until their sender gets no prompts
+    quarantine_window_s: float = 60.0  # within so long; for breaker_max_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +66,32 @@ class RetrySettings:
     sibling_wait_s: float = 0.25  # wait for a prefix that is just being handed over
     first_backoff_s: float = 0.01
     max_backoff_s: float = 1.0
+    budget_share: float = 0.1  # retries after failures and refusals per first attempt; more of them wait
+    budget_per_s: float = 2.0  # and so many per second at least
+    budget_burst: float = 32.0  # saved up at most
     max_attempts: int = 32  # that failed; refusals and moves do not count
     max_internal_failures: int = 2  # a defect that strikes so often belongs to the request
     poison_deaths: int = 2  # worker deaths in a row, without progress between, that make a request a suspect
     poison_clear_tokens: int = 4  # so much progress clears it
     alone_wait_s: float = 2.0  # wait for a worker to run empty for a suspect
+
+
+@dataclass(frozen=True, slots=True)
+class MoveSettings:
+    """When running sequences go on at another worker with their KV, and how many at a time.
+
+    Rebalancing is on by default: it begins where a worker preempts, or queues without KV, for a while, so what a move
+    costs, one copy of the KV, stands against computing all of it again.
+    """
+
+    at_once: int = 8  # leaving a worker that drains
+    patience_s: float = 10.0  # a move that is not done by then is given up; the sequence goes on where it is
+    rebalance: bool = True  # also from workers whose KV is short to workers with room
+    short_share: float = 0.05  # of blocks free, below which a worker with a queue is short; above twice that it is not
+    short_s: float = 1.0  # so long, or preempting so long, before anything moves
+    room_share: float = 0.3  # of the destination's blocks that stay free
+    rebalance_at_once: int = 2
+    rest_s: float = 10.0  # a sequence that was moved stays so long
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,4 +110,5 @@ class RouterSettings:
     admission: AdmissionSettings = field(default_factory=AdmissionSettings)
     health: HealthSettings = field(default_factory=HealthSettings)
     retry: RetrySettings = field(default_factory=RetrySettings)
+    moves: MoveSettings = field(default_factory=MoveSettings)
     index: IndexSettings = field(default_factory=IndexSettings)

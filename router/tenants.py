@@ -10,7 +10,7 @@ output_weight * tokens in flight) of each other (times one over the smaller weig
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 _MAX_TENANTS = 100_000
 
@@ -31,11 +31,18 @@ class TenantCounters:
         """Weighted tokens over weight; 0 for a stranger."""
         return self._service.get(tenant, 0.0)
 
-    def joined_line(self, tenant: str, waiting: Iterable[str]) -> None:
+    def joining(self, tenant: str, waiting: Collection[str]) -> float:
+        """Its counter as it is, or, where it has nothing waiting, as it would be if it had."""
+        if tenant in waiting:
+            return self.service(tenant)
+        floor = min(map(self.service, waiting), default=self._last_left)
+        return self.service(tenant) if floor is None else max(floor, self.service(tenant))
+
+    def joined_line(self, tenant: str, waiting: Collection[str]) -> None:
         """`tenant` had nothing waiting and now has; `waiting` are the others that do."""
-        floor = min((self.service(other) for other in waiting if other != tenant), default=self._last_left)
-        if floor is not None and floor > self.service(tenant):
-            self._service[tenant] = floor
+        counter = self.joining(tenant, waiting)
+        if counter > self.service(tenant):
+            self._service[tenant] = counter
         self._bound()
 
     def left_line(self, tenant: str) -> None:
@@ -45,7 +52,16 @@ class TenantCounters:
     def charge(self, tenant: str, tokens: float) -> None:
         """Weighted tokens of service, negative to give some back."""
         if tokens:
-            self._service[tenant] = max(0.0, self.service(tenant) + tokens / self._weights.get(tenant, 1.0))
+            self._service[tenant] = max(0.0, self.service(tenant) + self.price(tenant, tokens))
+            self._bound()
+
+    def price(self, tenant: str, tokens: float) -> float:
+        """By how much so many weighted tokens move its counter."""
+        return tokens / self.weight(tenant)
+
+    def weight(self, tenant: str) -> float:
+        """Its share of the service, against the others'."""
+        return self._weights.get(tenant, 1.0)
 
     def next_tenant(self, waiting: Iterable[str]) -> str:
         """Who of `waiting` (not empty) goes next; ties go to the one named first."""

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 
 from penstock.workers.trace_context import TraceContext, sampled_parent
 
+LIVE = "live"  # the choice of an attempt that goes on with the KV of the one before, which ended as `MOVED_LIVE`
+MOVED_LIVE = "moved_live"
 MAX_KEPT = 32  # attempts whose trail is kept; the first ones, and always the last
 PHASES = ("prefill", "transfer", "decode")
 
@@ -29,12 +31,14 @@ class AttemptTrail:
     began: float
     decision_s: float = 0.0
     ended: float | None = None
-    end: str = ""  # "completed" or the value of a `FailureCode`, once it has ended
+    end: str = ""  # "completed", "moved", `MOVED_LIVE` or the value of a `FailureCode`, once it has ended
     times: dict[str, float] = field(default_factory=dict)
 
     @property
     def phase(self) -> str:
         """How far it came: one of `PHASES`."""
+        if self.choice == LIVE:
+            return "decode"
         if "first_token" not in self.times:
             return "prefill"
         split = self.prefill is not None and self.decode is not None

@@ -34,6 +34,7 @@ class Candidate:
     free_tokens: int  # KV room
     total_tokens: int
     recent_work: float  # tokens placed there lately, less the fleet's least
+    slowness: float = 1.0  # time that it takes for a prompt token, against the fleet's fastest worker
 
     @property
     def has_room(self) -> bool:

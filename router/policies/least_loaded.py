@@ -17,4 +17,5 @@ class LeastLoaded:
         fullness = (candidate.sequences + 1) / candidate.max_sequences * candidate.context_tokens
         if candidate.phase is Phase.DECODE:
             return fullness
-        return candidate.context_tokens + candidate.queued_tokens + self._balance * candidate.recent_work
+        tokens = candidate.context_tokens + candidate.queued_tokens
+        return candidate.slowness * tokens + self._balance * candidate.recent_work

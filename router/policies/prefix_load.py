@@ -3,7 +3,9 @@
 A request costs a prefilling worker what it must compute, and at a lower weight what is queued there: a wait passes,
 but a prefix computed on a second worker is work for all. A decoding worker is chosen by how full it gets, and by how
 much of the KV need not travel. Recently placed work, at a small weight, decides between equals, so that new
-conversations go where least has gone while a long cached prefix still outweighs it.
+conversations go where least has gone while a long cached prefix still outweighs it. Tokens are those of the fleet's
+fastest worker: one that takes ten times as long for each, such as a decode worker with large batches and little room
+for prompts beside them, costs ten times as much.
 """
 
 from __future__ import annotations
@@ -31,5 +33,5 @@ class PrefixLoad:
             return _TRANSFER_SHARE * candidate.uncached_tokens + fullness * candidate.context_tokens + wait
         if candidate.phase is Phase.PREFILL:
             wait = 0.0  # a prefilling worker's queue is in tokens
-        queued = self._queue_weight * candidate.queued_tokens
-        return candidate.uncached_tokens + queued + self._balance * candidate.recent_work + wait
+        tokens = candidate.uncached_tokens + self._queue_weight * candidate.queued_tokens
+        return candidate.slowness * tokens + self._balance * candidate.recent_work + wait

@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from fakes.beliefs import emission_of, fleet_of, welcome
+from fakes.beliefs import emission_of, fleet_of, load, welcome
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from penstock.router.admission import Admission, Ticket, growth_of
+from penstock.router.admission import Admission
 from penstock.router.fleet import Fleet
+from penstock.router.forecast import Turnover
 from penstock.router.settings import AdmissionSettings
+from penstock.router.ticket import Ticket, growth_of
 from penstock.workers.errors import RefusedError
 from penstock.workers.protocol import FailureCode, Role
 
@@ -21,8 +23,16 @@ def ticket(tenant: str = "t", prefill: int = 10, growth: int = 10, priority: int
     return Ticket(tenant, priority, emission_of(), growth, prefill, lambda: None)
 
 
+class Fast(Turnover):
+    def per_s(self, assumed_s: float) -> float:
+        return 1000.0
+
+
 def gate(fleet: Fleet, **fields: Any) -> Admission:
-    return Admission(AdmissionSettings(**({"admit_ratio": 1.0} | fields)), fleet)
+    """Of a fleet that is known to work so fast that nobody would come too late."""
+    admission = Admission(AdmissionSettings(**({"admit_ratio": 1.0} | fields)), fleet, lambda: 0.5)
+    admission._forecast.turnover = Fast()
+    return admission
 
 
 class GateMachine(RuleBasedStateMachine):
@@ -38,7 +48,7 @@ class GateMachine(RuleBasedStateMachine):
     def arrive(self, tenant: str, prefill: int, priority: int) -> None:
         new = ticket(tenant, prefill, 20, priority)
         try:
-            self.gate.arrive(new)
+            self.gate.arrive(new, 0.0)
         except RefusedError:
             return
         self.tickets.append(new)
@@ -48,8 +58,8 @@ class GateMachine(RuleBasedStateMachine):
     def progress(self, data: st.DataObject, what: str) -> None:
         chosen = data.draw(st.sampled_from(self.tickets))
         if what == "leave":
-            self.gate.leave(chosen)
-            self.gate.leave(chosen)
+            self.gate.leave(chosen, 0.0)
+            self.gate.leave(chosen, 0.0)
             self.tickets.remove(chosen)
         elif not (chosen.inside and chosen.admitted):
             return
@@ -81,7 +91,7 @@ class GateMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         for each in self.tickets:
-            self.gate.leave(each)
+            self.gate.leave(each, 0.0)
         assert (self.gate.inside, self.gate.waiting) == (0, 0)
         self.gate.check_integrity()
 
@@ -93,7 +103,7 @@ TestGate.settings = settings(deadline=None, max_examples=50, stateful_step_count
 def fill(admission: Admission, count: int, tenant: str = "filler") -> list[Ticket]:
     tickets = [ticket(tenant) for _ in range(count)]
     for each in tickets:
-        admission.arrive(each)
+        admission.arrive(each, 0.0)
     return tickets
 
 
@@ -101,7 +111,7 @@ def test_as_many_as_there_are_places_come_in() -> None:
     admission = gate(fleet_of(welcome("a", max_num_seqs=4), welcome("b", max_num_seqs=4)))
     tickets = fill(admission, 10)
     assert [each.admitted for each in tickets] == [True] * 8 + [False] * 2
-    admission.leave(tickets[0])
+    admission.leave(tickets[0], 0.0)
     assert tickets[8].admitted
     assert not tickets[9].admitted
 
@@ -117,7 +127,7 @@ def test_kv_room_counts_and_a_cached_prompt_needs_little() -> None:
     admission = gate(fleet)
     large, second, cached = ticket(prefill=60), ticket(prefill=60), ticket(prefill=5)
     for each in (large, cached, second):
-        admission.arrive(each)
+        admission.arrive(each, 0.0)
     assert (large.admitted, cached.admitted, second.admitted) == (True, True, False)
 
 
@@ -125,7 +135,7 @@ def test_prefill_work_is_let_in_as_it_is_done() -> None:
     admission = gate(fleet_of(welcome("p", Role.PREFILL, max_num_batched_tokens=64), welcome("d", Role.DECODE)))
     tickets = [ticket(prefill=256) for _ in range(4)]
     for each in tickets:
-        admission.arrive(each)
+        admission.arrive(each, 0.0)
     assert [each.admitted for each in tickets] == [True, True, False, False]
     admission.computed(tickets[0])
     assert [each.admitted for each in tickets] == [True, True, True, False]
@@ -135,7 +145,7 @@ def test_nobody_comes_in_while_nobody_decodes() -> None:
     fleet = fleet_of(welcome("p", Role.PREFILL))
     admission = gate(fleet)
     only = ticket()
-    admission.arrive(only)
+    admission.arrive(only, 0.0)
     assert not only.admitted
     fleet.join(welcome("d", Role.DECODE), 0.0)
     admission.wake_all()
@@ -147,11 +157,11 @@ def test_bounds_are_typed_refusals() -> None:
     fill(admission, 1)
     fill(admission, 2, "greedy")
     with pytest.raises(RefusedError) as refused:
-        admission.arrive(ticket("greedy"))
+        admission.arrive(ticket("greedy"), 0.0)
     assert refused.value.code is FailureCode.TENANT_LIMIT
-    admission.arrive(ticket("modest"))
+    admission.arrive(ticket("modest"), 0.0)
     with pytest.raises(RefusedError) as refused:
-        admission.arrive(ticket("late"))
+        admission.arrive(ticket("late"), 0.0)
     assert refused.value.code is FailureCode.OVERLOADED
     assert refused.value.retry_after_s
 
@@ -163,11 +173,11 @@ def test_tenants_alternate_and_priority_orders_within_one() -> None:
     urgent = ticket("flood", priority=-1)
     single = ticket("single")
     for each in (*flood, urgent, single):
-        admission.arrive(each)
+        admission.arrive(each, 0.0)
     order: list[Ticket] = []
     inside = first
     while admission.inside:
-        admission.leave(inside)
+        admission.leave(inside, 0.0)
         inside = next((t for t in (*flood, urgent, single) if t.inside and t not in order), inside)
         if inside in order or inside is first:
             break
@@ -181,27 +191,27 @@ def test_the_generated_tokens_of_a_tenant_count() -> None:
     """Two tenants with equal prompts: the one whose answers are long waits longer."""
     admission = gate(fleet_of(welcome("a", max_num_seqs=2)))
     talker, quiet = ticket("talker"), ticket("quiet")
-    admission.arrive(talker)
-    admission.arrive(quiet)
+    admission.arrive(talker, 0.0)
+    admission.arrive(quiet, 0.0)
     waiting = [ticket("talker"), ticket("quiet")]
     for each in waiting:
-        admission.arrive(each)
+        admission.arrive(each, 0.0)
     talker.emission.tokens.extend(range(500))
-    admission.leave(quiet)
+    admission.leave(quiet, 0.0)
     assert [each.admitted for each in waiting] == [False, True]
 
 
 def test_a_migrating_request_goes_first_and_keeps_its_place() -> None:
     admission = gate(fleet_of(welcome("a", max_num_seqs=2, max_num_batched_tokens=64)))
     mover, other = ticket(prefill=300), ticket(prefill=200)
-    admission.arrive(mover)
-    admission.arrive(other)
+    admission.arrive(mover, 0.0)
+    admission.arrive(other, 0.0)
     waiting = ticket(prefill=10)
-    admission.arrive(waiting)
+    admission.arrive(waiting, 0.0)
     admission.computed(mover)
     admission.reenter(mover, 320)
     assert not mover.admitted, "512 tokens may be under way, and 200 are"
-    admission.leave(other)
+    admission.leave(other, 0.0)
     assert mover.admitted
     assert waiting.admitted
     assert admission.inside == 2
@@ -211,7 +221,7 @@ def test_everyone_who_waits_is_woken_by_a_change() -> None:
     woken: list[str] = []
     admission = gate(fleet_of(welcome("a", max_num_seqs=1)))
     fill(admission, 1)
-    admission.arrive(Ticket("t", 0, emission_of(), 1, 1, lambda: woken.append("t")))
+    admission.arrive(Ticket("t", 0, emission_of(), 1, 1, lambda: woken.append("t")), 0.0)
     admission.wake_all()
     assert woken == ["t"]
 
@@ -226,3 +236,88 @@ def test_the_check_checks() -> None:
     admission._kv_tokens += 1
     with pytest.raises(ValueError, match="KV"):
         admission.check_integrity()
+
+
+def slow_house(places: int = 4, tokens_per_step: int = 512) -> tuple[Fleet, Admission]:
+    """A worker whose answers of 10 tokens take a second: the house turns over once a second."""
+    fleet = fleet_of(welcome("a", max_num_seqs=places, max_num_batched_tokens=tokens_per_step))
+    fleet.load_arrived("a", load(step_base_s=0.1, step_token_s=0.0), 0.0)
+    return fleet, Admission(AdmissionSettings(ttft_target_s=2.0, admit_ratio=1.0), fleet, lambda: 0.5)
+
+
+def test_what_would_begin_too_late_is_refused_on_arrival() -> None:
+    """Four places and 1.4 s of patience at one house per second: five more may wait."""
+    _, admission = slow_house()
+    admission.check("t", 0.0)
+    fill(admission, 9, "t")
+    with pytest.raises(RefusedError, match="too late") as refused:
+        admission.arrive(ticket("t"), 0.0)
+    assert refused.value.code is FailureCode.OVERLOADED
+    assert refused.value.retry_after_s == pytest.approx(1.0), "jittered around one second"
+    with pytest.raises(RefusedError):
+        admission.check("t", 0.0)
+    assert admission.waiting == 5
+    admission.check_integrity()
+
+
+def test_a_caller_may_ask_for_less_patience_and_for_no_more() -> None:
+    _, admission = slow_house()
+    fill(admission, 5, "t")
+    hasty, patient = ticket("t"), ticket("t")
+    hasty.target_s, patient.target_s = 0.5, 1000.0
+    with pytest.raises(RefusedError):
+        admission.arrive(hasty, 0.0)
+    admission.arrive(patient, 0.0)
+    assert patient.target_s == 2.0
+
+
+def test_a_long_prompt_may_still_wait_for_half_the_target() -> None:
+    """It would be refused for ever if its own computing counted in full."""
+    fleet, admission = slow_house()
+    fleet.load_arrived("a", load(step_base_s=0.1, step_token_s=0.001), 1.0)
+    fill(admission, 4, "t")
+    admission.arrive(ticket("t", prefill=10_000), 1.0)
+    assert admission.waiting == 1
+
+
+def test_a_flood_is_told_of_itself_and_others_are_let_wait() -> None:
+    _, admission = slow_house()
+    fill(admission, 9, "flood")
+    with pytest.raises(RefusedError) as alone:
+        admission.arrive(ticket("flood"), 0.0)
+    admission.arrive(ticket("modest"), 0.0)
+    with pytest.raises(RefusedError) as beside:
+        admission.arrive(ticket("flood"), 0.0)
+    assert (alone.value.code, beside.value.code) == (FailureCode.OVERLOADED, FailureCode.TENANT_LIMIT)
+
+
+def test_who_cannot_begin_in_time_any_more_is_shed_the_last_first() -> None:
+    """The worker has become three times as slow: of five who wait, the first two still have a chance."""
+    fleet, admission = slow_house()
+    fill(admission, 4, "t")
+    waiting = fill(admission, 5, "t")
+    admission.shed_late(0.0)
+    assert not any(each.shed for each in waiting)
+    fleet.load_arrived("a", load(step_base_s=0.3, step_token_s=0.0), 0.0)
+    admission.shed_late(0.1)
+    assert [each.shed is None for each in waiting] == [True, True, False, False, False]
+    assert admission.waiting == 2
+    admission.check_integrity()
+
+
+def test_a_further_choice_of_a_running_call_is_never_late() -> None:
+    _, admission = slow_house()
+    fill(admission, 9, "t")
+    choice = ticket("t")
+    choice.target_s = None
+    admission.arrive(choice, 0.0)
+    admission.shed_late(60.0)
+    assert choice.shed is None
+    assert admission.waiting == 1
+
+
+def test_an_empty_house_takes_what_it_could_never_serve_in_time() -> None:
+    fleet, admission = slow_house()
+    fleet.load_arrived("a", load(step_base_s=5.0, step_token_s=1.0), 0.0)
+    admission.arrive(ticket("t", prefill=10_000), 0.0)
+    assert admission.inside == 1

@@ -110,12 +110,89 @@ def test_a_failed_attempt_is_blamed_on_its_worker_unless_its_partner_is_gone() -
         bench.router.worker_joined(welcome(route.prefill or "", Role.PREFILL), bench.now)
     assert all(bench.router.fleet.workers[name].breaker.closed(bench.now) for name in ("d0", "d1"))
     for _ in range(4):
-        journey = bench.begin("s")
-        route = Route("p0", "d0", 10, 10)
-        bench.attempts._begin(journey, route, bench.now)
-        bench.attempts.interrupted(journey, AttemptError("d0", FailureCode.TRANSFER_FAILED, "lost"))
-        bench.router.finish(journey)
+        fail(bench, Route("p0", "d0", 10, 10), AttemptError("d0", FailureCode.INTERNAL, "a defect"))
     assert not bench.router.fleet.workers["d0"].breaker.closed(bench.now)
+
+
+def fail(bench: Bench, route: Route, cause: AttemptError) -> None:
+    journey = bench.begin("s")
+    bench.attempts._begin(journey, route, bench.now)
+    bench.attempts.interrupted(journey, cause)
+    bench.router.finish(journey)
+
+
+def fail_to_hand_over(bench: Bench, prefill: str, decode: str, times: int) -> None:
+    for _ in range(times):
+        fail(bench, Route(prefill, decode, 10, 10), AttemptError(decode, FailureCode.TRANSFER_FAILED, "lost"))
+
+
+def open_breakers(bench: Bench) -> list[str]:
+    return [name for name, view in bench.router.fleet.workers.items() if not view.breaker.closed(bench.now)]
+
+
+def test_a_failed_hand_over_is_blamed_on_the_pair_and_on_who_fails_with_others_too() -> None:
+    bench, pairs = Bench(), lambda: bench.router.fleet.pairs
+    fail_to_hand_over(bench, "p0", "d0", 10)
+    assert open_breakers(bench) == []
+    assert not pairs().closed("p0", "d0", bench.now)
+    ask, choose = bench.begin("r").ask(), bench.router.placement.choose
+    routes = {avoided: choose(ask, bench.now, {avoided}) for avoided in ROLES}
+    chosen = {avoided: (route.prefill, route.decode) for avoided, route in routes.items() if route is not None}
+    assert chosen["p0"] in (("p1", "d0"), ("p1", "d1"))
+    assert chosen["p1"] == ("p0", "d1")
+    assert chosen["d1"] == ("p1", "d0"), "though p0 would be as good, and comes first half of the time"
+    fail_to_hand_over(bench, "p0", "d1", 3)
+    assert open_breakers(bench) == ["p0"], "it fails with both"
+    assert len(pairs()) == 2
+    bench.router.worker_lost("p0", "killed", bench.now)
+    assert len(pairs()) == 0
+
+
+def fail_by_damage(bench: Bench, prefill: str, decode: str) -> None:
+    fail(bench, Route(prefill, decode, 10, 10), AttemptError(decode, FailureCode.KV_DAMAGED, "wrong digests"))
+
+
+def test_who_sends_damaged_kv_gets_no_prompts_for_a_while() -> None:
+    bench = Bench()
+    for decode in ("d0", "d1", "d0"):
+        assert not bench.router.fleet.quarantine.holds("p0", bench.now)
+        fail_by_damage(bench, "p0", decode)
+    assert bench.router.fleet.quarantine.holds("p0", bench.now)
+    bench.now += 29.0
+    bench.router.worker_lost("p0", "its stream broke", bench.now)
+    bench.router.worker_joined(welcome("p0", Role.PREFILL), bench.now)
+    assert {bench.place(bench.begin(f"r{number}")).prefill for number in range(10)} == {"p1"}
+    ask, choose = bench.begin("s").ask(), bench.router.placement.choose
+    assert choose(ask, bench.now, {"p1"}) in (Route(None, "d0", 320, 320), Route(None, "d1", 320, 320))
+    bench.now += 1.0
+    route = choose(ask, bench.now, {"p1"})
+    assert route is not None
+    assert route.prefill == "p0"
+
+
+def test_a_receiver_that_damages_what_all_send_puts_nobody_into_quarantine() -> None:
+    bench = Bench()
+    for _ in range(10):
+        for prefill in ("p0", "p1"):
+            fail_by_damage(bench, prefill, "d0")
+    assert not any(bench.router.fleet.quarantine.holds(name, bench.now) for name in ("p0", "p1"))
+    assert open_breakers(bench) == ["d0"]
+
+
+def test_a_pair_comes_back_with_its_trial() -> None:
+    bench = Bench({"p0": Role.PREFILL, "d0": Role.DECODE})
+    fail_to_hand_over(bench, "p0", "d0", 3)
+    assert bench.place(bench.begin("r")) == Route(None, "d0", 320, 320), "decode prefills meanwhile"
+    bench.now += 1.0
+    trial, other = bench.begin("trial"), bench.begin("other")
+    route = bench.place(trial)
+    assert route.split
+    assert not bench.place(other).split, "the trial is under way"
+    trial.emission.apply(1, 0, [5])
+    assert len(bench.router.fleet.pairs) == 1
+    trial.emission.apply(1, 1, [6])
+    assert len(bench.router.fleet.pairs) == 0
+    assert bench.place(bench.begin("s")).split
 
 
 def test_a_last_token_without_its_end_concludes() -> None:
@@ -192,6 +269,7 @@ def test_a_move_needs_room_elsewhere() -> None:
     route = bench.place(journey)
     other = "d1" if route.decode == "d0" else "d0"
     bench.router.load_arrived(other, load(free_blocks=0), bench.now)
+    bench.router.load_arrived(route.decode, load(free_blocks=0), bench.now)
     bench.attempts.check_move(journey)
     bench.router.load_arrived(other, load(free_blocks=1000), bench.now)
     with pytest.raises(AttemptError) as moved:

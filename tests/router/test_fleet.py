@@ -8,6 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from penstock.router.capacity import prefill_limit
 from penstock.router.fleet import Stake
 from penstock.router.settings import HealthSettings
 from penstock.workers.protocol import Role
@@ -147,7 +148,7 @@ def test_the_prefill_rate_is_measured_while_busy() -> None:
     fleet = fleet_of(welcome("a"))
     view = fleet.workers["a"]
     assert view.tokens_per_s is None
-    assert view.prefill_limit(4.0) == 8 * 512
+    assert prefill_limit(view, 4.0) == 8 * 512
     now = 100.0
     for _ in range(20):
         first, second = fleet.stake("a", 1000, 0, now), fleet.stake("a", 1000, 0, now)
@@ -155,7 +156,7 @@ def test_the_prefill_rate_is_measured_while_busy() -> None:
         fleet.computed(second, now + 1.0)
         now += 50.0  # idle in between does not count
     assert view.tokens_per_s == pytest.approx(2000)
-    assert view.prefill_limit(4.0) == pytest.approx(8000)
+    assert prefill_limit(view, 4.0) == pytest.approx(8000)
 
 
 def test_recent_work_halves_and_newcomers_start_level() -> None:

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from fakes.beliefs import fleet_of, welcome
 
-from penstock.router.admission import Ticket
 from penstock.router.emission import Emission
 from penstock.router.fleet import Fleet
 from penstock.router.journey import AttemptError, Journey
 from penstock.router.placement import Route
 from penstock.router.port import Event, Lost
 from penstock.router.settings import RetrySettings
+from penstock.router.ticket import Ticket
 from penstock.workers.errors import RefusedError, RequestError
 from penstock.workers.protocol import (
     EndReason,

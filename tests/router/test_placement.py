@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,48 @@ def test_busy_prefill_workers_push_short_prompts_to_decode() -> None:
     assert route.prefill is None
 
 
+def test_a_burst_of_short_prompts_takes_no_more_of_decode_workers_than_their_next_step() -> None:
+    bench = Bench(SPLIT)
+    budget = bench.fleet.workers["d0"].welcome.max_num_batched_tokens
+    for name in ("p0", "p1"):
+        bench.fleet.load_arrived(name, load(queued_prefill_tokens=100_000), 0.0)
+    local = 0
+    for _ in range(50):
+        route = bench.choose(100)
+        assert route is not None
+        if route.prefill is None:
+            local += 1
+            bench.fleet.stake(route.computes, route.prefill_tokens, 0, 0.0)
+    assert local == 2 * (budget // 100)
+
+
+def test_a_cap_of_several_steps_is_meant() -> None:
+    bench = Bench(SPLIT, PlacementSettings(local_prefill_tokens=3000))
+    for name in ("p0", "p1"):
+        bench.fleet.load_arrived(name, load(queued_prefill_tokens=100_000), 0.0)
+    assert bench.fleet.workers["d0"].welcome.max_num_batched_tokens < 2000
+    route = bench.choose(2000)
+    assert route is not None
+    assert route.prefill is None
+
+
+def test_a_token_costs_more_where_it_takes_longer() -> None:
+    """Decode workers with long steps are no relief for prefill workers that are through their queue in no time."""
+    bench = Bench(SPLIT)
+    for name in ("p0", "p1"):
+        bench.fleet.load_arrived(name, load(queued_prefill_tokens=5000, step_base_s=0.01), 0.0)
+    for name in ("d0", "d1"):
+        bench.fleet.load_arrived(name, load(step_base_s=0.012), 0.0)
+    route = bench.choose(300)
+    assert route is not None
+    assert route.prefill is None, "nearly as fast: as before"
+    for name in ("d0", "d1"):
+        bench.fleet.load_arrived(name, load(step_base_s=0.3), 0.0)
+    route = bench.choose(300)
+    assert route is not None
+    assert route.split
+
+
 def test_prefill_goes_where_the_prefix_is_unless_the_queue_outweighs_it() -> None:
     bench = Bench(SPLIT, PlacementSettings(local_prefill_tokens=0))
     bench.holds("p1", 2000)
@@ -118,6 +161,33 @@ def test_without_decode_workers_there_is_no_route() -> None:
     assert bench.choose(100, single=True) == Route("p0", None, 100, 0)
 
 
+def of_kind(bench: Bench, kinds: dict[str, str]) -> None:
+    """Let the KV of these workers be of another layout or revision."""
+    for name, kind in kinds.items():
+        view = bench.fleet.workers[name]
+        view.welcome = dataclasses.replace(view.welcome, compatibility=kind)
+
+
+def test_prefill_goes_where_its_kv_can_be_used() -> None:
+    """Two revisions side by side, as while workers are replaced."""
+    bench = Bench(SPLIT)
+    of_kind(bench, {"p1": "new", "d1": "new"})
+    for name in ("p0", "d1"):
+        bench.holds(name, 4000)  # each alone would be the cheaper one
+    route = bench.choose(5000)
+    assert route is not None
+    assert (route.prefill, route.decode) == ("p0", "d0")
+    assert bench.choose(5000, avoid=("p0",)) == Route("p1", "d1", 5000, 1000)
+    assert not bench.placement.has_room_elsewhere(bench.ask(5000), Route("p0", "d0", 1000, 5000), 0, 0.0)
+
+
+@pytest.mark.parametrize("other", [Role.DECODE, Role.MIXED])
+def test_where_no_prefill_worker_fits_the_others_compute_prompts_themselves(other: Role) -> None:
+    bench = Bench({"p0": Role.PREFILL, "d0": other})
+    of_kind(bench, {"p0": "new"})
+    assert bench.choose(5000) == Route(None, "d0", 5000, 5000)
+
+
 def test_mixed_workers_do_both_and_stand_in_for_decode() -> None:
     assert Bench({"m0": Role.MIXED}).choose(4000) == Route(None, "m0", 4000, 4000)
     bench = Bench({"p0": Role.PREFILL, "m0": Role.MIXED})
@@ -143,10 +213,18 @@ def test_avoided_workers_are_not_used_and_open_breakers_only_without_others() ->
 def test_room_elsewhere() -> None:
     bench = Bench(SPLIT)
     route = Route("p0", "d0", 1000, 1000)
-    assert bench.placement.has_room_elsewhere(bench.ask(1000), route, 0.0)
-    assert not bench.placement.has_room_elsewhere(bench.ask(1000), route, 0.0, ("d1",))
+
+    def elsewhere(ahead_tokens: int, *avoid: str) -> bool:
+        return bench.placement.has_room_elsewhere(bench.ask(1000), route, ahead_tokens, 0.0, avoid)
+
+    assert not elsewhere(0), "both have room: it has but to wait for its turn"
+    assert not elsewhere(900)
+    assert elsewhere(1000)
+    bench.fleet.load_arrived("d0", load(free_blocks=0), 0.0)
+    assert elsewhere(0)
+    assert not elsewhere(0, "d1")
     bench.fleet.load_arrived("d1", load(free_blocks=10), 0.0)
-    assert not bench.placement.has_room_elsewhere(bench.ask(1000), route, 0.0)
+    assert not elsewhere(1000)
 
 
 def test_equals_are_chosen_at_random() -> None:

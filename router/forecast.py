@@ -1,0 +1,110 @@
+"""How long a request would wait for its turn: what stands before it in the fair order, over the fleet's pace.
+
+Used by `admission.py` only, which refuses at once what could not begin in time. Two things are waited for, whichever
+takes longer: a place (and KV room), which comes free as others end, and the prompts to be computed before.
+
+The pace of places is measured while the house is full, as the share of the house that others give back per second;
+before much was measured, answers are expected to take as many steps as the gate counts tokens of them, and before a
+single step was measured nobody is refused for what nobody knows: who turns out to be late is shed later. Prompts are
+computed at the rate that `capacity.py` derives. The order is the one of Virtual Token Counters (`tenants.py`), with
+every waiting request's output expected as long as the gate counts it. Pure: the caller brings the time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from penstock.router.capacity import Capacity
+from penstock.router.settings import AdmissionSettings
+from penstock.router.tenants import TenantCounters
+from penstock.router.ticket import Ticket, Work
+
+Lines = Mapping[str, Sequence[Ticket]]
+_HALF_LIFE_S = 10.0  # of full time: how long what was measured counts
+_PRIOR_S = 1.0  # of full time: weight of what is assumed before anything was measured
+
+
+class Turnover:
+    """Share of the house that is given back per second while it is full."""
+
+    def __init__(self) -> None:
+        self._released = self._seconds = 0.0
+        self._since: float | None = None  # full since, as far as not counted yet
+
+    def note(self, full: bool, now: float) -> None:
+        """The house is full, or not, from now on."""
+        if self._since is not None:
+            elapsed = max(0.0, now - self._since)
+            keep = 0.5 ** (elapsed / _HALF_LIFE_S)
+            self._released *= keep
+            self._seconds = self._seconds * keep + elapsed
+        self._since = now if full else None
+
+    def released(self, share: float) -> None:
+        """So much of the house became free."""
+        if self._since is not None:
+            self._released += share
+
+    def per_s(self, assumed_s: float) -> float:
+        """Houses per second; `assumed_s`: seconds for a whole turn, as far as it was not measured."""
+        return (self._released + _PRIOR_S / assumed_s) / (self._seconds + _PRIOR_S)
+
+
+class Forecast:
+    """Waits of one router's gate."""
+
+    def __init__(self, settings: AdmissionSettings, tenants: TenantCounters) -> None:
+        self.turnover = Turnover()
+        self._settings = settings
+        self._tenants = tenants
+
+    def turns_per_s(self, capacity: Capacity, inside: int, growth: int) -> float:
+        """Houses per second; `growth`: output tokens that the gate counts of those inside."""
+        step_s = capacity.base_s + capacity.row_s * inside / max(1, capacity.workers)
+        assumed_s = growth / max(1, inside) * step_s
+        return self.turnover.per_s(assumed_s) if assumed_s > 0 else math.inf
+
+    def wait_s(self, capacity: Capacity, standing: Work, turns_per_s: float) -> float:
+        """Seconds until somebody can begin behind all of `standing`, who is counted in it but for its prompt."""
+        if capacity.places <= 0 or capacity.kv_tokens <= 0:
+            return 0.0  # nobody can tell; how long that lasts is bounded elsewhere
+        short = max(standing.sequences / capacity.places, standing.kv_tokens / capacity.kv_tokens) - 1.0
+        place_s = short / turns_per_s if short > 0 else 0.0
+        return max(place_s, self.compute_s(capacity, standing.prefill_tokens))
+
+    def compute_s(self, capacity: Capacity, tokens: int) -> float:
+        """Seconds that the fleet takes for so many prompt tokens; 0 while unknown."""
+        return tokens / capacity.prefill_per_s if capacity.prefill_per_s else 0.0
+
+    def ahead(self, lines: Lines, tenant: str, rank: tuple[int, float]) -> Work:
+        """What of all lines goes before a request that its tenant's line would have at this rank."""
+        ahead, start = Work(), self._tenants.joining(tenant, lines)
+        for ticket in lines.get(tenant, ()):
+            if ticket.rank() >= rank:
+                break
+            ahead += ticket.needs
+            start += self._price(ticket)
+        for other, line in lines.items():
+            begins = self._tenants.service(other)
+            for ticket in line if other != tenant else ():
+                if begins > start:
+                    break
+                ahead += ticket.needs
+                begins += self._price(ticket)
+        return ahead
+
+    def order(self, lines: Lines) -> list[Ticket]:
+        """Everybody who waits, in the order in which they would come in if nobody else came."""
+        keyed: list[tuple[float, int, Ticket]] = []
+        for tenant, line in lines.items():
+            begins = self._tenants.service(tenant)
+            for ticket in line:
+                keyed.append((begins, ticket.arrival, ticket))
+                begins += self._price(ticket)
+        return [ticket for _, _, ticket in sorted(keyed, key=lambda entry: entry[:2])]
+
+    def _price(self, ticket: Ticket) -> float:
+        settings = self._settings
+        tokens = settings.input_weight * ticket.prefill_tokens + settings.output_weight * ticket.growth
+        return self._tenants.price(ticket.tenant, tokens)
