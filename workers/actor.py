@@ -31,6 +31,7 @@ from penstock.workers.logs import configure
 from penstock.workers.parallel.follower import Follower, FollowerParts
 from penstock.workers.parallel.leader import GroupLeader
 from penstock.workers.process import EXIT_ENGINE_FAILED, EXIT_ORPHANED, SWITCH_INTERVAL_S
+from penstock.workers.process_limits import take_limits
 from penstock.workers.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
@@ -127,12 +128,13 @@ class WorkerActor:
         """Load this worker or rank; why it cannot start. `give_up` hears, meanwhile, that another rank cannot."""
         leader = self._leader
         try:
+            take_limits(self._settings.title)
             if self._settings.group.rank:
                 self._follow(give_up)
                 return None
             if leader is not None:
                 leader.on_start_failure = give_up
-            worker = build_worker(self._settings, None, leader)
+            worker = build_worker(self._settings, leader)
             worker.start()
         except (PenstockError, OSError, ValueError) as error:
             if leader is not None:

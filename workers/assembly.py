@@ -17,8 +17,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from penstock.workers import fault_points
+from penstock.workers.audit import AuditLog
 from penstock.workers.computing import Computing, build_computing
 from penstock.workers.engine import Engine, EngineParts
+from penstock.workers.grammar_store import GrammarStore, open_grammars
 from penstock.workers.group_assembly import (
     attention_ranks,
     bank_addresses,
@@ -28,9 +31,10 @@ from penstock.workers.group_assembly import (
 )
 from penstock.workers.handover import GranterIdentity, HandOver
 from penstock.workers.inbox import Drain
-from penstock.workers.kv.banks import BankedCaches, make_banks
+from penstock.workers.kv.banks import Bank, BankedCaches, make_banks
 from penstock.workers.kv.layout import KVLayout
-from penstock.workers.kv_feed import KVEventFeed
+from penstock.workers.kv.tiers import KVTiers
+from penstock.workers.kv_feed import CacheEvents, KVEventFeed
 from penstock.workers.observation import Observation
 from penstock.workers.parallel.group_transfer import GroupTransfer
 from penstock.workers.parallel.leader import GroupLeader
@@ -39,11 +43,14 @@ from penstock.workers.scheduler.scheduler import Scheduler
 from penstock.workers.service import WorkerService
 from penstock.workers.settings import WorkerSettings
 from penstock.workers.spans import SpanSink, open_sink
-from penstock.workers.totals import WeightFigures
+from penstock.workers.step_time import StepTimeModel
+from penstock.workers.tier_assembly import open_tiers
+from penstock.workers.tls import open_peer_tls
+from penstock.workers.totals import GrammarTotals, TierTotals, WeightFigures
 from penstock.workers.tracing import WorkerTracer
 from penstock.workers.transfer.engine import TransferEngine
-from penstock.workers.transfer.faults import TransferFaults
 from penstock.workers.transfer.host import host_id
+from penstock.workers.transfer.port import BlockStorage
 
 if TYPE_CHECKING:
     from penstock.workers.weights.supply import WeightSupply
@@ -52,6 +59,8 @@ log = logging.getLogger(__name__)
 
 _SESSION_ID_BYTES = 16
 _POLL_S = 0.02
+# What routers sent before they heard of the drain is still refused by its name, and last words reach them.
+_LINGER_S = 1.0
 _LAST_STEP_S = 5.0  # a step that hangs does not keep the process alive longer than this
 
 
@@ -81,8 +90,12 @@ class Worker:
         transfer: TransferEngine | GroupTransfer,
         spans: SpanSink | None = None,
         leader: GroupLeader | None = None,
+        grammars: GrammarStore | None = None,
         supply: WeightSupply | None = None,
+        tiers: KVTiers | None = None,
     ) -> None:
+        self._grammars = grammars
+        self._tiers = tiers
         self.facts = facts
         self._engine = engine
         self._service = service
@@ -110,9 +123,12 @@ class Worker:
         """Refuse new work, let what runs end within `drain_s`, then cut the streams. Safe to call twice."""
         if drain_s > 0:
             self.drain()
-            give_up = time.monotonic() + drain_s
-            while not self.drained and time.monotonic() < give_up and not self._ended.wait(_POLL_S):
-                pass
+            now = time.monotonic()
+            give_up, quiet_until = now + drain_s, now + _LINGER_S
+            while now < min(give_up, quiet_until) and not self._ended.wait(_POLL_S):
+                now = time.monotonic()
+                if not self.drained:
+                    quiet_until = now + (_LINGER_S if self._service.attached else 0.0)
         if self._supply is not None:
             self._supply.stop()
         self._engine.stop()
@@ -120,6 +136,10 @@ class Worker:
             self._thread.join(_LAST_STEP_S)
         self._service.stop()
         self._transfer.stop()
+        if self._grammars is not None:
+            self._grammars.stop()
+        if self._tiers is not None:
+            self._tiers.stop()
         if self._leader is not None:
             self._leader.stop()
         if self._spans is not None:
@@ -150,32 +170,31 @@ class Worker:
             self._ended.set()
 
 
-def build_worker(
-    settings: WorkerSettings, faults: TransferFaults | None = None, leader: GroupLeader | None = None
-) -> Worker:
-    """Load and connect everything; nothing is served yet. Raises ConfigError, ModelError. `faults` are for tests.
+def build_worker(settings: WorkerSettings, leader: GroupLeader | None = None) -> Worker:
+    """Load and connect everything; nothing is served yet. Raises ConfigError, ModelError.
 
     `leader`: this is rank 0 of a group; returns when all its ranks have loaded. Raises GroupError when one cannot.
     """
-    began = time.monotonic()
+    began, awake = time.monotonic(), threading.Event()
     count = attention_ranks(settings)
-    awake = threading.Event()
     computing, num_blocks = _build_computing(settings, leader)
     storage, layout = computing.storage, computing.layout
-    # Sequences on other attention ranks have blocks that no storage of this process holds.
-    generations = storage.generations[:num_blocks] if count == 1 else np.zeros(count * num_blocks, np.uint64)
-    banks = make_banks(count, num_blocks, generations, prefix_caching=settings.kv.prefix_caching)
-    if leader is not None:
-        leader.sender.announce(generations, storage.generations[:num_blocks] if count > 1 else None)
+    banks = _open_banks(settings, storage, count, num_blocks, leader)
     caches = [bank.cache for bank in banks if bank.cache is not None]
-    scheduler = Scheduler(settings.scheduler, layout, *banks)
+    grammars = _open_grammars(settings, computing, awake)
+    opened, step_time = open_tiers(settings, storage, layout, awake.set), StepTimeModel()
+    tiers = None if opened is None else opened.tiers
+    below = None if tiers is None else (tiers, step_time.predict)
+    scheduler = Scheduler(settings.scheduler, layout, *banks, grammars=grammars, tiers=below)
     host = host_id()
-    own_transfer = rank_transfer(settings, computing, awake.set, faults)
+    own_transfer = rank_transfer(settings, computing, awake.set)
     transfer = own_transfer if leader is None else lead_transfer(settings, leader, own_transfer, num_blocks, awake.set)
     service = WorkerService(
         _welcome(settings, count * num_blocks, transfer.address, host, layout),
         settings.heartbeat_s,
         settings.cluster_key,
+        transfer.stats,
+        open_peer_tls(settings.tls),
     )
     identity = GranterIdentity(
         settings.worker_id,
@@ -186,13 +205,15 @@ def build_worker(
         bank_addresses(own_transfer.address, leader, count),
     )
     sink = open_sink(settings.tracing, settings.worker_id)
-    observation = _observation(settings, computing, sink)
+    observation = _observation(settings, computing, sink, grammars, tiers)
     handover = HandOver(transfer, identity, lambda: os.urandom(_SESSION_ID_BYTES), observation)
-    feed = KVEventFeed(BankedCaches(caches) if len(caches) > 1 else next(iter(caches), None), service)
+    told: CacheEvents | None = BankedCaches(caches) if len(caches) > 1 else next(iter(caches), None)
+    feed = KVEventFeed(told if told is None or opened is None else opened.over(told), service)
+    prepare, start, name = computing.prepare, computing.start, settings.worker_id
     parts = EngineParts(
-        scheduler, computing.runner, handover, feed, service, observation, computing.prepare, computing.start
+        scheduler, computing.runner, handover, feed, service, observation, prepare, start, step_time, name
     )
-    engine = Engine(parts, time.monotonic, awake)
+    engine = Engine(parts, fault_points.clock_of(name), awake)
     facts = WorkerFacts(
         worker_id=settings.worker_id,
         transfer_address=transfer.address,
@@ -203,13 +224,45 @@ def build_worker(
         load_s=time.monotonic() - began,
         weights_address="" if computing.supply is None else computing.supply.address,
     )
-    return Worker(settings, facts, engine, service, transfer, sink, leader, computing.supply)
+    return Worker(settings, facts, engine, service, transfer, sink, leader, grammars, computing.supply, tiers)
 
 
-def _observation(settings: WorkerSettings, computing: Computing, sink: SpanSink | None) -> Observation:
+def _open_banks(
+    settings: WorkerSettings, storage: BlockStorage, count: int, num_blocks: int, leader: GroupLeader | None
+) -> list[Bank]:
+    """One for each attention rank; sequences on others have blocks that no storage of this process holds."""
+    generations = storage.generations[:num_blocks] if count == 1 else np.zeros(count * num_blocks, np.uint64)
+    banks = make_banks(count, num_blocks, generations, prefix_caching=settings.kv.prefix_caching)
+    if leader is not None:
+        leader.sender.announce(generations, storage.generations[:num_blocks] if count > 1 else None)
+    return banks
+
+
+def _open_grammars(settings: WorkerSettings, computing: Computing, awake: threading.Event) -> GrammarStore | None:
+    """Before anything is served: reading a large vocabulary would hold up a step."""
+    if settings.runner.kind != "model":
+        return None
+    return open_grammars(settings.runner.model_dir, computing.runner.vocab_size, awake.set)
+
+
+def _observation(
+    settings: WorkerSettings,
+    computing: Computing,
+    sink: SpanSink | None,
+    grammars: GrammarStore | None,
+    tiers: KVTiers | None,
+) -> Observation:
     tracer = WorkerTracer(sink, settings.worker_id) if sink is not None else None
     weights = WeightFigures if computing.supply is None else computing.supply.figures
-    return Observation(computing.storage.block_bytes, tracer, group=computing.group_totals, weights=weights)
+    return Observation(
+        computing.storage.block_bytes,
+        tracer,
+        group=computing.group_totals,
+        weights=weights,
+        grammars=GrammarTotals if grammars is None else grammars.totals,
+        audit=AuditLog(settings.ledger.share) if settings.ledger.share > 0 else None,
+        tiers=TierTotals if tiers is None else tiers.totals,
+    )
 
 
 def _build_computing(settings: WorkerSettings, leader: GroupLeader | None) -> tuple[Computing, int]:

@@ -48,6 +48,12 @@ class CardStorage(StagedStorage):
         """A peer on the same card does."""
         return True
 
+    def beside(self) -> StagedStorage:
+        """The same pool through buffers of their own, for one more thread that reads and writes it."""
+        pinned = self.device.type == "cuda"
+        out, back = (_host_buffer(self.frame_bytes or self.block_bytes, pinned=pinned) for _ in range(2))
+        return StagedStorage(self._storage, [out], [back])
+
     @property
     def device(self) -> torch.device:
         """Where the blocks are."""

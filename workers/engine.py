@@ -16,12 +16,16 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from penstock.workers import fault_points
+from penstock.workers.audit import EngineAccount, account_of
 from penstock.workers.errors import BanksLostError
-from penstock.workers.frames import frame_of_ended, prompt_logprobs_of, split_by_router
+from penstock.workers.fault_points import FaultPlan, Point
+from penstock.workers.frames import frame_of_arrived, prompt_logprobs_of, split_by_router
 from penstock.workers.handover import HandOver
-from penstock.workers.inbox import Attached, Detached, Drain, Inbox, Post
+from penstock.workers.inbox import Attached, Detached, Drain, Inbox, Inspect, Post
 from penstock.workers.kv_feed import KVEventFeed, Reporter
 from penstock.workers.leases import RouterLeases
 from penstock.workers.observation import Observation
@@ -34,12 +38,16 @@ from penstock.workers.protocol import (
     Granted,
     KeepAlive,
     Load,
+    Move,
     Prefill,
     Queued,
     RequestSnapshot,
     Reserve,
     Started,
+    Stays,
+    TokenFrame,
     Tokens,
+    ToRouter,
 )
 from penstock.workers.request_check import problem_with_tokens
 from penstock.workers.scheduler.events import (
@@ -51,12 +59,16 @@ from penstock.workers.scheduler.events import (
     SchedulerEvent,
     SequenceKey,
     StartedEvent,
+    StaysEvent,
     StepOutcome,
+    TakenOverEvent,
     Work,
 )
+from penstock.workers.scheduler.moving import MoveTerms
 from penstock.workers.scheduler.plan import Runner, StartStep, StepPlan
 from penstock.workers.scheduler.scheduler import Scheduler
 from penstock.workers.step_runs import Landed, StepRuns
+from penstock.workers.step_time import StepTimeModel
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +90,8 @@ class EngineParts:
     observation: Observation = field(default_factory=Observation)
     prepare: Callable[[], bool] | None = None  # one piece of work for idle moments; False: there is none
     start: StartStep | None = None  # of the runner, where it computes beside the host: then steps are planned ahead
+    step_time: StepTimeModel = field(default_factory=StepTimeModel)
+    name: str = ""  # the worker's id
 
 
 class Engine:
@@ -93,11 +107,14 @@ class Engine:
         self._observation = parts.observation
         self._prepare = parts.prepare
         self._clock = clock
+        self._name = parts.name
         self._leases = RouterLeases()
         self._inbox = Inbox(awake)
         self._awake = awake
         self._stopping = False
-        self._steps = StepRuns(parts.scheduler, parts.runner, parts.start, parts.observation, clock)
+        self._steps = StepRuns(
+            parts.scheduler, parts.runner, parts.start, parts.observation, clock, parts.step_time, parts.name
+        )
         self._stats = parts.scheduler.stats()
         self._stats_due = 0.0
 
@@ -105,7 +122,13 @@ class Engine:
 
     def post(self, router_id: str, message: Post) -> bool:
         """Hand in a message; False when the inbox is full (a stuck step), which holds for requests only."""
-        return self._inbox.put(router_id, message)
+        return self._inbox.put(router_id, message, self._clock())
+
+    def inspect(self) -> Future[EngineAccount]:
+        """What the engine has and holds, between two steps."""
+        answer: Future[EngineAccount] = Future()
+        self._inbox.put("", Inspect(answer), self._clock())
+        return answer
 
     def stop(self) -> None:
         """Leave the loop after the current step."""
@@ -137,6 +160,8 @@ class Engine:
             stats.preemptions,
             stats.draining,
             self._observation.totals(stats.reserved, stats.lost_blocks),
+            max(0.0, progress.base_s),
+            progress.token_s,
         )
 
     # --- engine thread ---
@@ -155,6 +180,7 @@ class Engine:
         now = self._clock()
         self._take_inbox(now)
         self._handover.poll(self._scheduler, now)
+        self._handover.move(*self._scheduler.moves.collect())
         plan = self._scheduler.plan(now)
         self._report_events()  # what was granted or started is said before its first token
         try:
@@ -163,6 +189,7 @@ class Engine:
             landed = []
             self._go_on_without(error.banks, plan)
         self._take_in(landed)
+        self._handover.move(*self._scheduler.moves.collect())
         idle = plan is None and not landed
         self._feed.flush(now, idle=idle)
         if idle or now >= self._stats_due:
@@ -212,16 +239,22 @@ class Engine:
             self._reporter.cut(router_id)
             self._end_router(router_id, now)
 
-    def _receive(self, router_id: str, message: Post, now: float) -> None:
+    def _receive(self, router_id: str, message: Post, came: float, now: float) -> None:
         if isinstance(message, _REQUESTS):
             if router_id in self._leases:
                 self._leases.renew(router_id, now)
-                self._submit(SequenceKey(router_id, message.slot, message.attempt), message, now)
+                # Its patience began when it came, however long a step kept it from being read.
+                for _ in range(fault_points.times(Point.SUBMIT_TAKE, self._name)):
+                    self._submit(SequenceKey(router_id, message.slot, message.attempt), message, came)
             return
         if isinstance(message, Attached):
             return self._leases.begin(router_id, message.lease_s, now)
         if isinstance(message, Drain):
-            return self._scheduler.drain()
+            self._scheduler.drain()
+            self._stats = self._scheduler.stats()
+            return self._reporter.broadcast(self.load())  # routers need not wait for a beat to move what runs here
+        if isinstance(message, Inspect):
+            return message.answer.set_result(self._account())
         if router_id not in self._leases:
             return  # its stream ended before this was read
         self._leases.renew(router_id, now)
@@ -231,6 +264,8 @@ class Engine:
                 self._scheduler.cancel(key, now)
                 self._handover.drop(key, "cancelled")
                 self._observation.over(key, FailureCode.CANCELLED)
+            case Move():
+                self._move(SequenceKey(router_id, message.slot, message.attempt), message)
             case RequestSnapshot():
                 self._feed.snapshot(router_id)
             case Detached():
@@ -239,6 +274,9 @@ class Engine:
                 pass  # renewed above
             case _:
                 log.warning("router %s sent %s in the middle of its stream", router_id, type(message).__name__)
+
+    def _account(self) -> EngineAccount:
+        return account_of(self._scheduler, len(self._handover), self._observation.audit)
 
     def _submit(self, key: SequenceKey, message: Reserve | Prefill | Generate, now: float) -> None:
         request, work = message.request, _WORK[type(message)]
@@ -253,11 +291,24 @@ class Engine:
             return
         self._observation.received(key, work, request, now)
         if grant is None:
-            self._scheduler.submit(key, work, request, now)
+            takes_over = isinstance(message, Reserve) and message.takes_over
+            self._scheduler.submit(key, work, request, now, takes_over=takes_over)
         else:
             bank = self._scheduler.bank_for(request)
             if self._handover.open(key, grant, bank):
                 self._scheduler.submit(key, work, request, now, sends_kv=True, first_block=grant.first_block, bank=bank)
+
+    def _move(self, key: SequenceKey, message: Move) -> None:
+        grant = message.grant
+        unfit = self._handover.problem_with(key, grant)
+        terms = MoveTerms(grant.first_block, len(grant.blocks), message.emitted)
+        problem = unfit[1] if unfit is not None else self._scheduler.moves.begin(key, terms)
+        if problem:
+            self._reporter.send(key.router_id, Stays(key.slot, key.attempt, problem))
+        else:
+            self._handover.open_move(key, grant, self._scheduler.moves.bank_of(key))
+            self._handover.move(*self._scheduler.moves.collect())
+            self._handover.probe(key)
 
     def _end_router(self, router_id: str, now: float) -> None:
         self._leases.end(router_id)
@@ -274,14 +325,24 @@ class Engine:
         for key, values in outcome.embedded:
             self._reporter.send(key.router_id, Embedding(key.slot, key.attempt, values))
         for router_id, frame in split_by_router(step, outcome):
+            if fault_points.plan is None:
+                self._reporter.send(router_id, frame)
+            else:
+                self._send_breakably(fault_points.plan, router_id, frame)
+
+    def _send_breakably(self, plan: FaultPlan, router_id: str, frame: TokenFrame) -> None:
+        if (frame.starts == 0).any():
+            plan.reach(Point.FIRST_TOKEN, self._name)
+        for _ in range(fault_points.times(Point.FRAME_OUT, self._name)):
             self._reporter.send(router_id, frame)
+        plan.reach(Point.FRAME_SENT, self._name)
 
     def _report_events(self) -> None:
         for event in self._scheduler.take_events():
             self._report(event)
 
     def _report(self, event: SchedulerEvent) -> None:
-        key, send = event.key, self._reporter.send
+        key, send = event.key, self._answer
         self._observation.happened(event)
         match event:
             case GrantedEvent():
@@ -293,10 +354,16 @@ class Engine:
             case RefusedEvent(code=code, message=message, retry_after_s=retry_after_s):
                 self._handover.drop(key, message)
                 self._fail(key, code, message, retry_after_s)
-            case EndedEvent():
-                send(key.router_id, frame_of_ended(self._steps.progress.step, event))
+            case StaysEvent(reason=reason):
+                send(key.router_id, Stays(key.slot, key.attempt, reason))
+            case EndedEvent() | TakenOverEvent():
+                send(key.router_id, frame_of_arrived(self._steps.progress.step, event))
             case PreemptedEvent():
                 log.info("preempted slot %d of %s", key.slot, key.router_id)
+
+    def _answer(self, router_id: str, message: ToRouter) -> None:
+        for _ in range(fault_points.times(Point.SUBMIT_REPLY, self._name)):
+            self._reporter.send(router_id, message)
 
     def _fail(self, key: SequenceKey, code: FailureCode, message: str, retry_after_s: float | None = None) -> None:
         self._observation.over(key, code)

@@ -9,6 +9,7 @@
     │   └── GroupError       a rank of this worker's group is gone, silent or stuck; the others end too, or go on
     ├── PeerError            another worker does not deliver weights (now); they come from elsewhere
     ├── ExpertsGoneError     no rank holds these experts any more; steps go on once they are refilled
+    ├── GrammarError         a grammar that cannot be compiled, or not be followed any further
     ├── BanksLostError       ranks are gone with their KV blocks, the others go on; this step is to be planned anew
     ├── RequestError         the caller's request is wrong; names the field (HTTP 400 family)
     └── RefusedError         the request was fine, but cannot be served (now); carries a FailureCode
@@ -79,6 +80,10 @@ class ExpertsGoneError(PenstockError):
     def __init__(self, message: str, experts: tuple[tuple[int, int], ...]) -> None:
         super().__init__(message)
         self.experts = experts
+
+
+class GrammarError(PenstockError):
+    """A grammar that this model's tokens cannot follow, at all or any further; costs its own request only."""
 
 
 class BanksLostError(PenstockError):

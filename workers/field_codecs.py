@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from penstock.workers.grammar_spec import GrammarKind
 from penstock.workers.protocol import FailureCode, PackedTokens, Role
 
 MAX_TEXT_BYTES = 64 << 10
@@ -220,6 +221,6 @@ def optional(codec: Codec) -> Codec:
     )
 
 
-def choice(kind: type[Role] | type[FailureCode]) -> Codec:
+def choice(kind: type[Role] | type[FailureCode] | type[GrammarKind]) -> Codec:
     """A member of a string enum, by value."""
     return Codec(lambda value: value.value, lambda value: kind(exactly(str, value)))

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.workers.protocol import PromptLogprobs, TokenFrame
-from penstock.workers.scheduler.events import EndedEvent, ScoredChunk
+from penstock.workers.scheduler.events import EndedEvent, ScoredChunk, TakenOverEvent
 from penstock.workers.scheduler.plan import SampledLogprobs
 
 _LogprobColumns = tuple[NDArray[np.float32], NDArray[np.uint8], NDArray[np.int32], NDArray[np.float32]]
@@ -111,8 +111,8 @@ def prompt_logprobs_of(chunk: ScoredChunk) -> PromptLogprobs:
     return PromptLogprobs(chunk.key.slot, chunk.key.attempt, chunk.start, *columns)
 
 
-def frame_of_ended(step: int, event: EndedEvent) -> TokenFrame:
-    """The one row of a choice that tokens from a peer's prefill ended at once."""
+def frame_of_arrived(step: int, event: EndedEvent | TakenOverEvent) -> TokenFrame:
+    """The one row of a choice whose tokens came from a peer, and ended it, or from the worker that had it before."""
     return TokenFrame(
         step,
         np.array([event.key.slot], np.uint32),

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from penstock.workers import fault_points
 from penstock.workers.computing import Computing, RankGroup, build_computing
 from penstock.workers.errors import ConfigError
 from penstock.workers.kv.layout import KVLayout
@@ -26,9 +27,9 @@ from penstock.workers.parallel.oracle_sums import FollowerSums, LeaderSums
 from penstock.workers.parallel.rank_progress import RankProgress
 from penstock.workers.parallel.shards import TensorShard
 from penstock.workers.settings import WorkerSettings
+from penstock.workers.tls import open_peer_tls
 from penstock.workers.totals import GroupTotals
 from penstock.workers.transfer.engine import TransferEngine
-from penstock.workers.transfer.faults import TransferFaults
 from penstock.workers.transfer.host import host_id
 
 if TYPE_CHECKING:
@@ -86,9 +87,7 @@ def lead_computing(settings: WorkerSettings, leader: GroupLeader) -> tuple[Compu
     return dataclasses.replace(own, runner=runner, prepare=prepare, group_totals=totals), num_blocks
 
 
-def rank_transfer(
-    settings: WorkerSettings, computing: Computing, wake: Callable[[], None], faults: TransferFaults | None = None
-) -> TransferEngine:
+def rank_transfer(settings: WorkerSettings, computing: Computing, wake: Callable[[], None]) -> TransferEngine:
     """KV transfer into and out of this rank's storage. Raises ConfigError."""
     layout = computing.layout
     return TransferEngine(
@@ -100,10 +99,10 @@ def rank_transfer(
         compatibility=layout.compatibility,
         cluster_key=settings.cluster_key,
         wake=wake,
-        clock=time.monotonic,
-        faults=faults,
+        clock=fault_points.clock_of(settings.worker_id),
         share=layout.share,
         pieces=layout.pieces,
+        tls=open_peer_tls(settings.tls),
     )
 
 

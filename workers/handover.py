@@ -16,12 +16,15 @@ from dataclasses import dataclass
 from penstock.workers.observation import Observation
 from penstock.workers.protocol import EndReason, FailureCode, Grant
 from penstock.workers.scheduler.events import GrantedEvent, Offer, SentTail, SequenceKey
+from penstock.workers.scheduler.moving import MovedTail
 from penstock.workers.scheduler.scheduler import Scheduler
+from penstock.workers.totals import TransferCause
 from penstock.workers.transfer.port import (
     Arrived,
     Incoming,
     IncomingClosed,
     IncomingFailed,
+    OutgoingCaughtUp,
     OutgoingDone,
     OutgoingFailed,
     Tail,
@@ -45,7 +48,7 @@ class GranterIdentity:
 
 
 class HandOver:
-    """Sessions granted to peers' prefills (incoming) and opened by own prefills (outgoing)."""
+    """Sessions granted to peers (incoming), and opened by own prefills and moving sequences (outgoing)."""
 
     def __init__(
         self,
@@ -61,6 +64,7 @@ class HandOver:
         self._keys: dict[bytes, SequenceKey] = {}
         self._incoming: dict[SequenceKey, bytes] = {}
         self._outgoing: dict[SequenceKey, bytes] = {}
+        self._moves: set[SequenceKey] = set()  # of the outgoing ones: sequences that run
         self._dropped: set[SequenceKey] = set()  # looked up only, never iterated
 
     def __len__(self) -> int:
@@ -113,6 +117,23 @@ class HandOver:
         self._transfer.start(grant, bank)
         return True
 
+    def open_move(self, key: SequenceKey, grant: Grant, bank: int) -> None:
+        """Open an outgoing session for a running sequence, whose blocks lie in `bank`."""
+        if self.open(key, grant, bank):
+            self._moves.add(key)
+
+    def probe(self, key: SequenceKey) -> None:
+        """Have the scheduler told when the peer has what was offered of a moving sequence so far."""
+        if (session_id := self._outgoing.get(key)) is not None:
+            self._transfer.probe(session_id)
+
+    def move(self, offers: list[Offer], tails: list[MovedTail]) -> None:
+        """Send what moving sequences have: blocks as they fill, and in the end the rest."""
+        self.offer(offers, [])
+        for tail in tails:
+            if (session_id := self._outgoing.get(tail.key)) is not None:
+                self._transfer.finish(session_id, Tail(tail.tokens, tail.fragments))
+
     def offer(self, offers: list[Offer], tails: list[SentTail]) -> None:
         """Send newly complete blocks and the tails of finished prefills."""
         for offer in offers:
@@ -128,7 +149,7 @@ class HandOver:
                 self._observation.offered(tail.key)
                 self._transfer.finish(session_id, Tail((tail.first_token,)))
             else:
-                self._transfer.abandon(session_id, "the request ended at its first token")
+                self._transfer.abandon(session_id, "the request ended here")
 
     def drop(self, key: SequenceKey, reason: str) -> None:
         """The sequence is over: ask for the end of its session, whose final event still comes."""
@@ -143,6 +164,10 @@ class HandOver:
     def poll(self, scheduler: Scheduler, now: float) -> None:
         """Tell the scheduler what the transfer side reports."""
         for event in self._transfer.poll():
+            if isinstance(event, OutgoingCaughtUp):
+                if (caught_up := self._keys.get(event.session_id)) is not None:
+                    scheduler.moves.caught_up(caught_up)
+                continue
             key = self._keys.pop(event.session_id, None)
             if key is None:
                 log.warning("%s for an unknown transfer session", type(event).__name__)
@@ -155,21 +180,33 @@ class HandOver:
             case Arrived(tail=tail):
                 del self._incoming[key]
                 self._observation.arrived(key, now)
-                scheduler.kv_arrived(key, tail.tokens, now)
+                if tail.fragments is None:
+                    scheduler.kv_arrived(key, tail.tokens, now)
+                else:
+                    scheduler.moves.arrived(key, tail.tokens)
             case IncomingFailed(reason=reason, cause=cause):
                 del self._incoming[key]
                 self._observation.arrived(key, now, cause)
                 log.info("incoming KV of slot %d failed: %s", key.slot, reason)
-                scheduler.kv_failed(key, now)
+                damaged = cause is TransferCause.MISMATCHED
+                scheduler.kv_failed(key, now, FailureCode.KV_DAMAGED if damaged else FailureCode.TRANSFER_FAILED)
             case IncomingClosed():
                 del self._incoming[key]
                 scheduler.kv_closed(key, now)
             case OutgoingDone():
                 del self._outgoing[key]
                 self._observation.sent(key, now)
-                scheduler.kv_sent(key, now)
+                if key in self._moves:
+                    self._moves.discard(key)
+                    scheduler.moves.done(key)
+                else:
+                    scheduler.kv_sent(key, now)
             case OutgoingFailed(reason=reason, cause=cause):
                 del self._outgoing[key]
                 self._observation.sent(key, now, cause)
                 log.info("outgoing KV of slot %d failed: %s", key.slot, reason)
-                scheduler.kv_sent(key, now)
+                if key in self._moves:
+                    self._moves.discard(key)
+                    scheduler.moves.failed(key, reason)
+                else:
+                    scheduler.kv_sent(key, now)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from concurrent.futures import Future
 from dataclasses import dataclass
 
+from penstock.workers.audit import EngineAccount
 from penstock.workers.protocol import Generate, Prefill, Reserve, ToWorker
 
 MAX_INBOX = 1 << 16
@@ -32,7 +34,14 @@ class Drain:
     """Take no new work."""
 
 
-Post = ToWorker | Attached | Detached | Drain
+@dataclass(frozen=True, slots=True)
+class Inspect:
+    """Answer with what the engine has and holds."""
+
+    answer: Future[EngineAccount]
+
+
+Post = ToWorker | Attached | Detached | Drain | Inspect
 
 
 class Inbox:
@@ -40,17 +49,17 @@ class Inbox:
 
     def __init__(self, awake: threading.Event) -> None:
         self._awake = awake
-        self._posts: deque[tuple[str, Post]] = deque()
+        self._posts: deque[tuple[str, Post, float]] = deque()
 
-    def put(self, router_id: str, message: Post) -> bool:
+    def put(self, router_id: str, message: Post, now: float) -> bool:
         """Hand in a message; False when the inbox is full, which holds for requests only."""
         if len(self._posts) >= MAX_INBOX and isinstance(message, Reserve | Prefill | Generate):
             return False
-        self._posts.append((router_id, message))
+        self._posts.append((router_id, message, now))
         if not self._awake.is_set():  # asking is cheap; whoever clears it looks here afterwards
             self._awake.set()
         return True
 
-    def take(self) -> tuple[str, Post] | None:
-        """The oldest message, None when there is none. One reader only."""
+    def take(self) -> tuple[str, Post, float] | None:
+        """The oldest message and when it came, None when there is none. One reader only."""
         return self._posts.popleft() if self._posts else None

@@ -10,6 +10,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable
 
+from penstock.workers.audit import AuditLog
 from penstock.workers.protocol import FailureCode, GenerateRequest
 from penstock.workers.scheduler.events import (
     EndedEvent,
@@ -24,7 +25,9 @@ from penstock.workers.scheduler.events import (
 from penstock.workers.totals import (
     STEP_TOKENS_UP_TO,
     TRANSFER_S_UP_TO,
+    GrammarTotals,
     GroupTotals,
+    TierTotals,
     TransferCause,
     WeightFigures,
     WorkerTotals,
@@ -44,9 +47,15 @@ class Observation:
         clock: Callable[[], float] = time.monotonic,
         group: Callable[[], GroupTotals] = GroupTotals,
         weights: Callable[[], WeightFigures] = WeightFigures,
+        grammars: Callable[[], GrammarTotals] = GrammarTotals,
+        tiers: Callable[[], TierTotals] = TierTotals,
+        audit: AuditLog | None = None,
     ) -> None:
-        """`group` tells of the ranks, where there are several; from any thread."""
+        """`group` tells of the ranks, where there are several; from any thread. `audit`: where a ledger is kept."""
+        self.audit = audit
         self._group = group
+        self._grammars = grammars
+        self._tiers = tiers
         self._block_bytes = block_bytes
         self._tracer = tracer
         self._clock = clock
@@ -77,6 +86,8 @@ class Observation:
             transfers_received=self._received,
             transfer_failures=tuple(self._failures),
             router_leases_expired=self._leases,
+            grammars=self._grammars(),
+            tiers=self._tiers(),
             blocks_lost=blocks_lost,
             ranks_lost=group.ranks_lost,
             experts_gone=group.experts_gone,
@@ -85,17 +96,22 @@ class Observation:
             weights_from_disk=weights.from_disk,
             weights_load_s=weights.load_s,
             weights_served=weights.served,
+            spans_dropped=0 if self._tracer is None else self._tracer.dropped,
         )
 
     # --- requests and steps ---------------------------------------------------------------------------------------
 
     def received(self, key: SequenceKey, work: Work, request: GenerateRequest, now: float) -> None:
         """A router asks for something."""
+        if self.audit is not None:
+            self.audit.received(key, request.request_id)
         if self._tracer is not None and request.traceparent:
             self._tracer.begin(key, work, request, now)
 
     def happened(self, event: SchedulerEvent) -> None:
         """The scheduler decided something."""
+        if self.audit is not None:
+            self.audit.happened(event)
         if isinstance(event, StartedEvent):
             self._prompt += event.context_tokens
             self._cached += event.cached_tokens
@@ -117,13 +133,17 @@ class Observation:
         """A step was computed and committed."""
         self._steps[bisect_left(STEP_TOKENS_UP_TO, num_tokens)] += 1
         self._step_tokens += num_tokens
-        self._step_s += ended - began
+        self._step_s += max(0.0, ended - began)  # a clock that was set back must not make a total that is refused
         self._generated += len(outcome.tokens)
+        if self.audit is not None:
+            self.audit.stepped(outcome)
         if self._tracer is not None and self._tracer.active:
             self._tracer.rows(outcome, began, ended)
 
     def over(self, key: SequenceKey, code: FailureCode) -> None:
         """The sequence failed or was cancelled."""
+        if self.audit is not None:
+            self.audit.over(key, code)
         if self._tracer is not None and self._tracer.active:
             self._tracer.over(key, code, self._clock())
 

@@ -14,7 +14,16 @@ from collections.abc import Callable
 from typing import Any
 
 from penstock.workers.frames import merge_frames
-from penstock.workers.protocol import Embedding, KVEvents, KVSnapshot, Load, PromptLogprobs, TokenFrame, ToRouter
+from penstock.workers.protocol import (
+    WIRE_VERSION,
+    Embedding,
+    KVEvents,
+    KVSnapshot,
+    Load,
+    PromptLogprobs,
+    TokenFrame,
+    ToRouter,
+)
 from penstock.workers.wire import encode
 
 MAX_PENDING_BYTES = 32 << 20
@@ -26,8 +35,11 @@ class Outbox:
     """Thread-safe. `notify` is called, from the pushing thread, when something waits after nothing did, and at the
     end, even if what waited was never taken."""
 
-    def __init__(self, notify: Callable[[], None], max_bytes: int = MAX_PENDING_BYTES) -> None:
+    def __init__(
+        self, notify: Callable[[], None], max_bytes: int = MAX_PENDING_BYTES, version: int = WIRE_VERSION
+    ) -> None:
         self._notify = notify
+        self._version = version  # of the wire, that the router speaks
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._pending: list[ToRouter] = []
@@ -63,7 +75,7 @@ class Outbox:
             taken, self._pending = self._pending, []
             self._bytes = 0
             self._notified = False
-        return [encode(message) for message in _merged(taken)]
+        return [encode(message, self._version) for message in _merged(taken)]
 
     def _close(self) -> None:
         self.closed = True

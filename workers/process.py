@@ -25,15 +25,17 @@ import time
 from types import FrameType
 from typing import TextIO
 
+from penstock.workers import fault_points
 from penstock.workers.assembly import Worker, build_worker
 from penstock.workers.cores import take_cores
 from penstock.workers.errors import PenstockError
+from penstock.workers.fault_points import Point
 from penstock.workers.group_assembly import build_follower
 from penstock.workers.logs import configure
 from penstock.workers.parallel.follower import Follower
 from penstock.workers.parallel.leader import GroupLeader
+from penstock.workers.process_limits import take_limits
 from penstock.workers.settings import WorkerSettings
-from penstock.workers.transfer.faults import TransferFaults
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +46,7 @@ _LEADER_MARGIN_S = 10.0  # rank 0's end takes this much longer than its drain
 _LOOK_EVERY_S = 0.05  # a failed engine is noticed within
 
 
-def main(faults: TransferFaults | None = None) -> int:
+def main() -> int:
     """Run one worker, or one rank of it, until it is told to end; the exit code."""
     leader: GroupLeader | None = None
     try:
@@ -55,7 +57,7 @@ def main(faults: TransferFaults | None = None) -> int:
             return _follow(settings)
         if settings.group.width > 1:
             leader = _lead(settings)
-        worker = build_worker(settings, faults, leader)
+        worker = build_worker(settings, leader)
         worker.start()
     except (PenstockError, OSError, ValueError) as error:
         _say_why(error)
@@ -114,6 +116,9 @@ def _say_why(error: Exception) -> None:
 def _begin(settings: WorkerSettings) -> None:
     configure(settings.logs, settings.title)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    if fault_points.plan is not None:
+        fault_points.plan.reach(Point.WORKER_START, settings.worker_id)
+    take_limits(settings.title)
     take_cores(settings.runner.cpus)
     if settings.parent_pid:
         watch_parent(settings.parent_pid)

@@ -13,6 +13,10 @@ The life of a request, split over prefill worker P and decode worker D:
     router -> P  Prefill(grant)     P -> router  Queued* Started, TokenFrame(first token) | Failed
     P == KV blocks ==> D            D -> router  TokenFrame ... TokenFrame(end) | Failed
 
+A running sequence moves while it decodes on; it ends at S without a word once D has it, or goes on there (Stays):
+
+    router -> D  Reserve(takes_over), then to S  Move(grant);  S == KV blocks, last tokens ==> D
+
 and on one worker (a `mixed` one, or D itself where little is left to prefill):
 
     router -> W  Generate           W -> router  Queued* Started, TokenFrame ... TokenFrame(end) | Failed
@@ -27,9 +31,13 @@ from enum import IntEnum, StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from penstock.workers.grammar_spec import GrammarSpec
+from penstock.workers.grant import Grant as Grant
 from penstock.workers.totals import WorkerTotals
 
-WIRE_VERSION = 3
+WIRE_VERSION = 4  # `wire.py` says what each version added
+OLDEST_WIRE_VERSION = 3  # that this code still speaks
+MOVE_WIRE_VERSION = 4  # from which on workers know moves
 
 Tokens = tuple[int, ...]
 DIGEST_BYTES = 32
@@ -76,9 +84,11 @@ class FailureCode(StrEnum):
     TOO_LARGE = "too_large"  # could never fit this worker's KV pool or context
     QUEUE_FULL = "queue_full"  # the worker's waiting queue is at its bound
     DRAINING = "draining"  # the worker takes no new work
+    GRAMMAR = "grammar"  # its grammar cannot be followed any further
     DEADLINE = "deadline"  # the request's own deadline passed
     LEASE_EXPIRED = "lease_expired"  # the peer stopped renewing
     TRANSFER_FAILED = "transfer_failed"  # KV blocks did not arrive whole
+    KV_DAMAGED = "kv_damaged"  # they came, again and again, with a wrong digest
     WORKER_LOST = "worker_lost"  # the worker died or its stream broke
     INCOMPATIBLE = "incompatible"  # layouts, wire versions or revisions differ
     NO_WORKER = "no_worker"  # the fleet has nobody for this phase
@@ -114,6 +124,7 @@ class SamplingParams:
     allowed_token_ids: Tokens | None = None  # None = all; others are banned
     min_tokens: int = 0  # stop tokens are banned until so many have been generated
     prompt_logprobs: int | None = None  # None = off; 0..20 alternatives beside every prompt token
+    grammar: GrammarSpec | None = None  # what the generated text must look like
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,31 +159,6 @@ class GenerateRequest:
         return self.sampling.max_tokens - len(self.emitted)
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
-    """A decode worker's promise: these blocks of its pool wait for one request's KV until the lease ends.
-
-    Block `i` of the context lands in `blocks[i - first_block]`; blocks before `first_block` are already there.
-    """
-
-    session_id: bytes  # 16 random bytes
-    worker_id: str
-    epoch: int  # the granting worker's incarnation
-    address: str  # host:port of its transfer listener
-    host_id: str  # equal ids: the two processes can share memory
-    first_block: int
-    blocks: Tokens
-    generations: tuple[int, ...]  # of `blocks`, at the time of the grant
-    lease_s: float
-    compatibility: str = ""  # hash of layout, model revision and codec; must equal the sender's
-    rank_addresses: tuple[str, ...] = ()  # as `address`, of the granting group's ranks above 0 in order
-
-    @property
-    def addresses(self) -> tuple[str, ...]:
-        """Of all ranks of the granting group; each takes its own KV heads of every block."""
-        return (self.address, *self.rank_addresses)
-
-
 # --- router -> worker ---------------------------------------------------------------------------------------------
 
 
@@ -198,6 +184,7 @@ class Reserve:
     slot: int
     attempt: int
     request: GenerateRequest
+    takes_over: bool = False  # it runs elsewhere, and grows until it is here: grant room for that too
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +217,16 @@ class Cancel:
 @dataclass(frozen=True, slots=True)
 class RequestSnapshot:
     """Ask for a `KVSnapshot`; sent at attach and after a gap in `KVEvents.sequence`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Have a sequence that decodes here go on at the granter, whose request holds `emitted` generated tokens."""
+
+    slot: int
+    attempt: int
+    grant: Grant
+    emitted: int
 
 
 # --- worker -> router ---------------------------------------------------------------------------------------------
@@ -293,6 +290,15 @@ class Failed:
     retry_after_s: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Stays:
+    """Answer to a `Move` that came to nothing: the sequence goes on here."""
+
+    slot: int
+    attempt: int
+    reason: str
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenFrame:
     """What one engine step produced for one router: `R` rows as columns, `T` tokens in row order.
@@ -344,13 +350,10 @@ class Embedding:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Heartbeat from the worker's own thread, every half second, also while a step is stuck.
-
-    `step` and `step_age_s` let the reader judge progress: a worker with work whose step does not move is stuck.
-    """
+    """Heartbeat from the worker's own thread, every half second, also while a step is stuck."""
 
     step: int
-    step_age_s: float
+    step_age_s: float  # of the step under way: a worker with work whose step does not move is stuck
     predicted_step_s: float
     running: int
     waiting: int
@@ -362,6 +365,8 @@ class Load:
     preemptions: int
     draining: bool
     totals: WorkerTotals = field(default_factory=WorkerTotals)
+    step_base_s: float = 0.0  # of the line fitted to its steps; 0 while unknown
+    step_token_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,17 +386,8 @@ class KVSnapshot:
     digests: bytes
 
 
-ToWorker = Hello | KeepAlive | Reserve | Prefill | Generate | Cancel | RequestSnapshot
+ToWorker = Hello | KeepAlive | Reserve | Prefill | Generate | Cancel | RequestSnapshot | Move
 ToRouter = (
-    Welcome
-    | Queued
-    | Granted
-    | Started
-    | Failed
-    | TokenFrame
-    | PromptLogprobs
-    | Embedding
-    | Load
-    | KVEvents
-    | KVSnapshot
-)
+    Welcome | Queued | Granted | Started | Failed | TokenFrame | PromptLogprobs | Embedding | Load | KVEvents
+    | KVSnapshot | Stays
+)  # fmt: skip

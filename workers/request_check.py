@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from penstock.workers.grammar_spec import MAX_GRAMMAR_BYTES
 from penstock.workers.protocol import GenerateRequest, PackedTokens, SamplingParams, Tokens
 
 MAX_BIAS = 1e6  # so that no sum overflows; far beyond what any logit can outweigh
@@ -36,6 +37,11 @@ def _problem_with_sampling(sampling: SamplingParams, vocab: int) -> str | None:
             return "allowed_token_ids: is empty"
         if _outside(sampling.allowed_token_ids, vocab):
             return f"allowed_token_ids: a token id is not below the vocabulary size {vocab}"
+    if sampling.grammar is not None:
+        if len(sampling.grammar.text.encode(errors="replace")) > MAX_GRAMMAR_BYTES:
+            return f"structured output: the grammar is longer than {MAX_GRAMMAR_BYTES} bytes"
+        if not set(sampling.grammar.end_token_ids) <= set(sampling.stop_token_ids):
+            return "structured output: a token that ends the grammar's text is no stop token"
     if sampling.bad_words:
         if not all(sampling.bad_words):
             return "bad_words: a sequence is empty"

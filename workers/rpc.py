@@ -1,8 +1,8 @@
 """gRPC carriage of wire messages: one bidirectional stream per (router, worker) pair, and a unary status call.
 
 `service.py` serves with `RpcServer`; `cluster/links.py` calls with `WorkerClient`. Both run on an asyncio loop; no
-protobuf, the payload is `wire.py`'s bytes. Knows when a peer is gone (reset, or no answer to a ping) and who may call
-(cluster key), not what messages mean.
+protobuf, the payload is `wire.py`'s bytes, each sealed (`call_seal.py`). Knows when a peer is gone (reset, or no answer
+to a ping) and who may call (cluster key), not what messages mean.
 
 Client:
 
@@ -15,10 +15,9 @@ Client:
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import json
 import logging
+import os
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -26,8 +25,26 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from penstock.workers.call_seal import (
+    MAC_BYTES,
+    NONCE_BYTES,
+    UNNAMED,
+    CallGate,
+    StreamSeals,
+    WorkerName,
+    open_seals,
+    prove,
+)
 from penstock.workers.errors import ConfigError, RefusedError, WireError
-from penstock.workers.protocol import FailureCode, Hello, ToRouter, ToWorker, Welcome
+from penstock.workers.protocol import (
+    WIRE_VERSION,
+    FailureCode,
+    Hello,
+    ToRouter,
+    ToWorker,
+    Welcome,
+)
+from penstock.workers.tls import PeerTls
 from penstock.workers.wire import MAX_MESSAGE_BYTES, decode_to_router, decode_to_worker, encode
 
 log = logging.getLogger(__name__)
@@ -35,13 +52,15 @@ log = logging.getLogger(__name__)
 _SERVICE = "penstock.Worker"
 _ATTACH = f"/{_SERVICE}/Attach"
 _STATUS = f"/{_SERVICE}/Status"
-_TOKEN_HEADER = "penstock-token"  # metadata key, not a secret
+_AUDIT = f"/{_SERVICE}/Audit"
+_CHALLENGE = f"/{_SERVICE}/Challenge"
+_PROOF_HEADER = "penstock-proof-bin"  # metadata key; its value is bytes
 _MAX_UNSENT_BYTES = 4 * MAX_MESSAGE_BYTES
 _MAX_CALLS = 1024  # streams and status calls at once, per worker
 _PING_EVERY_MS = 2000  # a peer that answers no ping for as long again is gone
 _OPTIONS: list[tuple[str, int]] = [
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES + MAC_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES + MAC_BYTES),
     ("grpc.keepalive_time_ms", _PING_EVERY_MS),
     ("grpc.keepalive_timeout_ms", _PING_EVERY_MS),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -57,12 +76,12 @@ _CLIENT_OPTIONS = [
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
 _EOF: object = grpc.aio.EOF  # type: ignore[attr-defined]  # grpc-stubs does not know it
-_LASTING = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.FAILED_PRECONDITION)
-
-
-def call_token(cluster_key: str, method: str) -> str:
-    """What a caller shows to prove that it knows the cluster key, without sending the key."""
-    return hmac.new(cluster_key.encode(), method.encode(), hashlib.sha256).hexdigest()
+# Asking again in the same words does not help; INVALID_ARGUMENT is how a worker answers bytes it cannot read.
+_LASTING = (
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.INVALID_ARGUMENT,
+)
 
 
 # --- server -------------------------------------------------------------------------------------------------------
@@ -71,18 +90,19 @@ def call_token(cluster_key: str, method: str) -> str:
 class Conversation:
     """The worker's end of one attached stream."""
 
-    def __init__(self, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+    def __init__(self, context: grpc.aio.ServicerContext[bytes, bytes], seals: StreamSeals) -> None:
         self._context = context
+        self._seals = seals
         self.peer = context.peer()
 
     async def read(self) -> ToWorker | None:
         """The next message; `None` once the router has closed its side. Raises WireError."""
         data = await self._context.read()
-        return None if data is _EOF else decode_to_worker(data)
+        return None if data is _EOF else decode_to_worker(self._seals.to_worker.open(data))
 
     async def write(self, data: bytes) -> None:
         """Send encoded bytes; waits while the reader's window is full."""
-        await self._context.write(data)
+        await self._context.write(self._seals.to_router.seal(data))
 
 
 class RpcServer:
@@ -93,10 +113,15 @@ class RpcServer:
         on_attach: Callable[[Conversation], Awaitable[None]],
         on_status: Callable[[], dict[str, Any]],
         cluster_key: str = "",
+        name: WorkerName = UNNAMED,
+        on_audit: Callable[[], Awaitable[dict[str, Any]]] | None = None,
+        tls: PeerTls | None = None,
     ) -> None:
+        self._tls = tls
+        self._on_audit = on_audit
         self._on_attach = on_attach
         self._on_status = on_status
-        self._tokens = {m: call_token(cluster_key, m) for m in (_ATTACH, _STATUS)} if cluster_key else {}
+        self._gate = CallGate(cluster_key.encode(), name)
         self._server: grpc.aio.Server | None = None
 
     async def start(self, host: str, port: int) -> str:
@@ -105,10 +130,12 @@ class RpcServer:
         handlers = {
             "Attach": grpc.stream_stream_rpc_method_handler(self._attach),
             "Status": grpc.unary_unary_rpc_method_handler(self._status),
+            "Challenge": grpc.unary_unary_rpc_method_handler(self._challenge),
+            "Audit": grpc.unary_unary_rpc_method_handler(self._audit),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, handlers),))
         try:
-            bound = server.add_insecure_port(f"{host}:{port}")
+            bound = _add_port(server, f"{host}:{port}", self._tls)
         except RuntimeError as error:
             raise ConfigError(f"cannot listen on {host}:{port}: {error}", "port") from error
         await server.start()
@@ -121,9 +148,9 @@ class RpcServer:
             await self._server.stop(grace_s)
 
     async def _attach(self, _: Any, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
-        await self._authenticate(context, _ATTACH)
+        seals = await self._authenticate(context, _ATTACH)
         try:
-            await self._on_attach(Conversation(context))
+            await self._on_attach(Conversation(context, seals))
         except RefusedError as error:
             lasting = error.code is FailureCode.INCOMPATIBLE
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION if lasting else grpc.StatusCode.ABORTED, str(error))
@@ -135,15 +162,28 @@ class RpcServer:
         await self._authenticate(context, _STATUS)
         return json.dumps(self._on_status()).encode()
 
-    async def _authenticate(self, context: grpc.aio.ServicerContext[bytes, bytes], method: str) -> None:
-        if not self._tokens:
-            return
-        metadata = {str(key): value for key, value in context.invocation_metadata() or ()}
-        shown = metadata.get(_TOKEN_HEADER, "")
-        shown = shown if isinstance(shown, bytes) else shown.encode()
-        if not hmac.compare_digest(shown, self._tokens[method].encode()):
-            log.warning("refused a caller at %s: wrong cluster key", context.peer())
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "wrong cluster key")
+    async def _audit(self, _: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+        await self._authenticate(context, _AUDIT)
+        if self._on_audit is None:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this worker gives no account")
+        try:
+            return json.dumps(await self._on_audit()).encode()
+        except TimeoutError:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the engine does not answer")
+
+    async def _challenge(self, nonce: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+        try:
+            return self._gate.challenge(nonce)
+        except WireError as error:
+            return await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+
+    async def _authenticate(self, context: grpc.aio.ServicerContext[bytes, bytes], method: str) -> StreamSeals:
+        shown = {str(key): value for key, value in context.invocation_metadata() or ()}.get(_PROOF_HEADER, b"")
+        seals = self._gate.admit(method, shown if isinstance(shown, bytes) else shown.encode())
+        if seals is None:
+            log.warning("refused a caller at %s: wrong cluster key, or a call that was heard before", context.peer())
+            return await context.abort(grpc.StatusCode.UNAUTHENTICATED, "wrong cluster key")
+        return seals
 
 
 # --- client -------------------------------------------------------------------------------------------------------
@@ -152,16 +192,29 @@ class RpcServer:
 class WorkerClient:
     """One worker as seen from a router's process; must be used on one asyncio loop."""
 
-    def __init__(self, address: str, cluster_key: str = "") -> None:
+    def __init__(
+        self,
+        address: str,
+        cluster_key: str = "",
+        expected: WorkerName | None = None,
+        tls: PeerTls | None = None,
+    ) -> None:
+        """`expected`: who must answer there, where there is a key to prove it by; None: any worker of the cluster."""
         self.address = address
-        self._key = cluster_key
-        self._channel = grpc.aio.insecure_channel(address, options=_CLIENT_OPTIONS)
+        self._key = cluster_key.encode()
+        self._expected = expected
+        self._channel = _open_channel(address, tls)
         self._attach = self._channel.stream_stream(_ATTACH, bytes, bytes)
-        self._status = self._channel.unary_unary(_STATUS, bytes, bytes)
+        self._unary = {method: self._channel.unary_unary(method, bytes, bytes) for method in (_STATUS, _AUDIT)}
+        self._challenge = self._channel.unary_unary(_CHALLENGE, bytes, bytes)
 
-    async def attach(self, hello: Hello, timeout_s: float = 10.0) -> AttachedStream:
-        """Open the stream and say hello. RefusedError: INCOMPATIBLE (key, version, epoch) or WORKER_LOST."""
-        stream = AttachedStream(self._open(), self.address)
+    async def attach(self, hello: Hello, timeout_s: float = 10.0, version: int = WIRE_VERSION) -> AttachedStream:
+        """Open the stream and say hello. RefusedError: INCOMPATIBLE (key, version, epoch) or WORKER_LOST.
+
+        `version`: of the wire, in which everything is said.
+        """
+        shown, seals = await self._prove(_ATTACH, timeout_s)
+        stream = AttachedStream(self._attach(None, metadata=shown), self.address, seals, version)
         stream.send(hello)
         try:
             async with asyncio.timeout(timeout_s):
@@ -180,8 +233,16 @@ class WorkerClient:
 
     async def status(self, timeout_s: float = 2.0) -> dict[str, Any]:
         """What the worker says about itself, as plain JSON values. RefusedError when it does not answer."""
+        return await self._ask(_STATUS, timeout_s)
+
+    async def audit(self, timeout_s: float = 10.0) -> dict[str, Any]:
+        """Its account (`audit.WorkerAudit.from_plain`). RefusedError when it does not answer."""
+        return await self._ask(_AUDIT, timeout_s)
+
+    async def _ask(self, method: str, timeout_s: float) -> dict[str, Any]:
+        shown, _ = await self._prove(method, timeout_s)
         try:
-            data = await self._status(b"", timeout=timeout_s, metadata=self._metadata(_STATUS))
+            data = await self._unary[method](b"", timeout=timeout_s, metadata=shown)
         except grpc.aio.AioRpcError as error:
             raise _refusal(error.code(), error.details(), self.address) from error
         return dict(json.loads(data))
@@ -190,12 +251,22 @@ class WorkerClient:
         """Drop the connection and every stream on it."""
         await self._channel.close(None)
 
-    def _open(self) -> grpc.aio.StreamStreamCall[bytes, bytes]:
-        call: grpc.aio.StreamStreamCall[bytes, bytes] = self._attach(None, metadata=self._metadata(_ATTACH))
-        return call
-
-    def _metadata(self, method: str) -> tuple[tuple[str, str], ...]:
-        return ((_TOKEN_HEADER, call_token(self._key, method)),) if self._key else ()
+    async def _prove(self, method: str, timeout_s: float) -> tuple[tuple[tuple[str, bytes], ...], StreamSeals]:
+        """Credentials of one call and the seals of its stream. Raises RefusedError."""
+        if not self._key:
+            return (), open_seals(b"", b"", b"")
+        nonce = os.urandom(NONCE_BYTES)
+        try:
+            answer = await self._challenge(nonce, timeout=timeout_s)
+            name, shown, seals = prove(self._key, method, nonce, answer)
+        except grpc.aio.AioRpcError as error:
+            raise _refusal(error.code(), error.details(), self.address) from error
+        except WireError as error:
+            raise RefusedError(FailureCode.INCOMPATIBLE, f"worker at {self.address}: {error}") from error
+        if self._expected is not None and name != self._expected:
+            reason = f"worker at {self.address} is {name.worker_id}, incarnation {name.incarnation}, not the one asked"
+            raise RefusedError(FailureCode.WORKER_LOST, reason)
+        return ((_PROOF_HEADER, shown),), seals
 
 
 class AttachedStream:
@@ -205,9 +276,13 @@ class AttachedStream:
     StopAsyncIteration after a local `close`.
     """
 
-    def __init__(self, call: grpc.aio.StreamStreamCall[bytes, bytes], address: str) -> None:
+    def __init__(
+        self, call: grpc.aio.StreamStreamCall[bytes, bytes], address: str, seals: StreamSeals, version: int
+    ) -> None:
         self.welcome: Welcome
         self.address = address
+        self._seals = seals
+        self._version = version  # of the wire, as said hello in
         self._call = call
         self._unsent: deque[bytes] = deque()
         self._unsent_bytes = 0
@@ -227,7 +302,7 @@ class AttachedStream:
         """
         if self.closed:
             return False
-        data = encode(message)
+        data = encode(message, self._version)
         if self._unsent_bytes + len(data) > _MAX_UNSENT_BYTES:
             log.warning("worker at %s does not read; cutting its stream", self.address)
             self._call.cancel()
@@ -252,7 +327,7 @@ class AttachedStream:
             else:
                 raise
         if isinstance(data, bytes):
-            return decode_to_router(data)
+            return decode_to_router(self._seals.to_router.open(data))
         if self._closed:
             return None
         raise RefusedError(FailureCode.WORKER_LOST, f"worker at {self.address} closed the stream")
@@ -275,11 +350,27 @@ class AttachedStream:
                 while self._unsent:
                     data = self._unsent.popleft()
                     self._unsent_bytes -= len(data)
-                    await self._call.write(data)
+                    await self._call.write(self._seals.to_worker.seal(data))
                 self._wake.clear()
                 await self._wake.wait()
         except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
             self._unsent.clear()  # the reading side tells the end
+
+
+def _open_channel(address: str, tls: PeerTls | None) -> grpc.aio.Channel:
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=_CLIENT_OPTIONS)
+    options = [*_CLIENT_OPTIONS, ("grpc.ssl_target_name_override", tls.name)]
+    credentials = grpc.ssl_channel_credentials(tls.authorities, tls.pair.key, tls.pair.certificate)
+    return grpc.aio.secure_channel(address, credentials, options=options)
+
+
+def _add_port(server: grpc.aio.Server, where: str, tls: PeerTls | None) -> int:
+    if tls is None:
+        return server.add_insecure_port(where)
+    pairs = [(tls.pair.key, tls.pair.certificate)]
+    credentials = grpc.ssl_server_credentials(pairs, tls.authorities, require_client_auth=True)
+    return server.add_secure_port(where, credentials)
 
 
 def _refusal(code: grpc.StatusCode, details: str | None, address: str) -> RefusedError:

@@ -17,14 +17,20 @@ import itertools
 import logging
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+from penstock.workers import fault_points
+from penstock.workers.audit import WorkerAudit
+from penstock.workers.call_seal import WorkerName
 from penstock.workers.engine import Engine
 from penstock.workers.errors import ConfigError, RefusedError, WireError
+from penstock.workers.fault_points import Point
 from penstock.workers.inbox import Attached, Detached
 from penstock.workers.outbox import Outbox
 from penstock.workers.protocol import (
+    OLDEST_WIRE_VERSION,
     WIRE_VERSION,
     Failed,
     FailureCode,
@@ -36,6 +42,8 @@ from penstock.workers.protocol import (
     Welcome,
 )
 from penstock.workers.rpc import Conversation, RpcServer
+from penstock.workers.tls import PeerTls
+from penstock.workers.transfer.endpoint import TransferCounters
 from penstock.workers.wire import encode
 
 log = logging.getLogger(__name__)
@@ -43,6 +51,7 @@ log = logging.getLogger(__name__)
 _KNOWN_EPOCHS = 1024  # routers whose last epoch is remembered after they left
 _MAX_LEASE_S = 3600.0
 _HELLO_WITHIN_S = 10.0
+_AUDIT_WITHIN_S = 5.0
 
 
 @dataclasses.dataclass(slots=True)
@@ -58,10 +67,20 @@ class _Stream:
 class WorkerService:
     """Reporter of the engine and server of the routers."""
 
-    def __init__(self, welcome: Welcome, heartbeat_s: float, cluster_key: str = "") -> None:
+    def __init__(
+        self,
+        welcome: Welcome,
+        heartbeat_s: float,
+        cluster_key: str = "",
+        transfers: Callable[[], TransferCounters] = TransferCounters,
+        tls: PeerTls | None = None,
+    ) -> None:
+        """`transfers`: the transfer side's counters, for the ledger."""
         self._welcome = welcome
+        self._transfers = transfers
         self._heartbeat_s = heartbeat_s
-        self._rpc = RpcServer(self._attach, self._status, cluster_key)
+        name = WorkerName(welcome.worker_id, welcome.incarnation)
+        self._rpc = RpcServer(self._attach, self._status, cluster_key, name, self._audit, tls)
         self._engine: Engine
         self._loop: asyncio.AbstractEventLoop
         self._streams: dict[str, _Stream] = {}  # written on the loop; read by all
@@ -102,6 +121,11 @@ class WorkerService:
         for thread in self._threads:
             thread.join()
 
+    @property
+    def attached(self) -> int:
+        """Routers at the moment; from any thread."""
+        return len(self._streams)
+
     # --- the engine's calls (Reporter), from any thread ---
 
     def send(self, router_id: str, message: ToRouter) -> None:
@@ -137,7 +161,8 @@ class WorkerService:
         """The life of one stream."""
         hello = await self._greet(conversation)
         stream = self._open(hello)
-        await conversation.write(encode(self._welcome))
+        welcome = dataclasses.replace(self._welcome, wire_version=hello.wire_version)
+        await conversation.write(encode(welcome, hello.wire_version))
         tasks = [asyncio.create_task(self._write(stream, conversation))]
         tasks.append(asyncio.create_task(self._read(stream, conversation)))
         for task in tasks:
@@ -164,8 +189,9 @@ class WorkerService:
             raise WireError("no hello") from None
         if not isinstance(hello, Hello):
             raise WireError(f"began with {type(hello).__name__} instead of Hello")
-        if hello.wire_version != WIRE_VERSION:
-            raise RefusedError(FailureCode.INCOMPATIBLE, f"wire version {hello.wire_version}, not {WIRE_VERSION}")
+        if not OLDEST_WIRE_VERSION <= hello.wire_version <= WIRE_VERSION:
+            spoken = f"not {OLDEST_WIRE_VERSION} to {WIRE_VERSION}"
+            raise RefusedError(FailureCode.INCOMPATIBLE, f"wire version {hello.wire_version}, {spoken}")
         if not 0 < hello.lease_s <= _MAX_LEASE_S:
             raise WireError(f"Hello.lease_s: {hello.lease_s} is outside (0, {_MAX_LEASE_S}]")
         return hello
@@ -178,7 +204,7 @@ class WorkerService:
         if before in self._streams:
             self._close(self._streams[before])
         name = f"{hello.router_id}/{hello.router_epoch}/{next(self._serial)}"
-        outbox = Outbox(lambda: self._poke(name))
+        outbox = Outbox(lambda: self._poke(name), version=hello.wire_version)
         stream = _Stream(name, outbox, asyncio.Event(), asyncio.Event())
         self._current[hello.router_id] = (hello.router_epoch, stream.name)
         self._current.move_to_end(hello.router_id)
@@ -230,8 +256,17 @@ class WorkerService:
         state = "draining" if load["draining"] else "ready"
         return {"state": state, "routers": len(self._streams), **about, "load": load}
 
+    async def _audit(self) -> dict[str, Any]:
+        """See `audit.WorkerAudit`. Raises TimeoutError when a step is stuck."""
+        account = await asyncio.wait_for(asyncio.wrap_future(self._engine.inspect()), _AUDIT_WITHIN_S)
+        about = self._welcome
+        return dataclasses.asdict(
+            WorkerAudit(about.worker_id, about.incarnation, account, dataclasses.asdict(self._transfers()))
+        )
+
     # --- heartbeat thread ---
 
     def _beat(self) -> None:
         while not self._stopping.wait(self._heartbeat_s):
-            self.broadcast(self._engine.load())
+            for _ in range(fault_points.times(Point.HEARTBEAT, self._welcome.worker_id)):
+                self.broadcast(self._engine.load())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,6 +46,20 @@ class KVSettings:
     memory_bytes: int = 1 << 30  # on the CPU; a GPU's pool follows from gpu_memory_utilization
     gpu_memory_utilization: float = 0.9  # share of a GPU's whole memory that one worker may take
     prefix_caching: bool = True
+    host_bytes: int = 0  # host memory for blocks that the pool had to let go; 0 = none
+    disk_path: str = ""  # directory for what host memory has to let go, kept over restarts; empty = none
+    disk_bytes: int = 0  # most that a worker keeps there
+
+    def check_tiers(self) -> None:
+        """Raises ConfigError, naming the key, where the tiers below the pool cannot be as told."""
+        if self.host_bytes and not self.prefix_caching:
+            raise ConfigError("the tiers hold what the prefix cache lets go: it must be on", "kv.prefix_caching")
+        if self.disk_path and not self.host_bytes:
+            raise ConfigError("the disk tier takes what host memory lets go: give some of that too", "kv.host_bytes")
+        if self.disk_path and not os.path.isabs(self.disk_path):
+            raise ConfigError(f"{self.disk_path!r} must be absolute: each worker has its own place", "kv.disk_path")
+        if bool(self.disk_path) != bool(self.disk_bytes):
+            raise ConfigError("kv.disk_path and kv.disk_bytes go together", "kv.disk_bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +199,31 @@ class TracingSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class LedgerSettings:
+    """The second account of what became of requests, which finds what was lost."""
+
+    share: float = 0.0  # of the requests, chosen by their ids; 0 = no ledger at all
+
+
+@dataclass(frozen=True, slots=True)
+class TlsSettings:
+    """PEM files, the same paths on every host. Callers get the certificate; with `internal` so do processes of ours."""
+
+    cert_file: str = ""  # certificate and what stands between it and the CA; empty = no TLS at all
+    key_file: str = ""  # its private key, without a password
+    ca_file: str = ""  # who signed it: what processes of the cluster ask of each other
+    internal: bool = False  # between routers and workers too: calls, KV blocks and weights, both sides verified
+
+    def check(self) -> None:
+        """Raises ConfigError, naming the key, where files are missing that others need."""
+        for name, other in (("cert_file", "key_file"), ("key_file", "cert_file"), ("cert_file", "ca_file")):
+            if not getattr(self, name) and getattr(self, other):
+                raise ConfigError(f"tls.{other} is no use without tls.{name}", f"tls.{name}")
+        if self.internal and not self.ca_file:
+            raise ConfigError("tls.internal needs tls.cert_file, tls.key_file and tls.ca_file", "tls.ca_file")
+
+
+@dataclass(frozen=True, slots=True)
 class LogSettings:
     """How every process writes its log."""
 
@@ -200,7 +240,7 @@ class WorkerSettings:
     role: Role = Role.MIXED
     incarnation: int = 1  # grows with every restart of the same worker id
     cluster_id: str = "local"
-    cluster_key: str = ""  # hex; authenticates worker-to-worker frames and streams
+    cluster_key: str = field(default="", repr=False)  # hex; authenticates worker-to-worker frames and streams
     host: str = "127.0.0.1"
     port: int = 0  # 0 = any
     heartbeat_s: float = 0.5
@@ -215,6 +255,8 @@ class WorkerSettings:
     tracing: TracingSettings = field(default_factory=TracingSettings)
     logs: LogSettings = field(default_factory=LogSettings)
     weights: WeightSettings = field(default_factory=WeightSettings)
+    ledger: LedgerSettings = field(default_factory=LedgerSettings)
+    tls: TlsSettings = field(default_factory=TlsSettings)
     weight_peers: tuple[str, ...] = ()  # host:port of running workers that may serve the same weights
 
     @property
@@ -242,6 +284,8 @@ class WorkerSettings:
             raw["tracing"] = TracingSettings(**raw.get("tracing", {}))
             raw["logs"] = LogSettings(**raw.get("logs", {}))
             raw["weights"] = WeightSettings(**raw.get("weights", {}))
+            raw["ledger"] = LedgerSettings(**raw.get("ledger", {}))
+            raw["tls"] = TlsSettings(**raw.get("tls", {}))
             raw["weight_peers"] = tuple(raw.get("weight_peers", ()))
             return WorkerSettings(**raw)
         except (TypeError, ValueError) as error:

@@ -39,6 +39,8 @@ class Span:
 class SpanSink(Protocol):
     """Takes finished spans; never blocks, drops them when too many wait."""
 
+    dropped: int  # so far
+
     def take(self, span: Span) -> None:
         """Queue one span."""
         ...

@@ -16,7 +16,9 @@ import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
+from penstock.workers import fault_points
 from penstock.workers.errors import BanksLostError, DeviceError, ExpertsGoneError
+from penstock.workers.fault_points import Point
 from penstock.workers.observation import Observation
 from penstock.workers.scheduler.events import SequenceKey, StepOutcome
 from penstock.workers.scheduler.open_steps import MOST_STEPS
@@ -54,22 +56,25 @@ class StepRuns:
         start: StartStep | None,
         observation: Observation,
         clock: Callable[[], float],
+        step_time: StepTimeModel,
+        name: str = "",
     ) -> None:
-        """`start` begins a step and returns before it is done; None: the runner computes each to its end."""
+        """`start` begins a step and returns before it is done; None: the runner computes each to its end.
+
+        `name`: the worker's id.
+        """
         self._scheduler = scheduler
         self._runner = runner
         self._start = start
         self._depth = 1 if start is None else MOST_STEPS
         self._observation = observation
         self._clock = clock
-        self._step_time = StepTimeModel()
+        self._step_time = step_time
+        self._name = name
         self._under_way: list[_Started] = []
         self._landed_at = 0.0
         self._failed_steps = 0
         self.progress = Progress()  # of the oldest step under way; read by other threads
-
-    def __len__(self) -> int:
-        return len(self._under_way)
 
     def turn(self, plan: StepPlan | None) -> list[Landed]:
         """Start this plan, and wait for what has to land before the next one; without a plan, for all.
@@ -91,8 +96,10 @@ class StepRuns:
     def _begin(self, plan: StepPlan) -> Landed | None:
         began = self._clock()
         if not self._under_way:
-            self.progress = Progress(plan.step, began, self._step_time.predict(plan.num_tokens))
+            self._note(plan, began)
         try:
+            if fault_points.plan is not None:
+                fault_points.plan.reach(Point.STEP_BEGIN, self._name)
             if self._start is None:
                 result = self._runner.run(plan)
                 self._under_way.append(_Started(plan, lambda: result, began))
@@ -128,14 +135,20 @@ class StepRuns:
         self._note_progress(ended)
         outcome = self._scheduler.commit(plan, result, ended)
         self._observation.stepped(plan.num_tokens, outcome, began, ended)
+        if fault_points.plan is not None:
+            fault_points.plan.reach(Point.STEP_END, self._name)
         return Landed(plan.step, outcome)
 
     def _note_progress(self, now: float) -> None:
         if self._under_way:
             plan = self._under_way[0].plan
-            self.progress = Progress(plan.step, now, self._step_time.predict(plan.num_tokens))
+            self._note(plan, now)
         else:
-            self.progress = Progress(self.progress.step, None, self.progress.predicted_s)
+            self.progress = Progress(self.progress.step, None, self.progress.predicted_s, *self._step_time.line())
+
+    def _note(self, plan: StepPlan, since: float) -> None:
+        predicted_s = self._step_time.predict(plan.num_tokens)
+        self.progress = Progress(plan.step, since, predicted_s, *self._step_time.line())
 
     def _failed(self, plans: list[StepPlan], error: Exception) -> Landed:
         """Undo these, oldest first in the list; their sequences are lost."""

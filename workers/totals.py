@@ -5,7 +5,7 @@ Filled by `observation.py`, read by `cluster/fleet_metrics.py`. Plain data; know
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 STEP_TOKENS_UP_TO = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -20,9 +20,42 @@ class TransferCause(StrEnum):
     UNREACHABLE = "unreachable"
     INCOMPATIBLE = "incompatible"
     REFUSED = "refused"  # the receiver said no, or ended the session
-    DAMAGED = "damaged"  # blocks lost, reused or with a wrong digest, also after asking again
+    DAMAGED = "damaged"  # blocks lost or reused, also after asking again
     ABANDONED = "abandoned"  # given up on purpose: cancelled, or nothing left to hand over
     STOPPED = "stopped"  # this worker is going down
+    MISMATCHED = "mismatched"  # blocks with a wrong digest, also after asking again
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarTotals:
+    """What became of the grammars that requests brought; only ever grows."""
+
+    compiled: int = 0
+    found: int = 0  # in the cache of compiled ones
+    evicted: int = 0  # from it
+
+
+@dataclass(frozen=True, slots=True)
+class TierFigures:
+    """What one tier below the block pool did with KV blocks; all but `held` only ever grow."""
+
+    held: int = 0  # blocks, now
+    hits: int = 0  # blocks brought back into the pool
+    misses: int = 0  # blocks asked for that it did not hold
+    loaded: int = 0  # bytes brought back
+    stored: int = 0  # bytes taken in
+    evictions: int = 0  # blocks that gave way to others
+    dropped: int = 0  # blocks not taken in: a queue was full, or they were evicted from the pool first
+    errors: int = 0  # failed reads and writes, damaged blocks
+
+
+@dataclass(frozen=True, slots=True)
+class TierTotals:
+    """Host memory and disk below the block pool."""
+
+    host: TierFigures = field(default_factory=TierFigures)
+    disk: TierFigures = field(default_factory=TierFigures)
+    slow: int = 0  # loads given up because computing was quicker
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +97,8 @@ class WorkerTotals:
     transfers_received: int = 0
     transfer_failures: tuple[int, ...] = ()  # sessions of both directions, one entry per `TransferCause`
     router_leases_expired: int = 0
+    grammars: GrammarTotals = field(default_factory=GrammarTotals)
+    tiers: TierTotals = field(default_factory=TierTotals)
     blocks_lost: int = 0  # KV blocks that went with ranks
     ranks_lost: int = 0  # see `GroupTotals`, as the next two
     experts_gone: int = 0
@@ -72,3 +107,4 @@ class WorkerTotals:
     weights_from_disk: int = 0
     weights_load_s: float = 0.0
     weights_served: int = 0
+    spans_dropped: int = 0  # that the trace collector did not take, or that found the queue full

@@ -49,6 +49,11 @@ class WorkerTracer:
         """Some sequence is traced."""
         return bool(self._traced)
 
+    @property
+    def dropped(self) -> int:
+        """Spans that were lost so far."""
+        return self._sink.dropped
+
     def begin(self, key: SequenceKey, work: Work, request: GenerateRequest, now: float) -> None:
         """A traced request came in."""
         parent = sampled_parent(request.traceparent)

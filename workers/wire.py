@@ -1,4 +1,4 @@
-"""Message <-> bytes: `[WIRE_VERSION, tag, field, ...]` in msgpack, checked field by field on the way in.
+"""Message <-> bytes: `[wire version, tag, field, ...]` in msgpack, checked field by field on the way in.
 
 Called by `rpc.py` and `service.py` on both ends of a stream. Knows the shape of every message of `protocol.py` (one
 schema table, derived from the dataclasses' annotations) and nothing of who sends it or what it means.
@@ -6,6 +6,17 @@ schema table, derived from the dataclasses' annotations) and nothing of who send
 Token tuples travel as little-endian int32 bytes, generations as uint64, numpy columns as their raw bytes. Sizes are
 checked before anything is allocated for the value (`field_codecs.py`); every refusal is a `WireError` that names
 message and field.
+
+Two versions are spoken, this one and the one before, so that a cluster can be upgraded worker by worker. A router says
+hello in its newest version and, where that is refused, in the older one; both then keep to it. What versions added,
+each with defaults that mean what the older one means:
+
+    version  added
+    4        Move, Stays, Reserve.takes_over: running sequences move between workers
+             Load.step_base_s, Load.step_token_s, WorkerTotals.tiers, WorkerTotals.spans_dropped
+             FailureCode.KV_DAMAGED, which the older one calls TRANSFER_FAILED
+
+Add fields at a dataclass's end, and name them in `_SINCE`; a message's tag never changes.
 """
 
 from __future__ import annotations
@@ -36,8 +47,9 @@ from penstock.workers.field_codecs import (
     unchanged,
     unpack_text,
 )
-from penstock.workers.protocol import WIRE_VERSION, FailureCode, Role, ToRouter, ToWorker
-from penstock.workers.totals import WorkerTotals
+from penstock.workers.grammar_spec import GrammarKind, GrammarSpec
+from penstock.workers.protocol import OLDEST_WIRE_VERSION, WIRE_VERSION, FailureCode, Role, ToRouter, ToWorker
+from penstock.workers.totals import GrammarTotals, TierFigures, TierTotals, WorkerTotals
 
 MAX_MESSAGE_BYTES = 64 << 20
 _MAX_ARRAY_LEN = 32  # no message has more fields; nested lists only hold nested messages
@@ -61,7 +73,7 @@ _BY_ANNOTATION: dict[str, Codec] = {
     "tuple[int, ...]": integers("Q", "generations"),
     "tuple[str, ...]": addresses(),
     "Role": choice(Role),
-    "FailureCode": choice(FailureCode),
+    "GrammarKind": choice(GrammarKind),
 } | {f"NDArray[np.{name}]": column(name) for name in ("uint8", "uint16", "uint32", "int32", "float32")}
 
 # Fields whose honest range is narrower or wider than their type's.
@@ -83,6 +95,7 @@ _BY_FIELD: dict[tuple[str, str], Codec] = {
     ("GenerateRequest", "prefix_root"): octets(1, exact=protocol.DIGEST_BYTES),
     ("GenerateRequest", "prefix_digests"): octets(protocol.DIGEST_BYTES),
     ("GenerateRequest", "priority"): integer(-(2**31), 2**31 - 1),
+    ("GrammarSpec", "end_token_ids"): integers("i", "tokens"),
     ("Grant", "session_id"): octets(1, exact=16),
     ("WorkerTotals", "step_s"): real(0.0, 1e12),
     ("WorkerTotals", "transfer_s"): real(0.0, 1e12),
@@ -141,14 +154,23 @@ def _fields_getter(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]]:
     return lambda value: tuple(getattr(value, name) for name in names)
 
 
-class _Schema:
-    """The fields of one dataclass in order, each with its codec."""
+def _failure_code(version: int) -> Codec:
+    """Codes that a version does not know travel as what is closest."""
+    codec = choice(FailureCode)
+    older = {code: other for code, (since, other) in _CODES_SINCE.items() if since > version}
+    return Codec(lambda code: codec.pack(older.get(code, code)), codec.unpack) if older else codec
 
-    def __init__(self, kind: type, nested: dict[str, _Schema]) -> None:
+
+class _Schema:
+    """The fields of one dataclass in order, as one wire version has them, each with its codec."""
+
+    def __init__(self, kind: type, nested: dict[str, _Schema], version: int) -> None:
         self.kind = kind
+        self._version = version
         self.check = _CHECKS.get(kind)
-        self.names = tuple(field.name for field in dataclasses.fields(kind))
-        self.codecs = tuple(self._codec(field, nested) for field in dataclasses.fields(kind))
+        fields = [field for field in dataclasses.fields(kind) if _since(kind, field.name) <= version]
+        self.names = tuple(field.name for field in fields)
+        self.codecs = tuple(self._codec(field, nested) for field in fields)
         self.fields: Callable[[Any], tuple[Any, ...]] = _fields_getter(self.names)
         packs = [(index, codec.pack) for index, codec in enumerate(self.codecs)]
         self.packs = tuple((index, pack) for index, pack in packs if pack is not unchanged)
@@ -160,6 +182,8 @@ class _Schema:
             return special
         if annotation == "int" and field.name in ("slot", "attempt"):
             return _UINT32 if field.name == "slot" else _UINT16
+        if annotation == "FailureCode":
+            return _failure_code(self._version)
         schema = nested.get(annotation.removesuffix(" | None"))
         if schema is None:
             return _BY_ANNOTATION[annotation]
@@ -180,29 +204,60 @@ class _Schema:
             try:
                 fields.append(codec.unpack(value))
             except ValueError as error:
-                raise WireError(f"{self.kind.__name__}.{name}: {error}") from error
+                raise WireError(f"{self.kind.__name__}.{name}: {error!s:.200}") from error
         message = self.kind(*fields)
         if self.check is not None:
             self.check(message)
         return message
 
 
-def _build_schemas() -> tuple[_Schema, ...]:
-    nested: dict[str, _Schema] = {}
-    for part in (protocol.SamplingParams, protocol.GenerateRequest, protocol.Grant, WorkerTotals):
-        nested[part.__name__] = _Schema(part, nested)
-    return tuple(_Schema(kind, nested) for kind in (*get_args(ToWorker), *get_args(ToRouter)))
+# Message or (dataclass, field) -> the wire version that added it; what is not named was always there.
+_SINCE: dict[type | tuple[type, str], int] = {
+    protocol.Move: 4,
+    protocol.Stays: 4,
+    (protocol.Reserve, "takes_over"): 4,
+    (protocol.Load, "step_base_s"): 4,
+    (protocol.Load, "step_token_s"): 4,
+    (WorkerTotals, "tiers"): 4,
+    (WorkerTotals, "spans_dropped"): 4,
+}
 
 
-_SCHEMAS = _build_schemas()  # a message's tag is its index here
-_TAGS = {schema.kind: tag for tag, schema in enumerate(_SCHEMAS)}
-_FIRST_TO_ROUTER = len(get_args(ToWorker))
+_CODES_SINCE = {FailureCode.KV_DAMAGED: (4, FailureCode.TRANSFER_FAILED)}
 
 
-def encode(message: Message) -> bytes:
-    """The message as bytes. Raises WireError when it would be larger than a peer accepts."""
-    tag = _TAGS[type(message)]
-    data: bytes = msgpack.packb([WIRE_VERSION, tag, *_SCHEMAS[tag].pack(message)])
+def _since(kind: type, field: str = "") -> int:
+    return _SINCE.get((kind, field) if field else kind, OLDEST_WIRE_VERSION)
+
+
+class _Version:
+    """Every message of one wire version. A message's tag is its place among all, the newer ones behind the older."""
+
+    def __init__(self, number: int) -> None:
+        nested: dict[str, _Schema] = {}
+        requests = (GrammarSpec, protocol.SamplingParams, protocol.GenerateRequest, protocol.Grant)
+        for part in (*requests, GrammarTotals, TierFigures, TierTotals, WorkerTotals):
+            nested[part.__name__] = _Schema(part, nested, number)
+        self.number = number
+        self.by_tag = tuple(_Schema(kind, nested, number) for kind in _KINDS if _since(kind) <= number)
+
+    def pack(self, message: Message) -> list[Any]:
+        """Tag and fields. Raises WireError for a message that this version does not have."""
+        tag = _TAGS[type(message)]
+        if tag >= len(self.by_tag):
+            raise WireError(f"wire version {self.number} has no {type(message).__name__}")
+        return [tag, *self.by_tag[tag].pack(message)]
+
+
+_KINDS: tuple[type, ...] = tuple(sorted((*get_args(ToWorker), *get_args(ToRouter)), key=_since))
+_TAGS = {kind: tag for tag, kind in enumerate(_KINDS)}
+_VERSIONS = {number: _Version(number) for number in range(OLDEST_WIRE_VERSION, WIRE_VERSION + 1)}
+_TO_WORKER = frozenset(_TAGS[kind] for kind in get_args(ToWorker))
+
+
+def encode(message: Message, version: int = WIRE_VERSION) -> bytes:
+    """The message as bytes. Raises WireError when it would be larger than a peer accepts, or unknown to it."""
+    data: bytes = msgpack.packb([version, *_VERSIONS[version].pack(message)])
     if len(data) > MAX_MESSAGE_BYTES:
         raise WireError(f"{type(message).__name__}: {len(data)} bytes are more than {MAX_MESSAGE_BYTES}")
     return data
@@ -210,17 +265,17 @@ def encode(message: Message) -> bytes:
 
 def decode_to_worker(data: bytes) -> ToWorker:
     """The router's message in `data`. Raises WireError."""
-    message: ToWorker = _decode(data, 0, _FIRST_TO_ROUTER)
+    message: ToWorker = _decode(data, to_worker=True)
     return message
 
 
 def decode_to_router(data: bytes) -> ToRouter:
     """The worker's message in `data`. Raises WireError."""
-    message: ToRouter = _decode(data, _FIRST_TO_ROUTER, len(_SCHEMAS))
+    message: ToRouter = _decode(data, to_worker=False)
     return message
 
 
-def _decode(data: bytes, first_tag: int, end_tag: int) -> Any:
+def _decode(data: bytes, *, to_worker: bool) -> Any:
     if len(data) > MAX_MESSAGE_BYTES:
         raise WireError(f"message of {len(data)} bytes is larger than {MAX_MESSAGE_BYTES}")
     try:
@@ -230,8 +285,9 @@ def _decode(data: bytes, first_tag: int, end_tag: int) -> Any:
     if type(values) is not list or len(values) < 2:
         raise WireError("not a message: expected a list of version, tag and fields")
     version, tag = values[0], values[1]
-    if version != WIRE_VERSION or type(version) is not int:
-        raise WireError(f"wire version {version!r}; this side speaks {WIRE_VERSION}")
-    if type(tag) is not int or not first_tag <= tag < end_tag:
-        raise WireError(f"unknown message tag {tag!r}")
-    return _SCHEMAS[tag].unpack(values[2:])
+    spoken = _VERSIONS.get(version) if type(version) is int else None
+    if spoken is None:
+        raise WireError(f"wire version {version!r:.40}; this side speaks {OLDEST_WIRE_VERSION} to {WIRE_VERSION}")
+    if type(tag) is not int or not 0 <= tag < len(spoken.by_tag) or (tag in _TO_WORKER) is not to_worker:
+        raise WireError(f"unknown message tag {tag!r:.40}")
+    return spoken.by_tag[tag].unpack(values[2:])

@@ -18,10 +18,11 @@ THREADS = ("engine", "rpc", "heartbeat")
 
 @pytest.fixture
 def worker() -> Iterator[Worker]:
+    before = set(threading.enumerate())
     worker = build_worker(oracle_settings())
     yield worker
     worker.stop()
-    assert [thread.name for thread in threading.enumerate() if thread.name in THREADS] == []
+    assert [thread.name for thread in set(threading.enumerate()) - before if thread.name in THREADS] == []
 
 
 async def test_it_serves_and_drains(worker: Worker) -> None:

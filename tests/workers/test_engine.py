@@ -228,6 +228,17 @@ def test_waiting_requests_are_told_their_place(fabric: LoopbackFabric) -> None:
         assert bench.told.text(slot)[0] == answer(request(salt=slot))
 
 
+def test_a_request_that_waited_in_the_inbox_for_too_long_is_not_begun(fabric: LoopbackFabric) -> None:
+    """A step that took long lies between its coming and its being read."""
+    bench = Bench(fabric, max_num_seqs=1)
+    bench.post(Generate(1, 1, dataclasses.replace(request(), queue_timeout_s=1.0)))
+    bench.post(Generate(2, 1, dataclasses.replace(request(salt=2), queue_timeout_s=9.0)))
+    bench.now += 2.0
+    bench.until_idle()
+    assert [(failed.slot, failed.code) for failed in bench.told.of(Failed)] == [(1, FailureCode.DEADLINE)]
+    assert bench.told.text(2)[0] == answer(request(salt=2))
+
+
 def test_a_failing_step_costs_its_own_requests_only(fabric: LoopbackFabric) -> None:
     bench = Bench(fabric)
     bench.post(Generate(1, 1, request(salt=1)))
@@ -328,16 +339,16 @@ def test_the_heartbeat_shows_a_stuck_step(fabric: LoopbackFabric) -> None:
     loads = []
 
     def slow(plan: StepPlan) -> StepResult:
-        bench.now += 0.5
+        bench.now += 0.125
         loads.append(bench.engine.load())
         return inner(plan)
 
     bench.runner.run = slow  # type: ignore[method-assign]
-    bench.post(Generate(1, 1, request()))
-    bench.step(4)
-    assert [load.step_age_s for load in loads] == [0.5] * 4
-    assert [load.step for load in loads] == [1, 2, 3, 4]
-    assert loads[3].predicted_step_s == pytest.approx(0.5)
+    bench.post(Generate(1, 1, request(max_tokens=20)))
+    bench.step(12)
+    assert [load.step_age_s for load in loads] == [0.125] * 12
+    assert [load.step for load in loads] == list(range(1, 13))
+    assert loads[11].predicted_step_s == pytest.approx(0.125)
     assert bench.engine.load().step_age_s == 0.0
 
 

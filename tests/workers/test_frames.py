@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.workers.frames import frame_of_ended, merge_frames, split_by_router
+from penstock.workers.frames import frame_of_arrived, merge_frames, split_by_router
 from penstock.workers.protocol import EndReason, TokenFrame
 from penstock.workers.scheduler.events import EndedEvent, SequenceKey
 from penstock.workers.scheduler.plan import SampledLogprobs
@@ -116,7 +116,7 @@ def test_rows_of_nobody_who_asked_carry_no_logprobs() -> None:
 
 
 def test_frame_of_an_end_that_came_with_the_kv() -> None:
-    frame = frame_of_ended(4, EndedEvent(SequenceKey("r", 7, 2), 5, (10, 11), EndReason.STOP))
+    frame = frame_of_arrived(4, EndedEvent(SequenceKey("r", 7, 2), 5, (10, 11), EndReason.STOP))
     assert [row[:4] for row in rows_of(frame)] == [(7, 2, 5, 10), (7, 2, 6, 11)]
     assert frame.ends.tolist() == [EndReason.STOP]
 

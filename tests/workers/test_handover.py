@@ -8,6 +8,7 @@ import pytest
 from penstock.workers.handover import GranterIdentity, HandOver
 from penstock.workers.protocol import EndReason, FailureCode, Grant
 from penstock.workers.scheduler.events import GrantedEvent, Offer, SentTail, SequenceKey
+from penstock.workers.totals import TransferCause
 from penstock.workers.transfer.port import (
     Arrived,
     Incoming,
@@ -69,7 +70,11 @@ def test_a_grant_is_expected_before_it_exists_for_anyone(handover: HandOver, cal
     ("event", "call"),
     [
         (Arrived(b"own-session-id..", Tail((11,))), ("kv_arrived", KEY, (11,), 9.0)),
-        (IncomingFailed(b"own-session-id..", "lost"), ("kv_failed", KEY, 9.0)),
+        (IncomingFailed(b"own-session-id..", "lost"), ("kv_failed", KEY, 9.0, FailureCode.TRANSFER_FAILED)),
+        (
+            IncomingFailed(b"own-session-id..", "wrong", TransferCause.MISMATCHED),
+            ("kv_failed", KEY, 9.0, FailureCode.KV_DAMAGED),
+        ),
         (IncomingClosed(b"own-session-id.."), ("kv_closed", KEY, 9.0)),
     ],
 )

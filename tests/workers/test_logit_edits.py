@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -34,11 +35,23 @@ WISHES = st.builds(
     min_tokens=st.sampled_from([0, 0, 3, 50]),
 )
 CONTEXTS = st.tuples(st.lists(TOKENS, min_size=1, max_size=8).map(tuple), st.lists(TOKENS, max_size=10).map(tuple))
+GRAMMARS = st.none() | st.sets(TOKENS, min_size=1)  # the tokens that a grammar allows next
 Row = tuple[SamplingParams, tuple[tuple[int, ...], tuple[int, ...]]]
 
 
-def edits_of(rows: list[Row]) -> LogitEdits | None:
+class FixedGuide:
+    """Allows these tokens."""
+
+    def __init__(self, allowed: set[int]) -> None:
+        self.mask = np.array([sum(1 << token for token in allowed)], np.int32)
+
+    def advance(self, token: int) -> None:
+        raise AssertionError("nothing is sampled here")
+
+
+def edits_of(rows: list[Row], grammars: Sequence[set[int] | None] = ()) -> LogitEdits | None:
     """As the scheduler makes them."""
+    guides = [None if allowed is None else FixedGuide(allowed) for allowed in grammars] or [None] * len(rows)
     longest = max(len(prompt) + len(generated) for _, (prompt, generated) in rows)
     tokens = np.zeros((len(rows), longest), np.int32)
     length, prompt_length = np.zeros(len(rows), np.int32), np.zeros(len(rows), np.int32)
@@ -46,24 +59,26 @@ def edits_of(rows: list[Row]) -> LogitEdits | None:
     for slot, (sampling, (prompt, generated)) in enumerate(rows):
         tokens[slot, : len(prompt) + len(generated)] = prompt + generated
         length[slot], prompt_length[slot] = len(prompt) + len(generated), len(prompt)
-        columns.fill(slot, sampling, np.array(prompt, np.int32))
+        columns.fill(slot, sampling, np.array(prompt, np.int32), guides[slot])
     return columns.batch(np.arange(len(rows)))
 
 
-def edited(logits: torch.Tensor, rows: list[Row]) -> torch.Tensor:
-    edits, result = edits_of(rows), logits.clone()
+def edited(logits: torch.Tensor, rows: list[Row], grammars: Sequence[set[int] | None] = ()) -> torch.Tensor:
+    edits, result = edits_of(rows, grammars), logits.clone()
     if edits is not None:
         apply_edits(result, edits)
     return result
 
 
-@given(st.lists(st.tuples(WISHES, CONTEXTS), min_size=1, max_size=6), st.integers(0, 5))
+@given(st.lists(st.tuples(WISHES, CONTEXTS, GRAMMARS), min_size=1, max_size=6), st.integers(0, 5))
 @settings(deadline=None, max_examples=150)
-def test_every_row_follows_the_definition(rows: list[Row], seed: int) -> None:
+def test_every_row_follows_the_definition(given_rows: list[Any], seed: int) -> None:
+    rows, grammars = [row[:2] for row in given_rows], [row[2] for row in given_rows]
     logits = torch.randn(len(rows), VOCAB, generator=torch.Generator().manual_seed(seed)) * 4
-    found = edited(logits, rows)
+    found = edited(logits, rows, grammars)
     for row, (sampling, (prompt, generated)) in enumerate(rows):
-        wanted = torch.tensor(edit_row(logits[row].tolist(), sampling, prompt, generated), dtype=torch.float64)
+        plain = edit_row(logits[row].tolist(), sampling, prompt, generated, grammars[row])
+        wanted = torch.tensor(plain, dtype=torch.float64)
         assert torch.equal(found[row].isneginf(), wanted.isneginf())
         torch.testing.assert_close(found[row].double(), wanted, rtol=1e-5, atol=1e-4)
         assert not found[row].isneginf().all()

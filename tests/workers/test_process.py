@@ -1,6 +1,7 @@
 """Real worker processes with the oracle: texts, death, drain, leases, epochs; alone and as prefill + decode pair."""
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -10,9 +11,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from fakes.worker_process import VOCAB, Attachment, WorkerProcess, oracle_settings
+from fakes.fault_plan import Action, Fault, FaultPlan, planned_workers
+from fakes.worker_process import CLUSTER_KEY, VOCAB, Attachment, WorkerProcess, oracle_settings
 
 from penstock.workers.errors import RefusedError
+from penstock.workers.fault_points import Point
 from penstock.workers.oracle import expected_tokens
 from penstock.workers.protocol import (
     Cancel,
@@ -79,6 +82,19 @@ async def test_texts_over_a_real_process(compiler: bool, tmp_path: Path) -> None
         worker.process.send_signal(signal.SIGTERM)
         assert worker.wait() == 0
     assert found_in(tmp_path) == ([] if compiler else [".cache", "lock", "penstock"])
+
+
+async def test_the_cluster_key_is_in_no_place_that_others_read() -> None:
+    """Not in the process's arguments or environment, its first words, its status, nor the words for its settings."""
+    settings = oracle_settings()
+    with WorkerProcess(settings) as worker:
+        router = await Attachment.open(worker.address)
+        told = [json.dumps(worker.facts), json.dumps(await router.client.status()), repr(settings)]
+        about = Path("/proc", str(worker.process.pid))
+        told += [(about / name).read_bytes().decode(errors="replace") for name in ("cmdline", "environ")]
+        assert len(told[-1]) > 20
+        assert [text for text in told if CLUSTER_KEY in text] == []
+        await router.close()
 
 
 async def test_a_killed_worker_is_noticed_at_once() -> None:
@@ -226,19 +242,14 @@ async def test_split_over_two_processes(transport: str) -> None:
         await decode.close()
 
 
-DIES_AFTER = """
-import sys
-from penstock.workers.process import main
-from penstock.workers.transfer.faults import TransferFaults
-sys.exit(main(TransferFaults(die_after=7)))
-"""
+DIES_AFTER = FaultPlan((Fault(Point.TRANSFER_SENT, Action.KILL, after=7),))
 
 
 @pytest.mark.parametrize("transport", ["shared_memory", "tcp"])
 async def test_prefill_dies_in_the_middle_of_its_blocks(transport: str) -> None:
     wire = TransferSettings(transport=transport, lease_s=2.0)
     with (
-        WorkerProcess(oracle_settings("p", role=Role.PREFILL, transfer=wire), DIES_AFTER) as p,
+        WorkerProcess(oracle_settings("p", role=Role.PREFILL, transfer=wire), command=planned_workers(DIES_AFTER)) as p,
         WorkerProcess(oracle_settings("d", role=Role.DECODE, transfer=wire)) as d,
     ):
         prefill, decode = await Attachment.open(p.address), await Attachment.open(d.address)

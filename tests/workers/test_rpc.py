@@ -4,33 +4,27 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import grpc.aio
 import pytest
+from fakes.echo_worker import WELCOME, echo
 
 from penstock.workers import rpc
+from penstock.workers.call_seal import WorkerName
 from penstock.workers.errors import ConfigError, RefusedError
-from penstock.workers.protocol import WIRE_VERSION, Cancel, FailureCode, Hello, KeepAlive, Queued, Role, Welcome
+from penstock.workers.protocol import WIRE_VERSION, Cancel, FailureCode, Hello, KeepAlive, Queued
 from penstock.workers.rpc import Conversation, RpcServer, WorkerClient
 from penstock.workers.wire import encode
 
 HELLO = Hello(WIRE_VERSION, "router", 1, 5.0)
-WELCOME = Welcome(WIRE_VERSION, "w", 1, Role.MIXED, 1, 1, 16, 8, 4, 128, 64, "127.0.0.1:1", "host", "same")
-
-
-async def echo(conversation: Conversation) -> None:
-    """Answers each Cancel with a Queued that repeats its numbers."""
-    while (message := await conversation.read()) is not None:
-        if isinstance(message, Hello):
-            await conversation.write(encode(WELCOME))
-        elif isinstance(message, Cancel):
-            await conversation.write(encode(Queued(message.slot, message.attempt, 0)))
 
 
 async def serve(
     handler: Callable[[Conversation], Awaitable[None]] = echo,
     key: str = "",
     status: Callable[[], dict[str, Any]] = dict,
+    name: WorkerName = WorkerName("w", 1),  # noqa: B008 - frozen
 ) -> tuple[RpcServer, str]:
-    server = RpcServer(handler, status, key)
+    server = RpcServer(handler, status, key, name)
     return server, await server.start("127.0.0.1", 0)
 
 
@@ -63,6 +57,46 @@ async def test_wrong_key_is_refused_and_the_right_one_is_not() -> None:
     await (await friend.attach(HELLO)).close()
     await stranger.close()
     await friend.close()
+    await server.stop()
+
+
+async def test_a_call_that_was_recorded_opens_nothing() -> None:
+    server, address = await serve(key="secret", status=lambda: {"state": "ready"})
+    client = WorkerClient(address, "secret")
+    shown, _ = await client._prove(rpc._STATUS, 2.0)
+    assert await client._unary[rpc._STATUS](b"", metadata=shown) == b'{"state": "ready"}'
+    for metadata in (shown, (), (("penstock-proof-bin", b"x" * 64),)):
+        with pytest.raises(grpc.aio.AioRpcError, match="UNAUTHENTICATED"):
+            await client._unary[rpc._STATUS](b"", metadata=metadata)
+    await client.close()
+    await server.stop()
+
+
+async def test_another_worker_at_the_address_is_not_taken_for_the_one_asked() -> None:
+    server, address = await serve(key="secret")
+    for expected in (WorkerName("w", 2), WorkerName("v", 1)):
+        client = WorkerClient(address, "secret", expected)
+        with pytest.raises(RefusedError, match="is w, incarnation 1") as refusal:
+            await client.attach(HELLO)
+        assert refusal.value.code is FailureCode.WORKER_LOST
+        await client.close()
+    client = WorkerClient(address, "secret", WorkerName("w", 1))
+    await (await client.attach(HELLO)).close()
+    await client.close()
+    await server.stop()
+
+
+async def test_a_message_without_its_seal_ends_the_stream() -> None:
+    server, address = await serve(key="secret")
+    client = WorkerClient(address, "secret")
+    stream = await client.attach(HELLO)
+    assert stream.send(Cancel(1, 1))
+    assert await stream.read() == Queued(1, 1, 0)
+    await stream._call.write(encode(Cancel(2, 1)))
+    with pytest.raises(RefusedError, match="not authentic"):
+        await asyncio.wait_for(stream.read(), 5)
+    await stream.close()
+    await client.close()
     await server.stop()
 
 

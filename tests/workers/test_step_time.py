@@ -26,9 +26,17 @@ def test_it_finds_the_line_and_follows_a_change() -> None:
 
 def test_steps_of_one_size_and_odd_timings_give_no_nonsense() -> None:
     model = StepTimeModel()
-    for _ in range(10):
+    for _ in range(12):
         model.observe(32, 0.05)
     assert model.predict(500) == pytest.approx(0.05)
     for tokens, seconds in ((1, 0.5), (500, 0.001)) * 5:
         model.observe(tokens, seconds)
     assert 0 <= model.predict(5000) < 1
+
+
+def test_the_first_steps_are_not_its_pace() -> None:
+    model = StepTimeModel()
+    for step in range(11):
+        assert model.line() == (0.0, 0.0)
+        model.observe(32, 3.0 if step < 3 else 0.05)
+    assert model.predict(32) == pytest.approx(0.05)

@@ -22,6 +22,7 @@ KEY = SequenceKey("router", 7, 1)
 class Kept:
     def __init__(self) -> None:
         self.spans: list[Span] = []
+        self.dropped = 0
 
     def take(self, span: Span) -> None:
         self.spans.append(span)

@@ -1,7 +1,7 @@
 """Messages survive the trip unchanged; bytes that are no message are refused, never half understood."""
 
 import contextlib
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import msgpack
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from penstock.workers import protocol as p
 from penstock.workers import wire
 from penstock.workers.errors import WireError
+from penstock.workers.grammar_spec import GrammarKind, GrammarSpec
 
 u16, u32, i31 = st.integers(0, 2**16 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2**31 - 1)
 size = st.integers(0, 2**63 - 1)
@@ -39,6 +40,7 @@ samplings = st.builds(
     allowed_token_ids=st.none() | tokens,
     min_tokens=i31,
     prompt_logprobs=st.none() | st.integers(0, 20),
+    grammar=st.none() | st.builds(GrammarSpec, st.sampled_from(GrammarKind), name, tokens),
 )
 requests = st.builds(
     p.GenerateRequest,
@@ -97,14 +99,16 @@ digests8 = st.integers(0, 4).flatmap(lambda n: st.binary(min_size=8 * n, max_siz
 to_worker = st.one_of(
     st.builds(p.Hello, wire_version=size, router_id=name, router_epoch=size, lease_s=seconds),
     st.builds(p.KeepAlive),
-    st.builds(p.Reserve, slot=u32, attempt=u16, request=requests),
+    st.builds(p.Reserve, slot=u32, attempt=u16, request=requests, takes_over=st.booleans()),
     st.builds(p.Prefill, slot=u32, attempt=u16, request=requests, grant=st.none() | grants()),
     st.builds(p.Generate, slot=u32, attempt=u16, request=requests),
     st.builds(p.Cancel, slot=u32, attempt=u16),
     st.builds(p.RequestSnapshot),
+    st.builds(p.Move, slot=u32, attempt=u16, grant=grants(), emitted=size),
 )
 to_router = st.one_of(
     st.builds(p.Queued, slot=u32, attempt=u16, position=size),
+    st.builds(p.Stays, slot=u32, attempt=u16, reason=name),
     st.builds(p.Granted, slot=u32, attempt=u16, grant=grants()),
     st.builds(p.Started, slot=u32, attempt=u16, cached_tokens=size),
     st.builds(
@@ -233,7 +237,7 @@ def packed(message: Any, *path: int, to: Any) -> bytes:
         (packed(p.Generate(1, 1, REQUEST), 2, 2, 1, to=float("inf")), "SamplingParams.temperature"),
         (packed(p.Generate(1, 1, REQUEST), 2, 2, 8, to=21), "SamplingParams.logprobs"),
         (packed(p.Generate(1, 1, REQUEST), 2, to=None), "GenerateRequest"),
-        (bytes(msgpack.packb([4, 1])), "wire version 4"),
+        (bytes(msgpack.packb([p.WIRE_VERSION + 1, 1])), f"wire version {p.WIRE_VERSION + 1}"),
         (bytes(msgpack.packb([p.WIRE_VERSION, 99])), "unknown message tag 99"),
         (bytes(msgpack.packb([p.WIRE_VERSION, 5, 1, 1, 1])), "Cancel: expected a list of 2 fields"),
         (bytes(msgpack.packb({"a": 1})), "not a message"),
@@ -297,3 +301,33 @@ def test_each_direction_takes_only_its_own_messages() -> None:
         wire.decode_to_worker(wire.encode(p.Started(1, 1, 0)))
     with pytest.raises(WireError, match="tag"):
         wire.decode_to_router(wire.encode(p.KeepAlive()))
+
+
+# Tag and number of fields of every message and part of version 3, as the code of that version had them.
+VERSION_3 = {
+    "Hello": (0, 4), "KeepAlive": (1, 0), "Reserve": (2, 3), "Prefill": (3, 4), "Generate": (4, 3), "Cancel": (5, 2),
+    "RequestSnapshot": (6, 0), "Welcome": (7, 14), "Queued": (8, 3), "Granted": (9, 3), "Started": (10, 3),
+    "Failed": (11, 5), "TokenFrame": (12, 11), "PromptLogprobs": (13, 7), "Embedding": (14, 3), "Load": (15, 13),
+    "KVEvents": (16, 3), "KVSnapshot": (17, 2),
+}  # fmt: skip
+
+
+def test_the_version_before_is_spoken_as_it_was() -> None:
+    """Whoever adds a field or a message says in `wire._SINCE` which version did."""
+    schemas = {schema.kind.__name__: (tag, len(schema.codecs)) for tag, schema in enumerate(wire._VERSIONS[3].by_tag)}
+    assert schemas == VERSION_3
+
+
+def test_an_older_peer_hears_nothing_that_it_does_not_know() -> None:
+    sampling = p.SamplingParams(max_tokens=3)
+    reserve = p.Reserve(1, 2, p.GenerateRequest("r", (1, 2), sampling), takes_over=True)
+    assert wire.decode_to_worker(wire.encode(reserve, 3)) == replace(reserve, takes_over=False)
+    assert wire.decode_to_worker(wire.encode(reserve)) == reserve
+    damaged = p.Failed(1, 2, p.FailureCode.KV_DAMAGED, "why")
+    assert wire.decode_to_router(wire.encode(damaged)) == damaged
+    assert wire.decode_to_router(wire.encode(damaged, 3)) == replace(damaged, code=p.FailureCode.TRANSFER_FAILED)
+    with pytest.raises(WireError, match="version 3 has no Stays"):
+        wire.encode(p.Stays(1, 2, "why"), 3)
+    unknown = bytes(msgpack.packb([3, len(VERSION_3), 1, 2, "why"]))
+    with pytest.raises(WireError, match="unknown message tag"):
+        wire.decode_to_router(unknown)

@@ -26,6 +26,7 @@ from penstock.workers.errors import ModelError
 MAX_HEADER_BYTES = 100 << 20
 MAX_TENSORS = 1 << 20
 MAX_DIMENSIONS = 8
+MAX_STRIDE = 1 << 62
 SAMPLE_BYTES = 4096
 _AROUND = max(1 << 16, mmap.PAGESIZE)
 
@@ -131,7 +132,7 @@ def parse_header(header: bytes, data_bytes: int, path: str) -> dict[str, TensorE
     try:
         raw = json.loads(header, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: header: {error}", path) from error
+        raise ModelError(f"{path}: header: {error!s:.200}", path) from error
     if not isinstance(raw, dict):
         raise ModelError(f"{path}: header is not an object", path)
     raw.pop("__metadata__", None)
@@ -142,7 +143,7 @@ def parse_header(header: bytes, data_bytes: int, path: str) -> dict[str, TensorE
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != position:
             what = "overlaps the tensor before it" if entry.begin < position else "leaves a gap before it"
-            raise ModelError(f"{path}: {name}: {what}", path)
+            raise ModelError(f"{path}: {name:.200}: {what}", path)
         position = entry.end
     if position != data_bytes:
         raise ModelError(f"{path}: tensors end at byte {position} of {data_bytes}; the file is cut or padded", path)
@@ -158,7 +159,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _parse_entry(name: str, value: Any, data_bytes: int, path: str) -> TensorEntry:
     def fail(message: str) -> ModelError:
-        return ModelError(f"{path}: {name}: {message}", path)
+        return ModelError(f"{path}: {name:.200}: {message:.300}", path)
 
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise fail("expected exactly dtype, shape and data_offsets")
@@ -170,6 +171,8 @@ def _parse_entry(name: str, value: Any, data_bytes: int, path: str) -> TensorEnt
         raise fail(f"shape must be a list of at most {MAX_DIMENSIONS} sizes")
     if not _sizes(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= data_bytes:
         raise fail(f"data_offsets {offsets!r} are not inside the file's {data_bytes} data bytes")
+    if math.prod(max(1, size) for size in shape) >= MAX_STRIDE:
+        raise fail("shape is beyond what strides can count, empty as it may be")
     expected = math.prod(shape) * dtype.itemsize
     if offsets[1] - offsets[0] != expected:
         raise fail(f"shape and dtype make {expected} bytes, data_offsets {offsets[1] - offsets[0]}")

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from penstock.kernels.packing import PackedWeight
 from penstock.kernels.row_packing import ExpertsPacking, RowSink, WeightPacking, new_scratch
+from penstock.workers import fault_points
+from penstock.workers.fault_points import Point
 from penstock.workers.model.checkpoint import Checkpoint
 from penstock.workers.parallel.shards import WHOLE, TensorShard
 
@@ -99,6 +101,8 @@ class WeightReader:
 
     def view(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The named tensor as it is mapped; see `put_rows`."""
+        if fault_points.plan is not None:
+            fault_points.plan.reach(Point.WEIGHTS_READ, "")
         return self.checkpoint.read(name, shape)
 
     def put_rows(self, name: str, matrix: Tensor, rows: RowSink) -> None:

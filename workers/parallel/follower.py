@@ -224,8 +224,8 @@ class Follower:
                 transfer.start(_grant(message))
             case OfferBlocks(session_id, fragments, blocks):
                 transfer.offer(session_id, list(zip(fragments, blocks, strict=True)))
-            case FinishSession(session_id, tokens):
-                transfer.finish(session_id, Tail(tokens))
+            case FinishSession(session_id, tokens, fragments):
+                transfer.finish(session_id, Tail(tokens, fragments))
             case AbandonSession(session_id, reason):
                 transfer.abandon(session_id, reason)
             case MeetAgain(epoch) if survival is not None:

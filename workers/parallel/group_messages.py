@@ -126,6 +126,7 @@ class SessionOver:
     reason: str
     cause: str
     tail: Tokens = ()  # of one that arrived
+    fragments: int | None = None  # as in `port.Tail`
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -190,6 +191,7 @@ class FinishSession:
 
     session_id: bytes
     tail: Tokens
+    fragments: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,7 +275,7 @@ def decode_message(data: bytes) -> GroupMessage:
         try:
             taken.append(codec.unpack(value))
         except ValueError as error:
-            raise WireError(f"{kind.__name__}.{name}: {error}") from error
+            raise WireError(f"{kind.__name__}.{name}: {error!s:.200}") from error
     message: GroupMessage = kind(*taken)
     _check_lengths(message)
     return message

@@ -34,6 +34,7 @@ from penstock.workers.transfer.port import (
     Incoming,
     IncomingClosed,
     IncomingFailed,
+    OutgoingCaughtUp,
     OutgoingDone,
     OutgoingFailed,
     Tail,
@@ -82,6 +83,7 @@ class GroupTransfer:
         self._send = send
         self._sessions: dict[bytes, _Session] = {}
         self._heard: deque[tuple[int, SessionOver]] = deque()
+        self._probed: list[TransferEvent] = []
         self._lost: frozenset[int] = frozenset()  # ranks
 
     @property
@@ -133,10 +135,18 @@ class GroupTransfer:
             self._send(OfferBlocks(session_id, tuple(map(int, indices)), self._ranks.local(blocks, session.bank)))
             self._own.offer(session_id, fragments)
 
+    def probe(self, session_id: bytes) -> None:
+        """See `TransferPort.probe`; rank 0 answers for all, or, where it has no part of the bank, at once."""
+        session = self._sessions.get(session_id)
+        if session is not None and session.bank == 0:
+            self._own.probe(session_id)
+        elif session is not None:
+            self._probed.append(OutgoingCaughtUp(session_id))
+
     def finish(self, session_id: bytes, tail: Tail) -> None:
         """See `TransferPort.finish`; every rank sends the same tail."""
         if session_id in self._sessions:
-            self._send(FinishSession(session_id, tail.tokens))
+            self._send(FinishSession(session_id, tail.tokens, tail.fragments))
             self._own.finish(session_id, tail)
 
     def abandon(self, session_id: bytes, reason: str) -> None:
@@ -155,9 +165,12 @@ class GroupTransfer:
 
     def poll(self) -> list[TransferEvent]:
         """See `TransferPort.poll`."""
-        events: list[TransferEvent] = []
+        events, self._probed = self._probed, []
         for event in self._own.poll():
-            self._ended(0, event, events)
+            if isinstance(event, OutgoingCaughtUp):
+                events.append(event)
+            else:
+                self._ended(0, event, events)
         while self._heard:
             rank, over = self._heard.popleft()
             self._ended(rank, event_of(over), events)
@@ -217,7 +230,7 @@ def over_of(event: TransferEvent) -> SessionOver:
         case IncomingFailed(session_id, reason, cause) | OutgoingFailed(session_id, reason, cause):
             return SessionOver(session_id, type(event).__name__, reason, cause.value)
         case Arrived(session_id, tail):
-            return SessionOver(session_id, type(event).__name__, "", "", tail.tokens)
+            return SessionOver(session_id, type(event).__name__, "", "", tail.tokens, tail.fragments)
         case _:
             return SessionOver(event.session_id, type(event).__name__, "", "")
 
@@ -226,7 +239,7 @@ def event_of(over: SessionOver) -> TransferEvent:
     """Inverse of `over_of`; what is not known counts as a failure."""
     match over.event:
         case "Arrived":
-            return Arrived(over.session_id, Tail(over.tail))
+            return Arrived(over.session_id, Tail(over.tail, over.fragments))
         case "OutgoingDone":
             return OutgoingDone(over.session_id)
         case "IncomingClosed":

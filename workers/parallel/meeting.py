@@ -136,8 +136,11 @@ class Meeting:
                 self._take(link, hello)
                 return
             log.error("rank %d refused: %s", hello.rank, refused.message)
-            link.send(CONTROL, encode_message(refused))
-            link.close()
+            try:
+                link.send(CONTROL, encode_message(refused))
+                link.close()
+            finally:
+                self._note_misfit(hello, refused)  # which may end this process: the other one is to know why first
         except (GroupError, WireError, IntegrityError, OSError) as error:
             log.warning("somebody came to the group's meeting and is no rank of it: %s", error)
             connection.close()
@@ -180,13 +183,17 @@ class Meeting:
             return Refused(f"rank {hello.rank} is taken by process {known[1].pid}", "group.rank")
         differing = differences(self._told, hello.settings)
         if differing:
-            text = f"rank {hello.rank} was told other settings than rank 0: {'; '.join(differing)}"
-            if not any(line.startswith("worker_id ") for line in differing):  # it is one of ours: no use in waiting
-                with self._news:
-                    self._misfit = ConfigError(text, "group")
-                    self._news.notify_all()
-            return Refused(text, "group")
+            return Refused(f"rank {hello.rank} was told other settings than rank 0: {'; '.join(differing)}", "group")
         return None
+
+    def _note_misfit(self, hello: Hello, refused: Refused) -> None:
+        """One of ours that was told otherwise: there is no use in waiting for another."""
+        if refused.key != "group":
+            return
+        if not any(line.startswith("worker_id ") for line in differences(self._told, hello.settings)):
+            with self._news:
+                self._misfit = ConfigError(refused.message, "group")
+                self._news.notify_all()
 
 
 @dataclass(frozen=True, slots=True)

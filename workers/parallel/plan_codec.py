@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from penstock.workers.errors import WireError
-from penstock.workers.scheduler.plan import LogitEdits, SamplingBatch, ScoredPrompt, StepPlan
+from penstock.workers.scheduler.plan import I32, LogitEdits, SamplingBatch, ScoredPrompt, StepPlan
 
 MAX_PLAN_BYTES = 64 << 20
 _HEAD = struct.Struct("<QIIHH4x")
@@ -32,6 +32,7 @@ _PLAN = ("slots", "starts", "offsets", "token_ids", "block_tables", "sample_rows
 _ROWS = len(_SAMPLING)  # places of columns in a plan, here of `slots`
 _TABLE, _COPIES = _ROWS + _PLAN.index("block_tables"), _ROWS + _PLAN.index("copies")
 _EDIT_COLUMNS = tuple(field.name for field in fields(LogitEdits))
+_MASKED_ROWS, _MASKS = _EDIT_COLUMNS.index("masked_rows"), _EDIT_COLUMNS.index("masks")
 _SCORED_COLUMNS = tuple(field.name for field in fields(ScoredPrompt))
 _SAMPLING_OF, _PLAN_OF = operator.attrgetter(*_SAMPLING), operator.attrgetter(*_PLAN)
 _EDITS_OF, _SCORED_OF = operator.attrgetter(*_EDIT_COLUMNS), operator.attrgetter(*_SCORED_COLUMNS)
@@ -116,7 +117,9 @@ def _put_together(step: int, numbers: tuple[int, int], flags: int, columns: list
     optional = len(_SAMPLING) + len(_PLAN)
     edits = scored = None
     if flags & _EDITS:
-        edits = LogitEdits(*columns[optional : optional + len(_EDIT_COLUMNS)])
+        own = columns[optional : optional + len(_EDIT_COLUMNS)]
+        own[_MASKS] = _rows_of(own[_MASKS], own[_MASKED_ROWS], sampled=len(columns[0]))
+        edits = LogitEdits(*own)
         optional += len(_EDIT_COLUMNS)
     if flags & _SCORED:
         scored = ScoredPrompt(*columns[optional:])
@@ -141,6 +144,16 @@ def _put_together(step: int, numbers: tuple[int, int], flags: int, columns: list
         numbers[1],
         bool(flags & _FOLLOWS),
     )
+
+
+def _rows_of(words: I32, rows: I32, sampled: int) -> I32:
+    """The masks [M, words] of these M sampled rows. Raises WireError where they do not match."""
+    count = len(rows)
+    if not count and not len(words):
+        return words.reshape(0, 0)
+    if not count or len(words) % count or not 0 <= rows.min() <= rows.max() < sampled:
+        raise WireError(f"masks of {len(words)} words for {count} of {sampled} sampled rows")
+    return words.reshape(count, -1)
 
 
 def _check_sizes(step: int, sizes: list[int], width: int) -> None:

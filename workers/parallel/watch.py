@@ -41,7 +41,7 @@ class StepPace:
 
     def __init__(self, slow_factor: float) -> None:
         self._slow_factor = slow_factor
-        self._model = StepTimeModel()
+        self._model = StepTimeModel(first_steps=0, least_steps=3)  # who stands still at first is to be found too
         self._count = 0
         self._most_tokens = 0
         self._most_s_per_token = 0.0

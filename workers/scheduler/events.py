@@ -94,7 +94,27 @@ class EndedEvent:
     end: EndReason
 
 
-SchedulerEvent = QueuedEvent | GrantedEvent | StartedEvent | RefusedEvent | PreemptedEvent | EndedEvent
+@dataclass(frozen=True, slots=True)
+class TakenOverEvent:
+    """A sequence that ran elsewhere goes on here; these are its tokens that the request did not have."""
+
+    key: SequenceKey
+    start: int
+    tokens: Tokens
+    end: EndReason = EndReason.NONE
+
+
+@dataclass(frozen=True, slots=True)
+class StaysEvent:
+    """The move of a running sequence came to nothing: it goes on here."""
+
+    key: SequenceKey
+    reason: str
+
+
+SchedulerEvent = (
+    QueuedEvent | GrantedEvent | StartedEvent | RefusedEvent | PreemptedEvent | EndedEvent | TakenOverEvent | StaysEvent
+)
 
 
 class SentTail(NamedTuple):

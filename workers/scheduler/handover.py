@@ -20,9 +20,13 @@ from penstock.workers.scheduler.sequence import Sequence
 
 
 def grant(sequence: Sequence, placement: Placement, layout: KVLayout, pool: BlockPool) -> GrantedEvent:
-    """The promise for a reservation: blocks of its context that are not here yet, with their generations in `pool`."""
+    """The promise for a reservation: blocks of its context that are not here yet, with their generations in `pool`.
+
+    Who takes over a running sequence gives all of its blocks: the context grows until it is here.
+    """
     first = placement.computed // layout.block_size
-    blocks = placement.blocks[first : layout.blocks_for(len(sequence.context))]
+    end = len(placement.blocks) if sequence.takes_over else layout.blocks_for(len(sequence.context))
+    blocks = placement.blocks[first:end]
     generations = tuple(pool.generations_of(blocks).tolist())
     sequence.granted = first
     return GrantedEvent(sequence.key, first, tuple(blocks.tolist()), generations, placement.computed, sequence.bank)
@@ -47,18 +51,18 @@ def hand_over(
             continue
         row = sampled.get(slot)
         if row is None:
-            _offer(roster, sequence, slot, computed // layout.block_size, offers)
+            offer_blocks(roster, sequence, slot, computed // layout.block_size, offers)
             continue
         end = EndReason(int(ends[row]))
         if end is EndReason.NONE:
-            _offer(roster, sequence, slot, layout.blocks_for(len(sequence.context)), offers)
+            offer_blocks(roster, sequence, slot, layout.blocks_for(len(sequence.context)), offers)
             roster.forget(sequence)
             roster.memory.hold_for_reader(slot, sequence.key)
         tails.append(SentTail(sequence.key, int(rows.tokens[row]), end))
     return offers, tails
 
 
-def _offer(roster: Roster, sequence: Sequence, slot: int, whole: int, offers: list[Offer]) -> None:
+def offer_blocks(roster: Roster, sequence: Sequence, slot: int, whole: int, offers: list[Offer]) -> None:
     """Offer the leading `whole` blocks, so far as that has not been done; fragments count from the granted ones."""
     if whole <= sequence.offered:
         return

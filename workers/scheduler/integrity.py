@@ -75,6 +75,7 @@ def _check_holders(roster: Roster, pool: BlockPool, bank: int) -> None:
     table, memory = roster.table, roster.memory
     lingering = [left for left in memory.lingering.values() if left.bank == bank]
     private = [left.blocks for left in lingering if not left.quarantined]
+    private += [landing.blocks for landing in memory.landings]
     for sequence in table.sequences:
         if sequence is None or sequence.slot is None or sequence.bank != bank:
             continue

@@ -27,6 +27,7 @@ from penstock.workers.scheduler.events import RESERVE_WORK, SequenceKey
 from penstock.workers.scheduler.plan import I32
 from penstock.workers.scheduler.sequence import Sequence
 from penstock.workers.scheduler.table import EMPTY, SequenceTable, Slots
+from penstock.workers.scheduler.tier_loads import Landing, TierLoads
 
 _ROW_BLOCKS = 8
 
@@ -52,16 +53,18 @@ class Lingering:
 class SequenceMemory:
     """Holds for the rows of one table, out of one bank or several; a sequence's blocks are all of one."""
 
-    def __init__(self, table: SequenceTable, layout: KVLayout, banks: Sequences[Bank]) -> None:
+    def __init__(
+        self, table: SequenceTable, layout: KVLayout, banks: Sequences[Bank], loads: TierLoads | None = None
+    ) -> None:
         self.banks = tuple(banks)
+        self.loads = loads  # of the only bank
         self.lingering: dict[SequenceKey, Lingering] = {}
         self._lost: frozenset[int] = frozenset()  # banks
         self._table = table
         self._layout = layout
         self._block_size = layout.block_size
-        self._copy_sources: list[
-            tuple[int, Run]
-        ] = []  # (bank, held because a step under way copies from its end), oldest first
+        # (bank, held because a step under way copies from its end), oldest first
+        self._copy_sources: list[tuple[int, Run]] = []
 
     @property
     def usable_banks(self) -> list[Bank]:
@@ -72,6 +75,11 @@ class SequenceMemory:
     def lost_banks(self) -> list[Bank]:
         """Those that went with their ranks."""
         return [bank for number, bank in enumerate(self.banks) if number in self._lost]
+
+    @property
+    def landings(self) -> Sequences[Landing]:
+        """Blocks of the only bank that a tier is writing."""
+        return self.loads.landings if self.loads is not None else ()
 
     def lose(self, number: int) -> None:
         """This bank is gone with its rank: no sequence gets blocks of it any more, and nothing is found in it.
@@ -243,6 +251,7 @@ class SequenceMemory:
         held = [(sequence.bank, sequence.run) for sequence in self._table.sequences if sequence is not None]
         held += [(left.bank, left.run) for left in self.lingering.values()]
         held += self._copy_sources
+        held += [(0, landing.run) for landing in self.landings]
         return Counter(run for owner, run in held if owner == bank and run is not None and run.parent is not None)
 
     def _share(self, sequence: Sequence, match: Match, shared: int, total: int) -> Blocks:

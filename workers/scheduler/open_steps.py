@@ -17,7 +17,7 @@ from penstock.workers.scheduler.events import SequenceKey
 from penstock.workers.scheduler.plan import I32, StepPlan
 from penstock.workers.scheduler.row_layout import StepRows, TableSteps
 from penstock.workers.scheduler.scoring import Spans
-from penstock.workers.scheduler.table import LAST, SequenceTable, Slots
+from penstock.workers.scheduler.table import DECODE, LAST, SequenceTable, Slots
 
 MOST_STEPS = 2
 
@@ -43,6 +43,7 @@ class OpenSteps:
         self._steps: list[OpenStep] = []
         # Rows of sequences that are over; the key of those whose blocks a peer reads, to be held for it afterwards.
         self.leaving: dict[int, SequenceKey | None] = {}
+        self.paused: set[int] = set()  # rows of sequences that may soon go on at a peer; looked up or set alike
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -86,7 +87,18 @@ class OpenSteps:
         self._table.state[slot] = LAST
         self.leaving[slot] = reader
 
-    def read(self, key: SequenceKey) -> None:
+    def pause(self, slot: int) -> None:
+        """Nothing more is planned for the row, until `resume`."""
+        self.paused.add(slot)
+        self._table.state[slot] = LAST
+
+    def resume(self, slot: int) -> None:
+        """The row decodes on."""
+        self.paused.discard(slot)
+        if slot not in self.leaving and self._table.length[slot] <= self._table.last_position[slot]:
+            self._table.state[slot] = DECODE
+
+    def reader_left(self, key: SequenceKey) -> None:
         """Nobody reads the blocks of this sequence any more."""
         for slot, reader in self.leaving.items():
             if reader == key:
@@ -102,5 +114,5 @@ class OpenSteps:
         for slot in step.sampled[step.plan.num_decode :].tolist():
             if table.sequence_in(slot).sends_kv:  # whoever goes on with it, it is not this worker
                 table.state[slot] = LAST
-        for slot in self.leaving:
+        for slot in (*self.leaving, *self.paused):
             table.state[slot] = LAST

@@ -22,7 +22,7 @@ U64 = NDArray[np.uint64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LogitEdits:
-    """What is done to the logits of S rows before sampling: penalties first, then biases, then bans.
+    """What is done to the logits of S rows before sampling: penalties first, then biases, bans, and grammars' masks.
 
     Everything a row needs is here, derived from its prompt and generated tokens, so that any worker can go on with it.
     Flat arrays are cut by offsets [S + 1]; a row that asks for nothing has empty ranges and neutral penalties.
@@ -42,6 +42,8 @@ class LogitEdits:
     banned_offsets: I32
     allowed: I32  # where a row's range is not empty, only these may be sampled
     allowed_offsets: I32
+    masked_rows: I32 = field(default_factory=lambda: np.zeros(0, np.int32))  # [M] rows under a grammar, ascending
+    masks: I32 = field(default_factory=lambda: np.zeros((0, 0), np.int32))  # [M, ceil(V / 32)]: a bit per allowed token
 
 
 @dataclass(frozen=True, slots=True, eq=False)

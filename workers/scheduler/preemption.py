@@ -12,18 +12,23 @@ import numpy as np
 from penstock.workers.errors import IntegrityError
 from penstock.workers.scheduler.roster import Roster
 from penstock.workers.scheduler.sequence import Sequence
-from penstock.workers.scheduler.table import DECODE, PREFILL, SequenceTable
+from penstock.workers.scheduler.table import DECODE, PREFILL, SequenceTable, Slots
 
 
 def choose_victim(table: SequenceTable, max_preemptions: int, bank: int = 0) -> Sequence | None:
     """The least urgent, then youngest, running sequence in a bank that may be preempted; None if there is none.
 
-    Sequences that wait for KV, or whose blocks a peer reads, are never chosen.
+    Sequences that wait for KV, or whose blocks a peer reads, are never chosen; one that is on its way to a peer
+    pauses instead when it lacks a block.
     """
     rows = np.flatnonzero(((table.state == PREFILL) | (table.state == DECODE)) & (table.bank == bank))
     candidates = [table.sequences[slot] for slot in rows.tolist()]
     return max(
-        (s for s in candidates if s is not None and not s.sends_kv and s.preemptions < max_preemptions),
+        (
+            s
+            for s in candidates
+            if s is not None and not s.sends_kv and s.moving is None and s.preemptions < max_preemptions
+        ),
         key=lambda sequence: (sequence.request.priority, sequence.arrival),
         default=None,
     )
@@ -39,6 +44,8 @@ def ready_decodes(roster: Roster, max_preemptions: int) -> tuple[int, bool] | No
         num_decode, full = roster.steps.ready()
         if not len(full) or roster.memory.grow(full):
             return num_decode, gave_way
+        if _pause_moving(roster, full):
+            continue
         if len(roster.under_way):
             return None
         # Rows of banks with room have grown; of those that are still full, one is in a bank that has too few blocks.
@@ -48,3 +55,13 @@ def ready_decodes(roster: Roster, max_preemptions: int) -> tuple[int, bool] | No
             raise IntegrityError("a sequence lacks a block and nobody can be preempted")
         roster.preempt(victim)
         gave_way = True
+
+
+def _pause_moving(roster: Roster, full: Slots) -> bool:
+    """Whoever lacks a block and is on its way to a peer waits for that. False: none of these rows is."""
+    table = roster.table
+    moving = [table.sequence_in(slot) for slot in full.tolist() if table.computed[slot] == table.capacity[slot]]
+    moving = [sequence for sequence in moving if sequence.moving is not None]
+    for sequence in moving:
+        roster.pause(sequence)
+    return bool(moving)

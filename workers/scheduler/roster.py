@@ -22,15 +22,17 @@ from penstock.workers.scheduler.events import (
     RefusedEvent,
     SchedulerEvent,
     SequenceKey,
+    TakenOverEvent,
     Work,
 )
+from penstock.workers.scheduler.grammars import follow
 from penstock.workers.scheduler.judgement import judge_tokens
 from penstock.workers.scheduler.memory import SequenceMemory
 from penstock.workers.scheduler.native_rows import steps_over
 from penstock.workers.scheduler.open_steps import OpenSteps
 from penstock.workers.scheduler.router_names import RouterNames
 from penstock.workers.scheduler.sequence import Sequence
-from penstock.workers.scheduler.table import LENGTH, PREFILL, RESERVED, SequenceTable
+from penstock.workers.scheduler.table import DECODE, LENGTH, PREFILL, RESERVED, SequenceTable
 from penstock.workers.scheduler.waiting import WaitingQueue
 
 
@@ -64,6 +66,9 @@ class Roster:
 
     def forget(self, sequence: Sequence) -> None:
         """The key is over; the caller deals with its row."""
+        if sequence.guided is not None:
+            sequence.guided.cancel()
+        sequence.loading = False
         del self._known[sequence.key]
         self.routers.leave(sequence.router_index)
 
@@ -74,7 +79,8 @@ class Roster:
         if slot is None:
             self.waiting.remove(sequence)
         elif self.table.state[slot] == RESERVED:
-            end = self._layout.blocks_for(len(sequence.context))
+            takes_over, context = sequence.takes_over, len(sequence.context)
+            end = int(self.table.num_blocks[slot]) if takes_over else self._layout.blocks_for(context)
             self.memory.quarantine_reserved(slot, sequence.key, sequence.granted, end)
         elif sequence.offered > sequence.first_block:
             self._vacate(slot, sequence.key)
@@ -88,6 +94,11 @@ class Roster:
             self.waiting.remove(sequence)
         else:
             self._vacate(sequence.slot)
+        self.events.append(RefusedEvent(sequence.key, code, message))
+
+    def stop(self, sequence: Sequence, code: FailureCode, message: str) -> None:
+        """A running sequence leaves with a `RefusedEvent`, as if it had ended: a transfer may touch its blocks."""
+        self.end(sequence)
         self.events.append(RefusedEvent(sequence.key, code, message))
 
     def cancel(self, key: SequenceKey) -> None:
@@ -111,6 +122,7 @@ class Roster:
             return
         sequence.context = self.table.tokens[slot, : self.table.length[slot]].copy()
         sequence.preemptions += 1
+        sequence.looked_below = False
         sequence.work = Work.GENERATE
         self.preemptions += 1
         self.memory.release(slot)
@@ -136,6 +148,7 @@ class Roster:
             if sequence.sends_kv or self.table.state[slot] == RESERVED:
                 self.refuse(sequence, FailureCode.TRANSFER_FAILED, "the KV blocks were lost with their rank")
             else:
+                self.stay(sequence)
                 self.preempt(sequence)
         for sequence in self.waiting.entries():
             if sequence.pinned == bank:
@@ -155,8 +168,37 @@ class Roster:
             return self.memory.lingering
         return {*self.memory.lingering, *(key for key in leaving.values() if key is not None)}
 
+    # --- moves to a peer (`moving.py`) ----------------------------------------------------------------------------
+
+    def pause(self, sequence: Sequence) -> None:
+        """Plan nothing more for a sequence that is about to leave."""
+        if sequence.moving is not None and sequence.slot is not None and not sequence.moving.paused:
+            sequence.moving.paused = True
+            self.under_way.pause(sequence.slot)
+
+    def stay(self, sequence: Sequence) -> None:
+        """Its move is off: it goes on here. Nobody reads its blocks any more."""
+        if sequence.moving is not None and sequence.slot is not None:
+            if sequence.moving.paused:
+                self.under_way.resume(sequence.slot)
+            sequence.moving = None
+            sequence.first_block = sequence.offered = 0
+
+    def leave(self, key: SequenceKey) -> None:
+        """A paused sequence goes on at the peer: it is over here, and nobody reads its blocks any more."""
+        sequence = self._known.get(key)
+        if sequence is not None and sequence.slot is not None:
+            self.forget(sequence)
+            self._vacate(sequence.slot)
+
+    def settle(self, key: SequenceKey) -> bool:
+        """Nobody reads the blocks of a sequence that is over. False: none of that key is."""
+        self.under_way.reader_left(key)
+        return self.memory.settle(key)
+
     def _vacate(self, slot: int, reader: SequenceKey | None = None) -> None:
         """The row's sequence is over. `reader`: under this key a peer reads its blocks."""
+        self.under_way.paused.discard(slot)
         if self.under_way.holds(slot):
             self.under_way.leave(slot, reader)
         else:
@@ -181,6 +223,34 @@ class Roster:
         slot = sequence.slot
         self.table.computed[slot] = len(sequence.context)
         self.memory.publish_row(slot, len(sequence.context))
+        if self._append(sequence, slot, tokens) and len(tokens) > 1:
+            self._prepare_many(sequence, slot)
+
+    def take_over(self, key: SequenceKey, tokens: Tokens) -> None:
+        """Go on with a sequence that ran elsewhere, whose KV is here for all tokens but the last.
+
+        `tokens`: those its request did not have.
+        """
+        sequence = self._reserved(key)
+        if sequence is None or sequence.slot is None:
+            return
+        slot = sequence.slot
+        known = len(sequence.context) + len(tokens)
+        if known - 1 > int(self.table.capacity[slot]):
+            self.refuse(sequence, FailureCode.TRANSFER_FAILED, "more tokens came than blocks were granted for")
+            return
+        self.table.computed[slot] = min(known - 1, len(sequence.context))
+        if not self._append(sequence, slot, tokens):
+            return
+        self.table.computed[slot] = known - 1
+        self.table.state[slot] = DECODE
+        self.memory.publish_row(slot, known - 1)
+        # The peer has said them itself, with their logprobs; only if it died at that moment this is needed.
+        if tokens and sequence.request.sampling.logprobs is None:
+            self.events.append(TakenOverEvent(sequence.key, len(sequence.request.emitted), tokens))
+
+    def _append(self, sequence: Sequence, slot: int, tokens: Tokens) -> bool:
+        """Tokens that came with the KV. False: one of them ended the sequence."""
         row, first = np.array([slot]), len(sequence.request.emitted)
         for count, token in enumerate(tokens, start=1):
             fields, sampled = self.table.fields[:, row], np.array([token], np.int32)
@@ -188,24 +258,26 @@ class Roster:
             self.table.store_tokens(row, fields[LENGTH], sampled)
             _, ends = judge_tokens(self.table, row, fields, sampled)
             if ends[0]:
-                self.events.append(EndedEvent(key, first, tokens[:count], EndReason(int(ends[0]))))
+                self.events.append(EndedEvent(sequence.key, first, tokens[:count], EndReason(int(ends[0]))))
                 self.forget(sequence)
                 self.memory.release(slot)
-                return
-        if len(tokens) > 1:
-            self._prepare_many(sequence, slot)
+                return False
+            follow(self, row, sampled, ends)
+            if sequence.slot is None:
+                return False
+        return True
 
-    def kv_failed(self, key: SequenceKey) -> None:
+    def kv_failed(self, key: SequenceKey, code: FailureCode = FailureCode.TRANSFER_FAILED) -> None:
         """A reservation's KV will not come, and nobody writes its blocks any more."""
         sequence = self._reserved(key)
         if sequence is not None:
-            self.refuse(sequence, FailureCode.TRANSFER_FAILED, "the KV blocks did not arrive")
+            self.refuse(sequence, code, "the KV blocks did not arrive")
 
     def kv_sent(self, key: SequenceKey) -> None:
         """Nobody reads the blocks of a sending prefill any more: it was acknowledged, or the transfer failed."""
         if self.memory.settle(key):
             return
-        self.under_way.read(key)
+        self.under_way.reader_left(key)
         sequence = self._known.get(key)
         if sequence is not None and sequence.sends_kv:
             self.refuse(sequence, FailureCode.TRANSFER_FAILED, "the decode worker took no more KV blocks")

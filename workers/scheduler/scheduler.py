@@ -3,14 +3,15 @@
 The engine (`workers/engine.py`) calls it from one thread: `submit`, `cancel`, `kv_*` as messages come, then in turn
 `plan` -> run -> `commit` (or `abort_step`), and `take_events` after each. It knows no routers' streams, no transfer
 sessions, no tensors. The parts: `admission` (can it ever run), `waiting` (who is next), `roster` (who is where),
-`memory` (blocks), `chunked` (how many tokens), `preemption` (who gives way), `handover` (grants and offers), `outcome`
-(what the sampled tokens mean), `scoring` (prompt logprobs and embeddings), `edits` (what is done to logits), `table`
-(state as columns), `integrity` (the checks).
+`memory` (blocks), `chunked` (how many tokens), `preemption` (who gives way), `handover` (grants and offers), `moving`
+(who goes on elsewhere), `outcome` (what the sampled tokens mean), `scoring` (prompt logprobs and embeddings), `edits`
+(what is done to logits), `grammars` (what keeps a text to its grammar), `tier_loads` (what comes back from host memory
+or disk), `table` (state as columns), `integrity` (the checks).
 
 A key lives from `submit` to exactly one of: an end in a `StepOutcome` row, `EndedEvent`, `RefusedEvent`, a
-`SentTail` without end (the sequence goes on at the peer), `cancel`, or `abort_step`. Blocks that a transfer may still
-touch outlive it under the same key until `kv_sent`, `kv_closed`, `kv_failed` or `kv_arrived` settles them; a new
-sequence of that key waits as long.
+`SentTail` without end (the sequence goes on at the peer), `moves.done` (the same), `cancel`, or `abort_step`. Blocks
+that a transfer may still touch outlive it under the same key until its final event settles them (`kv_sent`,
+`kv_closed`, `kv_failed`, `kv_arrived`, `moves.done` or `moves.failed`); a new sequence of that key waits as long.
 
 While one step runs the next may be planned: `plan` again, before the first is committed. Steps are committed in their
 order. Whether a token ends its sequence is then known one step late: what is computed past an end is dropped.
@@ -21,12 +22,16 @@ it give way; at most two plans are not committed; `check_integrity` holds betwee
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 
 from penstock.workers.errors import IntegrityError
 from penstock.workers.kv.banks import Bank
+from penstock.workers.kv.block_account import BlockAccount
 from penstock.workers.kv.layout import KVLayout
-from penstock.workers.protocol import FailureCode, GenerateRequest, Tokens
+from penstock.workers.protocol import EndReason, FailureCode, GenerateRequest, Tokens
 from penstock.workers.scheduler.admission import growth_of, refusal, refusal_of_prefill
 from penstock.workers.scheduler.chunked import StepBudget, assemble, continue_prefills
 from penstock.workers.scheduler.events import (
@@ -36,15 +41,18 @@ from penstock.workers.scheduler.events import (
     RefusedEvent,
     SchedulerEvent,
     SchedulerStats,
+    SentTail,
     SequenceKey,
     StartedEvent,
     StepOutcome,
     Work,
 )
 from penstock.workers.scheduler.figures import count_figures
+from penstock.workers.scheduler.grammars import Guides, follow
 from penstock.workers.scheduler.handover import grant, hand_over
 from penstock.workers.scheduler.integrity import check_scheduler
 from penstock.workers.scheduler.memory import Placement, SequenceMemory
+from penstock.workers.scheduler.moving import Moves
 from penstock.workers.scheduler.open_steps import MOST_STEPS
 from penstock.workers.scheduler.outcome import committed_rows
 from penstock.workers.scheduler.plan import StepPlan, StepResult
@@ -60,6 +68,7 @@ from penstock.workers.scheduler.table import (
     ROUTER_SLOT,
     SequenceTable,
 )
+from penstock.workers.scheduler.tier_loads import TierLoads, Tiers
 from penstock.workers.scheduler.waiting import AdmissionPace
 from penstock.workers.settings import SchedulerSettings
 
@@ -69,16 +78,29 @@ __all__ = ["Scheduler", "SchedulerEvent", "SchedulerStats", "SequenceKey", "Step
 class Scheduler:
     """One worker's scheduler, over one bank of KV blocks, or over one for each rank that attends for itself."""
 
-    def __init__(self, settings: SchedulerSettings, layout: KVLayout, *banks: Bank) -> None:
-        """The banks are of one size."""
+    def __init__(
+        self,
+        settings: SchedulerSettings,
+        layout: KVLayout,
+        *banks: Bank,
+        grammars: Guides | None = None,
+        tiers: tuple[Tiers, Callable[[int], float]] | None = None,
+    ) -> None:
+        """The banks are of one size. Without `grammars` requests that bring one are refused.
+
+        `tiers` below the only bank, and the seconds that a step of so many tokens takes.
+        """
+        self._grammars = grammars
         self._settings = settings
         self._layout = layout
         self._num_blocks = banks[0].pool.num_blocks  # that one sequence can have
         # No more sequences than tokens in a step: then every decode always fits, and a prefill beside them too.
         max_seqs = min(settings.max_num_seqs, settings.max_num_batched_tokens)
         self._table = SequenceTable(max_seqs, settings.max_model_len, layout.block_size)
-        self._memory = SequenceMemory(self._table, layout, banks)
+        loads = None if tiers is None else TierLoads(tiers[0], banks[0], tiers[1], layout.block_size)
+        self._memory = SequenceMemory(self._table, layout, banks, loads)
         self._roster = Roster(self._table, self._memory, layout)
+        self.moves = Moves(self._roster, layout)
         self._pace = AdmissionPace()
         self._watermark = int(settings.watermark * self._num_blocks)
         self._unannounced: list[Sequence] = []
@@ -96,11 +118,13 @@ class Scheduler:
         sends_kv: bool = False,
         first_block: int = 0,
         bank: int | None = None,
+        takes_over: bool = False,
     ) -> None:
         """Queue the request, or refuse it with a `RefusedEvent`. A key that is already known is ignored.
 
         `sends_kv`: a PREFILL under a grant, whose `first_block` its offers' fragment indices count from. `bank`: the
-        one in which it must be, as `bank_for` said; None: any.
+        one in which it must be, as `bank_for` said; None: any. `takes_over`: a RESERVE for a sequence that runs
+        elsewhere and grows meanwhile.
         """
         if self._roster.find(key) is not None:
             return
@@ -112,6 +136,9 @@ class Scheduler:
         reason = refusal(request, work, self._settings.max_model_len, self._layout, self._num_blocks)
         if reason is None and work is PREFILL_WORK:
             reason = refusal_of_prefill(request, sends_kv, first_block, self._layout)
+        grammar = request.sampling.grammar
+        if reason is None and grammar is not None and self._grammars is None:
+            reason = FailureCode.BAD_REQUEST, "structured output: this worker follows no grammars"
         if reason is not None:
             self._refuse(key, *reason)
         elif self._draining:
@@ -134,6 +161,8 @@ class Scheduler:
                 offered=first_block,
                 chain=self._memory.first_digests(request, context),
                 pinned=bank,
+                takes_over=takes_over,
+                guided=self._grammars.begin(grammar, request.emitted) if self._grammars and grammar else None,
                 # Who computes the context scores it, and a reservation's context is computed elsewhere.
                 scored=len(request.prompt) if work is RESERVE_WORK else 1,
             )
@@ -171,9 +200,9 @@ class Scheduler:
         """The KV of a reservation is verified; it decodes from `first_tokens` on. `EndedEvent` if they end it."""
         self._roster.kv_arrived(key, first_tokens)
 
-    def kv_failed(self, key: SequenceKey, now: float) -> None:
-        """The KV will not come: `RefusedEvent` (TRANSFER_FAILED), or the quarantine of a cancelled one is lifted."""
-        self._roster.kv_failed(key)
+    def kv_failed(self, key: SequenceKey, now: float, code: FailureCode = FailureCode.TRANSFER_FAILED) -> None:
+        """The KV will not come: `RefusedEvent` of this code, or the quarantine of a cancelled one is lifted."""
+        self._roster.kv_failed(key, code)
 
     def kv_closed(self, key: SequenceKey, now: float) -> None:
         """Nobody writes the blocks of a cancelled reservation any more; its quarantine is lifted."""
@@ -196,6 +225,8 @@ class Scheduler:
         for sequence in self._roster.waiting.expired(now):
             waited = sequence.request.queue_timeout_s
             self._roster.refuse(sequence, FailureCode.DEADLINE, f"not admitted within {waited:g} s")
+        if self._memory.loads is not None:
+            self._memory.loads.poll(now)
         settings, before = self._settings, under_way.newest
         if before is not None:
             if self._table.edits.reading:
@@ -251,8 +282,12 @@ class Scheduler:
             scored=scored,
             embedded=embedded,
         )
-        for slot in rows.sampled[ends.nonzero()[0]].tolist():
-            self._roster.end(table.sequence_in(slot))
+        for row in ends.nonzero()[0].tolist():
+            sequence = table.sequence_in(int(rows.sampled[row]))
+            if sequence.moving is not None:  # nothing is left to move
+                tails.append(SentTail(sequence.key, int(rows.tokens[row]), EndReason(int(ends[row]))))
+            self._roster.end(sequence)
+        follow(self._roster, rows.sampled, rows.tokens, ends)
         if under_way.leaving:
             self._roster.empty_left_rows()
         return outcome
@@ -297,11 +332,23 @@ class Scheduler:
     @property
     def next_deadline(self) -> float | None:
         """Plan again by this time at the latest, even if nothing happens until then; None: no need."""
-        return self._roster.waiting.next_deadline
+        due, loads = self._roster.waiting.next_deadline, self._memory.loads
+        if loads is None or math.isinf(loads.next_deadline):
+            return due
+        return loads.next_deadline if due is None else min(due, loads.next_deadline)
 
     def stats(self) -> SchedulerStats:
         """Figures for the heartbeat; engine thread only."""
         return count_figures(self._roster, draining=self._draining)
+
+    def account(self) -> BlockAccount:
+        """The blocks of all banks; engine thread only."""
+        return sum((bank.pool.account() for bank in self._memory.banks), BlockAccount())
+
+    @property
+    def lingering(self) -> int:
+        """Ended sequences whose blocks a transfer may still touch."""
+        return len(self._memory.lingering)
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless pool, cache, table, queue and keys agree."""
@@ -313,10 +360,16 @@ class Scheduler:
             sequence = self._roster.waiting.first(self._roster.busy_keys)
             if sequence is None or (sequence.work is not RESERVE_WORK and not budget.left):
                 return
+            if sequence.guided is not None and (problem := sequence.guided.exception()) is not None:
+                self._roster.refuse(sequence, FailureCode.BAD_REQUEST, f"structured output: {problem}")
+                continue
+            spare = self._watermark if self._table.num_sequences else 0
+            if self._memory.loads is not None and self._memory.loads.begin(sequence, spare, now):
+                continue
             growth = growth_of(sequence.work, sequence.remaining)
             if sequence.preemptions < self._settings.max_preemptions:
                 growth = min(growth, self._settings.reserve_tokens)
-            placement = self._memory.place(sequence, growth, self._watermark if self._table.num_sequences else 0)
+            placement = self._memory.place(sequence, growth, spare)
             if placement is None:
                 return
             self._start(sequence, placement, budget)

@@ -6,6 +6,7 @@ columns of `table.py` while the sequence has a slot there.
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +15,18 @@ from penstock.workers.kv.block_pool import Blocks
 from penstock.workers.kv.prefix_cache import NO_BLOCKS, Run
 from penstock.workers.protocol import GenerateRequest, token_array
 from penstock.workers.scheduler.events import SequenceKey, Work
+from penstock.workers.scheduler.grammars import Guide
 from penstock.workers.scheduler.plan import I32
+
+
+@dataclass(slots=True)
+class Moving:
+    """A running sequence is on its way to a peer, which has room up to `end_block` of its context."""
+
+    end_block: int
+    emitted: int  # generated tokens that the peer's request has
+    paused: bool = False  # nothing more is computed for it here
+    sent: bool = False  # its tail has left
 
 
 @dataclass(slots=True, eq=False)
@@ -40,7 +52,12 @@ class Sequence:
     started: bool = False  # was admitted once
     offered: int = 0  # leading blocks of the context that the peer was offered or already has
     granted: int = 0  # first block that a peer writes, while reserved
+    takes_over: bool = False  # a reservation for a sequence that runs elsewhere
+    moving: Moving | None = None  # a peer is to go on with it
     preemptions: int = 0
+    guided: Future[Guide] | None = None  # what keeps its text to a grammar, once it is there
+    looked_below: bool = False  # what the pool lacks of its chain was looked for in the tiers, since it last waited
+    loading: bool = False  # it waits for what was found there; see `tier_loads.py`
     scored: int = 1  # leading prompt tokens whose logprob is known or cannot be; see `scoring.py`
 
     @property
@@ -57,6 +74,16 @@ class Sequence:
     def remaining(self) -> int:
         """Tokens still to be generated at most, counted from `context`."""
         return self.max_length - len(self.context)
+
+    @property
+    def awaits_others(self) -> bool:
+        """It cannot be admitted yet: its grammar is still being compiled, or its KV comes from a tier."""
+        return self.loading or (self.guided is not None and not self.guided.done())
+
+    @property
+    def guide(self) -> Guide | None:
+        """What keeps its text to a grammar. Raises what kept the guide from being made."""
+        return None if self.guided is None else self.guided.result(0)
 
     @property
     def asks_of_prompt(self) -> bool:

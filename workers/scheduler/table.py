@@ -144,7 +144,7 @@ class SequenceTable:
         self.seed[slot] = sampling.seed & _SEED_MASK
         self._set_stop_ids(slot, sampling.stop_token_ids)
         self.asking += sequence.asks_of_prompt
-        self.edits.fill(slot, sampling, context[:prompt_length])
+        self.edits.fill(slot, sampling, context[:prompt_length], sequence.guide)
         return slot
 
     def remove(self, slot: int) -> None:

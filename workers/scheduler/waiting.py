@@ -49,10 +49,9 @@ class WaitingQueue:
         return bisect.bisect_left(self._entries, sequence.order, key=_order)
 
     def first(self, blocked: Container[SequenceKey]) -> Sequence | None:
-        """The next one to admit. Keys in `blocked` are passed over: an older use of the key is still closing."""
-        if not blocked:
-            return self._entries[0] if self._entries else None
-        return next((sequence for sequence in self._entries if sequence.key not in blocked), None)
+        """The next one to admit. Passed over are keys in `blocked`, an older use of which is still closing, and
+        sequences that wait for somebody else."""
+        return next((s for s in self._entries if s.key not in blocked and not s.awaits_others), None)
 
     def expired(self, now: float) -> list[Sequence]:
         """Those never admitted whose deadline has passed; they stay in line until removed."""

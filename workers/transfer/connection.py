@@ -28,6 +28,7 @@ from penstock.workers.transfer.frames import (
     read_preface,
 )
 from penstock.workers.transfer.messages import Message, Offer
+from penstock.workers.transfer.tls_socket import TlsSocket
 
 # One connection reads at most this much before the others have their turn.
 READ_BUDGET_BYTES = 4 << 20
@@ -84,7 +85,9 @@ class ConnectionTerms:
 class Connection:
     """Frames over one socket; `connector`: we opened it, and its TCP handshake may still be under way."""
 
-    def __init__(self, sock: socket.socket, handler: Handler, terms: ConnectionTerms, *, connector: bool) -> None:
+    def __init__(
+        self, sock: socket.socket | TlsSocket, handler: Handler, terms: ConnectionTerms, *, connector: bool
+    ) -> None:
         self.socket = sock
         self.handler = handler
         self.failure: str | None = None
@@ -110,7 +113,14 @@ class Connection:
     @property
     def wants_write(self) -> bool:
         """The selector should tell when the socket takes more."""
+        if isinstance(self.socket, TlsSocket) and not self._connecting:
+            return self.socket.wants_write(self._writer.busy)
         return self._connecting or self._writer.busy
+
+    @property
+    def unread(self) -> bool:
+        """There may be something to read of which the selector will not tell."""
+        return isinstance(self.socket, TlsSocket) and self.socket.unread
 
     @property
     def wants_read(self) -> bool:
@@ -188,6 +198,8 @@ class Connection:
             self.fail(f"connection lost: {error.strerror or error}")
         except WireError as error:
             self.fail(str(error))
+        if isinstance(self.socket, TlsSocket):
+            self._terms.attention(self)  # reading may have ended a handshake, or left bytes behind
 
     def _receive(self) -> int:
         """Read once. Returns the number of bytes, 0 at the end."""

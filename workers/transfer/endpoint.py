@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Protocol
 
 from penstock.workers.kv.sliced_pool import HeadSlice
 from penstock.workers.settings import TransferSettings
-from penstock.workers.transfer.faults import TransferFaults
 from penstock.workers.transfer.head_slices import ALONE, HeadRange, HeadShare
 from penstock.workers.transfer.messages import Message
 from penstock.workers.transfer.port import BlockMover, BlockStorage, TransferEvent
@@ -61,6 +60,7 @@ class TransferCounters:
     outgoing_failed: int = 0
     fragments_sent: int = 0
     fragments_landed: int = 0
+    fragments_checked: int = 0  # by digest and generation, or by generation alone where no digest is asked for
     bytes_landed: int = 0
     duplicates: int = 0
     digest_failures: int = 0
@@ -87,7 +87,6 @@ class Endpoint:
     compatibility: str
     emit: Callable[[TransferEvent], None]
     clock: Callable[[], float]
-    faults: TransferFaults | None = None
     counters: TransferCounters = field(default_factory=TransferCounters)
     share: HeadShare = ALONE  # of the model's KV heads, in this rank's blocks
     pieces: int = 1  # of a block: runs of bytes with all its heads, one per layer and part

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING
 from penstock.workers.errors import ConfigError
 from penstock.workers.protocol import Grant
 from penstock.workers.settings import TransferSettings
+from penstock.workers.tls import PeerTls
 from penstock.workers.transfer.connection import ConnectionTerms
 from penstock.workers.transfer.digests import POLICIES
 from penstock.workers.transfer.endpoint import Channel, Endpoint, TransferCounters
-from penstock.workers.transfer.faults import TransferFaults
 from penstock.workers.transfer.head_slices import ALONE, HeadShare
 from penstock.workers.transfer.port import BlockStorage, Incoming, Tail, TransferEvent
 from penstock.workers.transfer.receiver import HANDSHAKE_TIMEOUT_S, Receiver
@@ -61,10 +61,10 @@ class TransferEngine:
         cluster_key: str,
         wake: Callable[[], None],
         clock: Callable[[], float],
-        faults: TransferFaults | None = None,
         share: HeadShare = ALONE,
         pieces: int = 1,
         lanes: Lanes | None = None,
+        tls: PeerTls | None = None,
     ) -> None:
         """`share` of the model's KV heads is in every block, in `pieces` runs of bytes.
 
@@ -91,7 +91,6 @@ class TransferEngine:
             compatibility,
             self._emit,
             clock,
-            faults,
             self._counters,
             share,
             pieces,
@@ -105,6 +104,7 @@ class TransferEngine:
             settings.socket_buffer_bytes,
             self._receiver,
             lambda loop: ConnectionTerms(key, frame_bytes, loop.attend, self._sender.on_drained, self._catch_up),
+            tls,
         )
         self._thread = threading.Thread(target=self._run, name=f"transfer-{worker_id}-{epoch}", daemon=True)
         self._thread.start()
@@ -147,6 +147,10 @@ class TransferEngine:
         """Send complete blocks; they stay untouched until the session's end event."""
         pairs = tuple(fragments)
         self._submit(lambda: self._sender.offer(session_id, pairs))
+
+    def probe(self, session_id: bytes) -> None:
+        """Say by `OutgoingCaughtUp` when what was offered is at the peer."""
+        self._submit(lambda: self._sender.probe(session_id))
 
     def finish(self, session_id: bytes, tail: Tail) -> None:
         """Everything was offered; the session completes once the peer has all of it."""

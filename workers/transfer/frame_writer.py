@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from penstock.workers.transfer.frames import FrameSeal
 from penstock.workers.transfer.messages import Message, session_of
+from penstock.workers.transfer.tls_socket import TlsSocket
 
 MAX_VIEWS = 1000  # per system call; Linux takes 1024
 CALL_BYTES = 1 << 20  # views that hold more than this are not handed to one call: a socket would not take it
@@ -35,7 +36,7 @@ class _Queued:
 class FrameWriter:
     """Queue and partly sent frame of one connection. `opening` goes out first, unsealed."""
 
-    def __init__(self, sock: socket.socket, opening: bytes) -> None:
+    def __init__(self, sock: socket.socket | TlsSocket, opening: bytes) -> None:
         self.seal: FrameSeal | None = None  # frames wait until it is set
         self._socket = sock
         self._queue: deque[_Queued] = deque()

@@ -20,7 +20,6 @@ import struct
 from dataclasses import dataclass
 
 from penstock.workers.errors import WireError
-from penstock.workers.protocol import WIRE_VERSION
 from penstock.workers.transfer.messages import (
     CODES,
     MAX_BODY_BYTES,
@@ -33,6 +32,7 @@ from penstock.workers.transfer.messages import (
 )
 
 MAGIC = b"PNSK"
+TRANSFER_VERSION = 3  # of frames and `messages.py`; workers of different ones exchange no KV
 NONCE_BYTES = 16
 MAC_BYTES = 32
 PREFACE = struct.Struct(f"<4sHH{NONCE_BYTES}s")
@@ -59,7 +59,7 @@ class Header:
 
 def preface(nonce: bytes) -> bytes:
     """What each side sends first."""
-    return PREFACE.pack(MAGIC, WIRE_VERSION, 0, nonce)
+    return PREFACE.pack(MAGIC, TRANSFER_VERSION, 0, nonce)
 
 
 def read_preface(data: bytes | bytearray) -> bytes:
@@ -67,8 +67,8 @@ def read_preface(data: bytes | bytearray) -> bytes:
     magic, version, _, nonce = PREFACE.unpack(data)
     if magic != MAGIC:
         raise WireError("transfer: peer does not speak the transfer protocol")
-    if version != WIRE_VERSION:
-        raise WireError(f"transfer: peer speaks wire version {version}, this worker {WIRE_VERSION}")
+    if version != TRANSFER_VERSION:
+        raise WireError(f"transfer: peer speaks transfer version {version}, this worker {TRANSFER_VERSION}")
     return bytes(nonce)
 
 
@@ -96,7 +96,9 @@ class FrameSeal:
         self, code: int, body: bytes, payload_bytes: int = 0, session_id: bytes = NO_SESSION, epoch: int = 0
     ) -> bytes:
         """The same of a body that another vocabulary than that of KV transfers has encoded."""
-        header = _HEADER.pack(MAGIC, WIRE_VERSION, code, 0, len(body), payload_bytes, self._sequence, session_id, epoch)
+        header = _HEADER.pack(
+            MAGIC, TRANSFER_VERSION, code, 0, len(body), payload_bytes, self._sequence, session_id, epoch
+        )
         self._sequence += 1
         mac = hmac.digest(self._key, header, "sha256")
         if not body:
@@ -109,7 +111,7 @@ class FrameSeal:
         if not hmac.compare_digest(mac, hmac.digest(self._key, header, "sha256")):
             raise WireError("transfer: frame is not authentic (another cluster key, or damaged)")
         magic, version, code, _, body_bytes, payload_bytes, sequence, session_id, epoch = _HEADER.unpack(header)
-        if magic != MAGIC or version != WIRE_VERSION or sequence != self._sequence:
+        if magic != MAGIC or version != TRANSFER_VERSION or sequence != self._sequence:
             raise WireError(f"transfer: frame {sequence} out of place, expected {self._sequence}")
         if body_bytes > MAX_BODY_BYTES or payload_bytes > self._max_payload_bytes:
             raise WireError(f"transfer: frame of {body_bytes} + {payload_bytes} bytes is over the limit")

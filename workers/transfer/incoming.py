@@ -35,12 +35,25 @@ class SessionError(PenstockError):
 class IncomingSession:
     """Book-keeping of one expected session; `own` are the heads in this rank's blocks."""
 
-    __slots__ = ("_deliveries", "_own", "_unopened_until", "blocks", "generations", "granted", "open", "tokens")
+    __slots__ = (
+        "_deliveries",
+        "_own",
+        "_unopened_until",
+        "blocks",
+        "fragments",
+        "generations",
+        "granted",
+        "mismatches",
+        "open",
+        "tokens",
+    )
 
     def __init__(self, granted: Incoming, now: float, own: HeadRange = ALONE.heads) -> None:
         self.granted = granted
         self.open = True
+        self.mismatches = 0  # blocks that came with a wrong digest
         self.tokens: Tokens | None = None  # from the first Finish
+        self.fragments: int | None = None  # as `tokens`; see `Finish`
         self.blocks = np.asarray(granted.blocks, np.int64)
         self.generations = np.asarray(granted.generations, np.uint64)
         self._own = own
@@ -121,9 +134,9 @@ class Delivery:
         """
         granted = self.session
         fragments, stated = offer.entries["fragment"], offer.entries["target_generation"]
-        outside = fragments >= len(granted.blocks)
+        outside = fragments >= len(self._have)
         if outside.any():
-            raise SessionError(f"fragment {fragments[outside][0]} of a session of {len(granted.blocks)}")
+            raise SessionError(f"fragment {fragments[outside][0]} of a session of {len(self._have)}")
         blocks = granted.blocks[fragments]
         reused = (stated != granted.generations[fragments]) | (stated != generations[blocks])
         if reused.any():
@@ -137,19 +150,26 @@ class Delivery:
 
     def mark(self, fragment: int) -> None:
         """The fragment's bytes are in its block, verified."""
-        if self.open and not self._have[fragment]:
+        if self.open and fragment < len(self._have) and not self._have[fragment]:
             self._have[fragment] = 1
             self._lacking -= 1
 
-    def finish(self, tokens: Tokens) -> Tokens:
+    def finish(self, tokens: Tokens, fragments: int | None = None) -> Tokens:
         """The sender has sent everything. Returns the fragments to ask for again, none when whole.
+
+        `fragments`: it fills only so many of the granted blocks.
 
         Raises SessionError when asking again has not helped, or when senders disagree about the tokens.
         """
         if self.session.tokens is None:
-            self.session.tokens = tokens
-        if not self._finished and self.session.tokens != tokens:
+            self.session.tokens, self.session.fragments = tokens, fragments
+        if not self._finished and (self.session.tokens, self.session.fragments) != (tokens, fragments):
             raise SessionError("the sending ranks have sampled different tokens")
+        if fragments is not None and not self._finished:
+            if fragments > len(self._have):
+                raise SessionError(f"{fragments} fragments of a session of {len(self._have)}")
+            del self._have[fragments:]
+            self._lacking = self._have.count(0)
         self._finished = True
         if self._lacking == 0:
             return ()

@@ -24,11 +24,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
+from penstock.workers import fault_points
 from penstock.workers.errors import WireError
+from penstock.workers.fault_points import Point, Verdict
 from penstock.workers.kv.sliced_pool import HeadSlice
 from penstock.workers.parallel.process_group import serve_store
 from penstock.workers.settings import TransferSettings
-from penstock.workers.transfer.faults import TransferFaults
 from penstock.workers.transfer.landing import BlockLanding
 from penstock.workers.transfer.lane import Lane, Post
 from penstock.workers.transfer.lane_digest import WEIGHTED, WeightedDigest
@@ -153,15 +154,12 @@ class LaneSender:
         """Another frame can be begun."""
         return self._lane.in_flight < MOST_IN_FLIGHT
 
-    def next_offer(
-        self, session: OutgoingSession, faults: TransferFaults | None, drained: Callable[[], None]
-    ) -> Offer | None:
+    def next_offer(self, session: OutgoingSession, worker_id: str, drained: Callable[[], None]) -> Offer | None:
         """Pack the session's next blocks and give them to the lane; None where nothing is left to send.
 
         The offer must go out next on the connection. `drained` is called when the frame has left.
         """
-        taken = session.take(self._most if faults is None else faults.room(self._most))
-        batch = taken if faults is None else faults.choose(taken)
+        _, batch = session.choose(self._most, worker_id)
         if not batch:
             return None
         grant = session.grant
@@ -209,14 +207,15 @@ class LaneReceiver:
         else:
             action()
 
-    def unpack(self, landing: BlockLanding, frame: Tensor, faults: TransferFaults | None) -> None:
+    def unpack(self, landing: BlockLanding, frame: Tensor, worker_id: str) -> None:
         """Put the wanted blocks whose digests are right into the pool, and note in the landing which they are."""
         offer, wanted = landing.offer, landing.wanted
         fragments = [row[0] for row in landing.rows]
-        if faults is not None:
+        plan = fault_points.plan
+        if plan is not None:
             for place, fragment in zip(wanted, fragments, strict=True):
-                if faults.hits("corrupt", fragment):
-                    frame[place, -1] ^= 0xFF
+                if plan.reach(Point.TRANSFER_LAND, worker_id, fragment) is Verdict.CORRUPT:
+                    frame[place, plan.byte(frame.shape[1])] ^= 0xFF
         found = self._blocks.digest.of(frame[wanted], offer.session_id, fragments) if wanted else []
         for (_, checked, *_, stated), digest in zip(landing.rows, found, strict=True):
             landing.intact.append(checked == 0 or (checked == WEIGHTED and stated == digest))

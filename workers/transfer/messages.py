@@ -102,11 +102,15 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """P has offered everything; `tokens` are what it sampled. Repeated after every answer to `Missing`."""
+    """P has offered everything; `tokens` are what it sampled. Repeated after every answer to `Missing`.
+
+    `fragments`: a running sequence fills only so many of the granted blocks; sent to peers that asked for one only.
+    """
 
     session_id: bytes
     epoch: int
     tokens: Tokens
+    fragments: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +194,8 @@ def encode_body(message: Message) -> bytes:
             fields = [reason[: MAX_TEXT // 4]]
         case Offer(inline=inline, entries=entries):
             fields = [inline, entries.tobytes()]
+        case Finish(tokens=numbers, fragments=int() as count):
+            fields = [np.asarray(numbers, "<i4").tobytes(), count]
         case Finish(tokens=numbers) | Missing(fragments=numbers):
             fields = [np.asarray(numbers, "<i4").tobytes()]
         case _:
@@ -228,7 +234,7 @@ def _build(code: int, session_id: bytes, epoch: int, read: _Fields) -> Message:
         case 5:
             return Offer(session_id, epoch, read.flag(), read.entries())
         case 6:
-            return Finish(session_id, epoch, read.numbers())
+            return Finish(session_id, epoch, read.numbers(), read.integer() if read.more else None)
         case 7:
             return Abandon(session_id, epoch, read.text())
         case 8:
@@ -260,6 +266,11 @@ class _Fields:
         if type(value) is not kind:
             raise WireError(f"transfer message {self._code}, field {position}: expected {kind.__name__}")
         return value
+
+    @property
+    def more(self) -> bool:
+        """Whether a field is left."""
+        return self._next < len(self._fields)
 
     def text(self) -> str:
         return str(self._take(str))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from penstock.workers import fault_points
 from penstock.workers.transfer.digests import state_digests, stride_of
 from penstock.workers.transfer.endpoint import Endpoint
 from penstock.workers.transfer.messages import MAX_OFFER_ENTRIES, OFFER_DTYPE, Offer
@@ -28,7 +29,7 @@ class OfferMaker:
         self._endpoint = endpoint
         self._storage = pool
         self.block_bytes = pool.block_bytes
-        self._reads_ahead = self._storage.frame_bytes is not None and endpoint.faults is None  # faults count frames
+        self._reads_ahead = self._storage.frame_bytes is not None
         self._strides = {inline: stride_of(endpoint.settings, inline=inline) for inline in (True, False)}  # by `inline`
         if pool.copies_on_device:
             self._strides[False] = 0  # who maps a device's pool copies on the device, where no digest is taken
@@ -49,14 +50,13 @@ class OfferMaker:
         room = room if most_blocks is None else min(room, most_blocks)
         current = session.reading or self._begin(session, room, inline=inline)
         session.reading = None
-        if current is not None and session.unsent and self._reads_ahead and inline:
+        ahead = self._reads_ahead and fault_points.plan is None  # a plan counts what really leaves
+        if current is not None and session.unsent and ahead and inline:
             session.reading = self._begin(session, room, inline=inline)
         return current
 
     def _begin(self, session: OutgoingSession, room: int, *, inline: bool) -> Reading | None:
-        faults = self._endpoint.faults
-        taken = session.take(room if faults is None else faults.room(room))
-        batch = taken if faults is None else faults.choose(taken)
+        taken, batch = session.choose(room, self._endpoint.worker_id)
         if not batch or not (inline or self._strides[inline]):
             return Reading(batch, None)
         host = self._storage.read([block for _, block in batch])

@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from penstock.workers import fault_points
+from penstock.workers.fault_points import Point
 from penstock.workers.protocol import Grant
 from penstock.workers.transfer.incoming import MAX_RESEND_ROUNDS, SessionError
 from penstock.workers.transfer.port import HostBlocks, Tail
@@ -35,7 +37,7 @@ class Reading:
 class OutgoingSession:
     """Book-keeping of one started session."""
 
-    __slots__ = ("_blocks", "_rounds", "_unsent", "finished_at", "grant", "opened", "reading", "tail")
+    __slots__ = ("_blocks", "_rounds", "_unsent", "finished_at", "grant", "opened", "probe", "reading", "tail")
 
     def __init__(self, grant: Grant) -> None:
         self.grant = grant
@@ -43,6 +45,7 @@ class OutgoingSession:
         self.tail: Tail | None = None
         self.finished_at: float | None = None  # Finish was sent
         self.reading: Reading | None = None  # taken, not sent yet
+        self.probe: int | None = None  # whose answer says that the peer has caught up; see `Sender.probe`
         self._blocks: dict[int, int] = {}
         self._unsent: deque[int] = deque()
         self._rounds = 0
@@ -62,6 +65,11 @@ class OutgoingSession:
         """Everything has been sent and Finish has not."""
         return self.tail is not None and not self._unsent and self.reading is None and self.finished_at is None
 
+    @property
+    def probe_due(self) -> bool:
+        """Somebody wants to know when the peer has everything, and all of it has been sent."""
+        return self.probe == 0 and self.opened and not self._unsent and self.reading is None
+
     def offer(self, fragments: Sequence[tuple[int, int]]) -> None:
         """Queue (fragment, local block) pairs. Raises SessionError for one outside the grant; repeats are ignored."""
         for fragment, block in fragments:
@@ -73,14 +81,26 @@ class OutgoingSession:
 
     def finish(self, tail: Tail) -> None:
         """All fragments are offered. Raises SessionError when some are not."""
-        if len(self._blocks) != len(self.grant.blocks):
-            raise SessionError(f"finished with {len(self._blocks)} of {len(self.grant.blocks)} fragments offered")
+        due = len(self.grant.blocks) if tail.fragments is None else tail.fragments
+        if len(self._blocks) != due:
+            raise SessionError(f"finished with {len(self._blocks)} of {due} fragments offered")
         if self.tail is None:
             self.tail = tail
 
     def take(self, limit: int) -> list[tuple[int, int]]:
         """The next at most `limit` (fragment, local block) pairs to send."""
         return [(fragment, self._blocks[fragment]) for fragment in self._take_unsent(limit)]
+
+    def choose(self, limit: int, worker_id: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """(the next pairs, those of them that really leave); different only where a test breaks the transfer."""
+        plan = fault_points.plan
+        if plan is None or not plan.watches(worker_id, Point.TRANSFER_SEND, Point.TRANSFER_SENT):
+            taken = self.take(limit)
+            return taken, taken
+        taken = self.take(1)
+        send = Point.TRANSFER_SEND
+        leaving = [pair for pair in taken for _ in range(fault_points.times(send, worker_id, pair[0]))]
+        return taken, leaving
 
     def put_back(self, batch: Sequence[tuple[int, int]]) -> None:
         """These were taken and could not be sent: they come first again."""

@@ -29,9 +29,14 @@ from penstock.workers.totals import TransferCause
 
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """What prefill knows at the end besides the KV: the first generated token(s), in order."""
+    """What the sender knows at the end besides the KV: of a prefill the first generated token(s), in order.
+
+    `fragments`: of a sequence that ran at the sender, how many leading blocks of the grant it fills; its `tokens` have
+    their KV in them, all but the last. None: of a prefill, which fills all.
+    """
 
     tokens: Tokens
+    fragments: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +91,14 @@ class OutgoingFailed:
     cause: TransferCause = field(default=TransferCause.REFUSED, compare=False)
 
 
-TransferEvent = Arrived | IncomingFailed | IncomingClosed | OutgoingDone | OutgoingFailed
+@dataclass(frozen=True, slots=True)
+class OutgoingCaughtUp:
+    """Answer to `probe`, and no end of the session: the peer has all that was offered before."""
+
+    session_id: bytes
+
+
+TransferEvent = Arrived | IncomingFailed | IncomingClosed | OutgoingDone | OutgoingFailed | OutgoingCaughtUp
 
 
 class TransferPort(Protocol):
@@ -111,6 +123,10 @@ class TransferPort(Protocol):
 
     def offer(self, session_id: bytes, fragments: Sequence[tuple[int, int]]) -> None:
         """`(fragment index, local block)` pairs whose KV is complete; the blocks stay untouched until the end event."""
+        ...
+
+    def probe(self, session_id: bytes) -> None:
+        """Say by `OutgoingCaughtUp` when what was offered is at the peer; a hint, which may come early or never."""
         ...
 
     def finish(self, session_id: bytes, tail: Tail) -> None:

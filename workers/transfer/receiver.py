@@ -14,7 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from penstock.workers import fault_points
 from penstock.workers.errors import WireError
+from penstock.workers.fault_points import Point, Verdict
 from penstock.workers.totals import TransferCause
 from penstock.workers.transfer.connection import Landing
 from penstock.workers.transfer.digests import block_digest
@@ -168,6 +170,8 @@ class Receiver:
             raise WireError("transfer: the peer did not say hello first")
         if size != len(offer.entries) * peer.pool.block_bytes:
             raise WireError(f"transfer: payload of {size} bytes for {len(offer.entries)} blocks")
+        if fault_points.plan is not None:
+            fault_points.plan.reach(Point.TRANSFER_OFFER, self._endpoint.worker_id)
         landing = self._plan(channel, peer, offer)
         if landing is None:
             self._waiting[channel] = None
@@ -264,13 +268,15 @@ class Receiver:
             raise WireError("transfer: offered block outside the sender's pool")
         if limit is not None and len(sources) * segment.block_bytes > limit:
             raise WireError(f"transfer: {len(sources)} blocks at once are over the limit")
-        if self._endpoint.faults is not None:
-            self._endpoint.faults.stall(self._endpoint.faults.delay_landing_s)
+        if fault_points.plan is not None:
+            fault_points.plan.reach(Point.TRANSFER_OFFER, self._endpoint.worker_id)
         landing = self._plan(channel, peer, offer)
         # No room for them (all of it lent to other peers): they stay missing, and are asked for again at Finish.
         if landing is None or landing.delivery is None or not landing.open:
             return
         if copy_blocks(landing, segment, self._verify(offer.session_id)):
+            if isinstance(segment, DirectPeerPool):
+                self._counters.fragments_checked += len(landing.rows)  # by their generations
             self._settle(landing, landing.delivery)
         else:
             self._counters.generation_failures += 1
@@ -283,8 +289,8 @@ class Receiver:
         delivery = None if peer is None else self._find(channel, offer.session_id, offer.epoch)
         if peer is None or peer.lane is None or delivery is None:
             return
-        if self._endpoint.faults is not None:
-            self._endpoint.faults.stall(self._endpoint.faults.delay_landing_s)
+        if fault_points.plan is not None:
+            fault_points.plan.reach(Point.TRANSFER_OFFER, self._endpoint.worker_id)
         try:
             targets = delivery.targets(offer, self._endpoint.storage.generations)
         except SessionError as error:
@@ -292,17 +298,19 @@ class Receiver:
             self._fail(delivery.session, str(error), TransferCause.DAMAGED)
             return
         landing = BlockLanding(offer, delivery, targets)
-        peer.lane.unpack(landing, frame, self._endpoint.faults)
+        peer.lane.unpack(landing, frame, self._endpoint.worker_id)
+        self._counters.fragments_checked += len(landing.intact)
         self._settle(landing, delivery)
 
     def _verify(self, session_id: bytes) -> Verify:
         """Whether a block's bytes are those that its entry's digest is of, for blocks of this session."""
-        faults = self._endpoint.faults
+        plan, worker_id = fault_points.plan, self._endpoint.worker_id
 
         def verify(entry: Entry, block: memoryview) -> bool:
             fragment, stride, _, _, _, digest = entry
-            if faults is not None and faults.hits("corrupt", fragment):
-                block[-1] ^= 0xFF
+            self._counters.fragments_checked += 1
+            if plan is not None and plan.reach(Point.TRANSFER_LAND, worker_id, fragment) is Verdict.CORRUPT:
+                block[plan.byte(len(block))] ^= 0xFF
             return stride == 0 or block_digest(block, stride, session_id, fragment) == digest
 
         return verify
@@ -322,6 +330,7 @@ class Receiver:
         counters.fragments_landed += landed
         counters.bytes_landed += landed * self._peers[delivery.channel].pool.block_bytes
         counters.digest_failures += len(intact) - landed
+        delivery.session.mismatches += len(intact) - landed
         counters.duplicates += len(landing.targets) - len(intact)
         self._complete(delivery.session)
 
@@ -338,9 +347,9 @@ class Receiver:
             return
         session = delivery.session
         try:
-            lacking = delivery.finish(message.tokens)
+            lacking = delivery.finish(message.tokens, message.fragments)
         except SessionError as error:
-            self._fail(session, str(error), TransferCause.DAMAGED)
+            self._fail(session, str(error), TransferCause.MISMATCHED if session.mismatches else TransferCause.DAMAGED)
             return
         if lacking:
             self._counters.resends += 1
@@ -351,8 +360,13 @@ class Receiver:
         if session.whole and session.open and session.tokens is not None:
             self._end(session)
             self._counters.incoming_arrived += 1
-            self._endpoint.emit(Arrived(session.granted.session_id, Tail(session.tokens)))
-            self._send_all(session, Ack(session.granted.session_id, session.granted.epoch))
+            self._endpoint.emit(Arrived(session.granted.session_id, Tail(session.tokens, session.fragments)))
+            self._acknowledge(session)
+
+    def _acknowledge(self, session: IncomingSession) -> None:
+        ack = Ack(session.granted.session_id, session.granted.epoch)
+        for _ in range(fault_points.times(Point.TRANSFER_ACK, self._endpoint.worker_id)):
+            self._send_all(session, ack)
 
     def _fail(self, session: IncomingSession, reason: str, cause: TransferCause) -> None:
         self._end(session)

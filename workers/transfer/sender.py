@@ -16,7 +16,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from penstock.workers import fault_points
 from penstock.workers.errors import WireError
+from penstock.workers.fault_points import Point
 from penstock.workers.protocol import Grant
 from penstock.workers.totals import TransferCause
 from penstock.workers.transfer.connection import Landing
@@ -40,7 +42,7 @@ from penstock.workers.transfer.messages import (
 )
 from penstock.workers.transfer.offering import OfferMaker
 from penstock.workers.transfer.outgoing import OutgoingSession, Reading
-from penstock.workers.transfer.port import OutgoingDone, OutgoingFailed, Tail
+from penstock.workers.transfer.port import OutgoingCaughtUp, OutgoingDone, OutgoingFailed, Tail
 
 if TYPE_CHECKING:  # it imports torch, which a worker without a device does without
     from penstock.workers.transfer.lane_frames import Lanes, LaneSender
@@ -51,17 +53,16 @@ PINGS_PER_LEASE = 4
 
 @dataclass(slots=True)
 class _Peer:
-    """A granting rank and the `heads` it gets.
-
-    `shared_memory` is None until it has welcomed us; sessions in `ready` have something to send.
-    """
+    """A granting rank and the `heads` it gets; sessions in `ready` have something to send."""
 
     channel: Channel
     heads: HeadRange
     offers: OfferMaker
     heard: float
     pinged: float
-    shared_memory: bool | None = None
+    shared_memory: bool | None = None  # until it has welcomed us
+    pings: int = 0  # sent; what went before one has been taken in when it is answered
+    pongs: int = 0
     most_blocks: int | None = None  # that it can take at once
     lane: LaneSender | None = None  # on which it gets them, where they travel by NCCL
     sessions: dict[bytes, OutgoingSession] = field(default_factory=dict)
@@ -114,6 +115,12 @@ class Sender:
         """Send these blocks."""
         self._change(session_id, lambda session: session.offer(fragments))
 
+    def probe(self, session_id: bytes) -> None:
+        """Say when the peers have what was offered."""
+        for peer in [self._peers[address] for address in self._homes.get(session_id, ())]:
+            peer.sessions[session_id].probe = 0
+            self._ask(peer, peer.sessions[session_id])
+
     def finish(self, session_id: bytes, tail: Tail) -> None:
         """All blocks are offered."""
         self._change(session_id, lambda session: session.finish(tail))
@@ -148,7 +155,7 @@ class Sender:
             shortest = min(session.grant.lease_s for session in peer.sessions.values())
             leases.append(shortest)
             if peer.shared_memory is not None and now - peer.pinged >= shortest / PINGS_PER_LEASE:
-                peer.pinged = now
+                peer.pinged, peer.pings = now, peer.pings + 1
                 peer.channel.send(Ping())
         self._feed()
         return min(leases, default=None)
@@ -193,7 +200,8 @@ class Sender:
                     said = f"refused by the receiver: {reason}"
                     self._fail(session_id, said, TransferCause.REFUSED, knows=peer)
             case Pong():
-                pass
+                peer.pongs += 1
+                self._caught_up(peer)
             case _:
                 raise WireError(f"transfer: {type(message).__name__} from a receiver")
 
@@ -300,29 +308,27 @@ class Sender:
         if not session.opened:
             session.opened = True
             channel.send(Open(grant.session_id, grant.epoch))
-        faults, inline = self._endpoint.faults, not peer.shared_memory
+        inline = not peer.shared_memory
         if peer.lane is not None:
-            if faults is not None:
-                faults.stall(faults.delay_send_s)
             count = self._send_on_lane(peer, peer.lane, session)
         else:
             reading = peer.offers.next_reading(session, inline=inline, most_blocks=peer.most_blocks)
             if reading is None:
                 return False
-            if faults is not None:
-                faults.stall(faults.delay_send_s)
             count = len(reading.batch)
             if reading.batch:
                 self._send_blocks(peer, session, reading, inline=inline)
-        if faults is not None:
-            faults.left(count)
+        if fault_points.plan is not None:
+            for _ in range(count):
+                fault_points.plan.reach(Point.TRANSFER_SENT, self._endpoint.worker_id)
         if session.finish_due and session.tail is not None:
             session.finished_at = self._endpoint.clock()
-            channel.send(Finish(grant.session_id, grant.epoch, session.tail.tokens))
+            channel.send(Finish(grant.session_id, grant.epoch, session.tail.tokens, session.tail.fragments))
+        self._ask(peer, session)
         return True
 
     def _send_on_lane(self, peer: _Peer, lane: LaneSender, session: OutgoingSession) -> int:
-        offer = lane.next_offer(session, self._endpoint.faults, lambda: self._pump(peer))
+        offer = lane.next_offer(session, self._endpoint.worker_id, lambda: self._pump(peer))
         if offer is None:
             return 0
         peer.channel.send(offer)
@@ -332,6 +338,22 @@ class Sender:
     def _join(self, lanes: Lanes, peer: _Peer, channel: Channel, invitation: str) -> LaneSender:
         endpoint, part = self._endpoint, self._endpoint.part_of(peer.heads)
         return lanes.join(invitation, endpoint.post, lambda reason: channel.fail(f"lane: {reason}"), part)
+
+    def _ask(self, peer: _Peer, session: OutgoingSession) -> None:
+        """Ping behind the last block of a session that is probed: the peer takes in everything in order."""
+        if session.probe_due:
+            peer.pings += 1
+            session.probe = peer.pings
+            peer.channel.send(Ping())
+
+    def _caught_up(self, peer: _Peer) -> None:
+        """Tell of probed sessions of which no peer lacks anything any more."""
+        for session_id, session in peer.sessions.items():
+            if session.probe and session.probe <= peer.pongs:
+                session.probe = None
+                peers = (self._peers[address] for address in self._homes[session_id])
+                if all(other.sessions[session_id].probe is None for other in peers):
+                    self._endpoint.emit(OutgoingCaughtUp(session_id))
 
     def _send_blocks(self, peer: _Peer, session: OutgoingSession, reading: Reading, *, inline: bool) -> None:
         offer = peer.offers.offer(session, reading, inline=inline)

@@ -19,7 +19,9 @@ import time
 from collections.abc import Callable
 
 from penstock.workers.errors import ConfigError
+from penstock.workers.tls import PeerTls
 from penstock.workers.transfer.connection import Connection, ConnectionTerms, Handler
+from penstock.workers.transfer.tls_socket import TlsSocket
 
 MAX_CONNECTIONS = 1024
 # Between two workers of one host the bytes stay in the cores' caches when few are on their way: a quarter more per
@@ -37,14 +39,21 @@ class SocketLoop:
     """
 
     def __init__(
-        self, host: str, buffer_bytes: int, acceptor: Handler, terms: Callable[[SocketLoop], ConnectionTerms]
+        self,
+        host: str,
+        buffer_bytes: int,
+        acceptor: Handler,
+        terms: Callable[[SocketLoop], ConnectionTerms],
+        tls: PeerTls | None = None,
     ) -> None:
+        self._tls = tls
         self._terms = terms(self)
         self._acceptor = acceptor
         self._buffer_bytes = buffer_bytes
         self._connections: dict[int, Connection] = {}  # by descriptor
         self._events: dict[int, int] = {}  # of the connections that the system watches
         self._attention: dict[Connection, None] = {}
+        self._unread: dict[Connection, None] = {}  # who can read although the system tells of nothing
         self._listener = listen_on(host)
         self.address = numeric_address(self._listener.getsockname())
         self._eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -67,6 +76,10 @@ class SocketLoop:
     def serve(self, ready: Ready) -> bool:
         """Read and write what can be. True: a new connection owes its hello."""
         accepted = False
+        unread, self._unread = self._unread, {}
+        for ahead in unread:
+            if ahead.failure is None and ahead.wants_read:
+                _serve(ahead, select.EPOLLIN)
         for descriptor, mask in ready:
             connection = self._connections.get(descriptor)
             if connection is not None:
@@ -97,6 +110,9 @@ class SocketLoop:
         if self._events.get(descriptor) != events:
             self._epoll.modify(descriptor, events)
             self._events[descriptor] = events
+        if connection.wants_read and connection.unread:
+            self._unread[connection] = None
+            self.wake()
 
     def attend(self, connection: Connection) -> None:
         """`ConnectionTerms.attention`: `settle` will look at this connection."""
@@ -145,7 +161,12 @@ class SocketLoop:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._size_buffers(sock)
-        connection = Connection(sock, handler, self._terms, connector=connector)
+        if self._tls is None:
+            connection = Connection(sock, handler, self._terms, connector=connector)
+        else:
+            context = self._tls.opening if connector else self._tls.accepting
+            secured = TlsSocket(sock, context, connector=connector)
+            connection = Connection(secured, handler, self._terms, connector=connector)
         self._connections[sock.fileno()] = connection
         self._events[sock.fileno()] = select.EPOLLIN | select.EPOLLOUT
         self._epoll.register(sock, select.EPOLLIN | select.EPOLLOUT)

@@ -13,7 +13,9 @@ import os
 import threading
 from bisect import bisect_left, bisect_right
 
+from penstock.workers import fault_points
 from penstock.workers.errors import ModelError
+from penstock.workers.fault_points import Point
 from penstock.workers.weights.runs import Run
 
 
@@ -55,6 +57,8 @@ class Kept:
             return place >= 0 and run.end <= self._ends[place]
 
     def _write_all(self, position: int, data: memoryview) -> None:
+        if fault_points.plan is not None:
+            fault_points.plan.reach(Point.DISK_WRITE, "")
         while data:
             count = os.pwrite(self.descriptor, data, position)
             position, data = position + count, data[count:]

@@ -150,6 +150,6 @@ def decode(code: int, body: bytes) -> WeightMessage:
         try:
             taken.append(codec.unpack(value))
         except ValueError as error:
-            raise WireError(f"weights: {kind.__name__}.{name}: {error}") from error
+            raise WireError(f"weights: {kind.__name__}.{name}: {error!s:.300}") from error
     message: WeightMessage = kind(*taken)
     return message

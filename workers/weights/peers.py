@@ -19,6 +19,7 @@ from xxhash import xxh3_64_intdigest
 from penstock.workers.errors import PeerError, WireError
 from penstock.workers.model.config import MAX_CONFIG_BYTES
 from penstock.workers.settings import WeightSettings
+from penstock.workers.tls import PeerTls
 from penstock.workers.weights.link import WeightLink
 from penstock.workers.weights.messages import Absent, Greeting, Piece, Refusal, Terms, Want, WantConfig
 from penstock.workers.weights.runs import MAX_RUN_BYTES, Run
@@ -98,7 +99,9 @@ class Peers:
         cluster_key: str,
         settings: WeightSettings,
         clock: Callable[[], float] = time.monotonic,
+        tls: PeerTls | None = None,
     ) -> None:
+        self._tls = tls
         self.own_address = ""  # where we serve what we have got; set before the first `current`
         self.expected: Terms | None = None  # what a source must serve; None: whatever the first one does
         self._key = bytes.fromhex(cluster_key)
@@ -174,6 +177,8 @@ class Peers:
             raise PeerError(f"{address!r} is no numeric host:port") from error
         try:
             sock = socket.create_connection(where, _CONNECT_S)
+            if self._tls is not None:
+                sock = self._tls.opening.wrap_socket(sock)
         except OSError as error:
             raise PeerError(f"it cannot be reached: {error}", _UNREACHABLE_S) from error
         try:

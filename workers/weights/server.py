@@ -22,6 +22,7 @@ from xxhash import xxh3_64_intdigest
 
 from penstock.workers.errors import PeerError, WireError
 from penstock.workers.settings import WeightSettings
+from penstock.workers.tls import PeerTls
 from penstock.workers.transfer.socket_loop import listen_on, numeric_address
 from penstock.workers.weights.link import WeightLink
 from penstock.workers.weights.messages import Absent, Greeting, Piece, Refusal, Want, WantConfig, WeightMessage
@@ -41,8 +42,11 @@ _LOW_PRIORITY = 10  # niceness of the threads that serve
 class WeightServer:
     """Listens from the moment it exists. Raises ConfigError for a host that cannot be listened on."""
 
-    def __init__(self, store: WeightStore, host: str, cluster_key: str, settings: WeightSettings) -> None:
+    def __init__(
+        self, store: WeightStore, host: str, cluster_key: str, settings: WeightSettings, tls: PeerTls | None = None
+    ) -> None:
         self._store = store
+        self._tls = tls
         self._key = bytes.fromhex(cluster_key)
         self._max_takers = settings.max_takers
         self._pace = Pace(settings.serve_bytes_per_s)
@@ -84,6 +88,12 @@ class WeightServer:
                 sock, _ = self._listener.accept()
             except OSError:
                 return
+            if self._tls is not None:
+                try:  # says nothing yet; the handshake is the taker's thread's
+                    sock = self._tls.accepting.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+                except OSError:  # it has gone again
+                    sock.close()
+                    continue
             with self._lock:
                 self._sockets.add(sock)
                 stopped = self._stopped

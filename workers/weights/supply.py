@@ -22,6 +22,7 @@ from penstock.workers.errors import ModelError, PeerError
 from penstock.workers.model.checkpoint import INDEX, SINGLE, Checkpoint
 from penstock.workers.model.config import parse_raw_config, read_raw_config
 from penstock.workers.settings import WorkerSettings
+from penstock.workers.tls import open_peer_tls
 from penstock.workers.totals import WeightFigures
 from penstock.workers.weights.arriving import ArrivingFile
 from penstock.workers.weights.choice import ADVANTAGE, disk_rate, peer_rate, samples
@@ -51,7 +52,8 @@ class WeightSupply:
         self._dir = Path(settings.runner.model_dir)
         self._began = time.monotonic()
         addresses = () if self._weights.source == "disk" else settings.weight_peers
-        self._peers = Peers(addresses, settings.cluster_key, self._weights)
+        self._tls = open_peer_tls(settings.tls)
+        self._peers = Peers(addresses, settings.cluster_key, self._weights, tls=self._tls)
         self._may_ask = bool(addresses)
         self._why = "weights.source says so" if self._weights.source == "disk" else "no running peer is known"
         self._config: bytes | None = None  # where it came from a peer
@@ -235,4 +237,5 @@ class WeightSupply:
             return []
 
     def _serve(self, store: WeightStore) -> WeightServer:
-        return WeightServer(store, self._settings.transfer.host, self._settings.cluster_key, self._weights)
+        host, key = self._settings.transfer.host, self._settings.cluster_key
+        return WeightServer(store, host, key, self._weights, self._tls)

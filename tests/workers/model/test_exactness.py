@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 from fakes.exactness import CheckpointSpec, covering_specs, expert_specs, family_specs, mixed_prompts
+from fakes.in_ci import every
 from fakes.in_process import InProcessWorker, load_runner
 from fakes.latent_specs import latent_specs
 
@@ -64,7 +65,7 @@ def test_every_model_in_one_variant(load_model, spec, variant):
         assert model.reference.generate(prompts[number], 20) == outputs[number]
 
 
-@pytest.mark.parametrize("spec", ONE_OF_EACH, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", every(2, ONE_OF_EACH), ids=lambda spec: spec.name)
 def test_newer_families_in_small_chunks_with_preemption(load_model, spec):
     model = load_model(spec)
     prompts, outputs = require_exact(model, *SHORT, count=20, prompts=24)
@@ -78,7 +79,7 @@ def test_every_model_in_every_variant(load_model, spec, variant):
     require_exact(load_model(spec), *variant, count=32)
 
 
-@pytest.mark.parametrize("spec", SPECS + FAMILIES, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", every(3, SPECS + FAMILIES), ids=lambda spec: spec.name)
 def test_outputs_are_diverse(load_model, spec):
     model = load_model(spec)
     prompt = mixed_prompts(spec.vocab)[5]
@@ -87,7 +88,7 @@ def test_outputs_are_diverse(load_model, spec):
     assert len(set(output.tokens)) >= 64
 
 
-@pytest.mark.parametrize("spec", SPECS + ONE_OF_EACH, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", every(3, SPECS + ONE_OF_EACH), ids=lambda spec: spec.name)
 def test_corrupting_any_one_block_changes_the_output(load_model, spec):
     """But for a block outside every layer's window: that one must not matter at all."""
     model, prompt = load_model(spec), mixed_prompts(spec.vocab, longest=150)[20]

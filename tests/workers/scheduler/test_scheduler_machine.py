@@ -1,19 +1,22 @@
 """The whole scheduler under random requests, steps, transfers, cancels and failures (hypothesis).
 
 Blocks hold real content (fakes.content_runner): a peer writes granted blocks late and in pieces, also after a cancel,
-and reads offered ones until the end. Steps run one at a time, or on a device that is still busy with one when the
-next is planned, and computes at the last moment. Checked after every rule: integrity, block conservation, one terminal
-event per key, right tokens at the right indices, step budget, and that no decode-ready sequence is skipped while memory
-allows.
+and reads offered ones until the end; idle ones may go to tiers whose threads turn at any moment. Steps run one at a
+time, or on a device that is still busy with one when the next is planned, and computes at the last moment. Checked
+after every rule: integrity, block conservation, one terminal event per key, right tokens at the right indices, step
+budget, and that no decode-ready sequence is skipped while memory allows.
 """
 
+import tempfile
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 from fakes.content_runner import GARBAGE, ContentRunner, expected_tokens, next_token, slot_values
 from fakes.late_device import LateDevice
+from fakes.manual_tiers import ManualTiers
 from fakes.scheduler_stand import held_blocks
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -83,10 +86,21 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_preemptions=data.draw(st.integers(0, 3), label="max_preemptions"),
             watermark=data.draw(st.sampled_from([0.0, 0.1]), label="watermark"),
         )
+        self.runner = ContentRunner(count * blocks, BLOCK)
+        self.tiers = None
+        below = None
+        if caching and count == 1 and data.draw(st.booleans(), label="tiers"):
+            host = data.draw(st.sampled_from([2, 8, 100]), label="host blocks")
+            disk = data.draw(st.sampled_from([0, 10, 100]), label="disk blocks")
+            self.folder = tempfile.TemporaryDirectory()
+            self.tiers = ManualTiers(
+                self.runner, self.generations, host, (Path(self.folder.name), disk) if disk else None
+            )
+            patience = data.draw(st.sampled_from([0.05, 1.0, 1000.0]), label="patience")
+            below = (self.tiers.tiers, lambda tokens: patience)
         compiled = data.draw(st.booleans(), label="compiled")
         with nullcontext() if compiled else patch.object(native_rows, "load", return_value=None):
-            self.scheduler = Scheduler(self.settings, self.layout, *self.banks)
-        self.runner = ContentRunner(count * blocks, BLOCK)
+            self.scheduler = Scheduler(self.settings, self.layout, *self.banks, tiers=below)
         self.device = LateDevice(self.runner.run)
         self.flight = []
         self.now = 0.0
@@ -167,6 +181,20 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.1, 3.0]))
     def wait(self, seconds):
         self.now += seconds
+
+    # --- what tiers do ---
+
+    @precondition(lambda self: self.tiers is not None)
+    @rule(name=st.sampled_from(["kv-host", "kv-host", "kv-read", "kv-write"]), count=st.integers(1, 8))
+    def tiers_work(self, name, count):
+        """Late, in any order of the threads, and perhaps after all who waited are gone."""
+        for _ in range(count):
+            self.tiers.work(name)
+
+    @precondition(lambda self: self.tiers is not None)
+    @rule()
+    def tiers_catch_up(self):
+        self.tiers.work_all()
 
     # --- what peers do ---
 
@@ -430,10 +458,12 @@ class SchedulerMachine(RuleBasedStateMachine):
                 if job.sending and job.terminal is not None:
                     job.sending = False
                     self.scheduler.kv_sent(key, self.now)
-            if not self.live():
-                break
+            if self.tiers is not None:
+                self.tiers.work_all()
             plan = self.scheduler.plan(self.now)
             self.take_events()
+            if not self.live() and plan is None:
+                break
             if plan is not None:
                 self.check(self.scheduler.commit(plan, self.runner.run(plan), self.now))
                 self.take_events()
@@ -444,6 +474,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         for pool, _ in self.banks:
             assert pool.num_free == pool.num_blocks
         assert not self.scheduler._memory.lingering
+        if self.tiers is not None:
+            assert not self.scheduler._memory.landings
+            self.tiers.tiers.stop()
+            self.folder.cleanup()
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
+from fakes.fault_plan import Fault, FaultPlan
 from fakes.transfer_pair import BLOCK_BYTES, NUM_BLOCKS, Pair, Worker, fill
 
+from penstock.workers import fault_points
 from penstock.workers.kv.storage import KVStorage
 from penstock.workers.settings import TransferSettings
 
@@ -37,3 +39,16 @@ def make_worker() -> Iterator[Callable[..., Worker]]:
     yield make
     for worker in made:
         worker.close()
+
+
+@pytest.fixture
+def break_by() -> Iterator[Callable[..., FaultPlan]]:
+    """Break this process by these faults until the test is over."""
+
+    def arm(*faults: Fault) -> FaultPlan:
+        plan = FaultPlan(faults)
+        fault_points.plan = plan
+        return plan
+
+    yield arm
+    fault_points.plan = None

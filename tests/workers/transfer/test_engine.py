@@ -15,17 +15,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fakes.fault_plan import ALWAYS, Action, Fault, FaultPlan
 from fakes.tcp_proxy import TcpProxy
 from fakes.transfer_pair import NUM_BLOCKS, Worker, make_session
 
 from penstock.workers.errors import ConfigError
+from penstock.workers.fault_points import Point
 from penstock.workers.kv.storage import KVStorage
 from penstock.workers.settings import TransferSettings
+from penstock.workers.totals import TransferCause
 from penstock.workers.transfer.engine import TransferEngine
-from penstock.workers.transfer.faults import TransferFaults
 from penstock.workers.transfer.port import Arrived, IncomingClosed, IncomingFailed, OutgoingDone, OutgoingFailed, Tail
 
 pytestmark = pytest.mark.timeout(60)
+POINT_OF = {"drop": Point.TRANSFER_SEND, "duplicate": Point.TRANSFER_SEND, "corrupt": Point.TRANSFER_LAND}
 TRANSPORTS = ["auto", "tcp"]
 TESTS = Path(__file__).parents[2]
 
@@ -86,15 +89,14 @@ def test_a_session_is_known_before_its_first_frame(make_worker):
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("fault", ["drop", "duplicate", "corrupt"])
-def test_a_fault_that_passes_is_repaired(make_worker, transport, fault):
-    faults = TransferFaults(**{fault: frozenset({0, 2, 3})}, times=3)
-    p = make_worker("p", transport=transport, faults=None if fault == "corrupt" else faults)
-    d = make_worker("d", transport=transport, faults=faults if fault == "corrupt" else None)
+def test_a_fault_that_passes_is_repaired(make_worker, break_by, transport, fault):
+    plan = break_by(Fault(POINT_OF[fault], Action(fault), items=(0, 2, 3), times=3))
+    p, d = (make_worker(name, transport=transport) for name in "pd")
     grant = begin(p, d, (4, 5, 6, 7))
     send(p, grant, (0, 1, 2, 3))
     assert isinstance(d.wait(1)[0], Arrived)
     assert p.wait(1) == [OutgoingDone(grant.session_id)]
-    assert faults.fired == {fault: 3}
+    assert plan.fired() == {f"{POINT_OF[fault]} {fault}": 3}
     assert same(p, range(4), d, range(4, 8))
     stats = d.engine.stats()
     assert (stats.duplicates, stats.digest_failures, stats.resends) == {
@@ -106,22 +108,23 @@ def test_a_fault_that_passes_is_repaired(make_worker, transport, fault):
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("fault", ["drop", "corrupt"])
-def test_a_fault_that_stays_fails_the_session(make_worker, transport, fault):
-    faults = TransferFaults(**{fault: frozenset({1})})
-    p, d = (make_worker(name, transport=transport, faults=faults) for name in "pd")
+def test_a_fault_that_stays_fails_the_session(make_worker, break_by, transport, fault):
+    break_by(Fault(POINT_OF[fault], Action(fault), items=(1,), times=ALWAYS))
+    p, d = (make_worker(name, transport=transport) for name in "pd")
     grant = begin(p, d, (4, 5, 6))
     send(p, grant, (0, 1, 2))
     (failed,) = d.wait(1)
     assert isinstance(failed, IncomingFailed)
     assert "lost or damaged" in failed.reason
+    assert failed.cause is (TransferCause.MISMATCHED if fault == "corrupt" else TransferCause.DAMAGED)
     assert isinstance(p.wait(1)[0], OutgoingFailed)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_every_single_byte_is_covered_by_the_digest(make_worker, transport):
+def test_every_single_byte_is_covered_by_the_digest(make_worker, break_by, transport):
     """The detector's own test: any one flipped block is noticed."""
-    faults = TransferFaults(corrupt=frozenset(range(NUM_BLOCKS)), times=NUM_BLOCKS)
-    p, d = make_worker("p", transport=transport), make_worker("d", transport=transport, faults=faults)
+    break_by(Fault(Point.TRANSFER_LAND, Action.CORRUPT, times=NUM_BLOCKS))
+    p, d = (make_worker(name, transport=transport) for name in "pd")
     grant = begin(p, d, tuple(range(NUM_BLOCKS)))
     send(p, grant, range(NUM_BLOCKS))
     d.wait(1)
@@ -129,10 +132,10 @@ def test_every_single_byte_is_covered_by_the_digest(make_worker, transport):
     assert same(p, range(NUM_BLOCKS), d, range(NUM_BLOCKS))
 
 
-def test_a_late_reader_finds_reused_blocks_and_refuses(make_worker):
+def test_a_late_reader_finds_reused_blocks_and_refuses(make_worker, break_by):
     """Lease 50 ms, the reader stalls, the sender's lease ends and its blocks get new content: nothing may arrive."""
-    p = make_worker("p")
-    d = make_worker("d", faults=TransferFaults(delay_landing_s=0.12))
+    break_by(Fault(Point.TRANSFER_OFFER, Action.DELAY, seconds=0.12, times=ALWAYS))
+    p, d = make_worker("p"), make_worker("d")
     for round_number in range(8):
         targets, sources = (1, 2, 3), (4, 5, 6)
         granted, grant = make_session(d.storage, targets, d.engine.address, 0.05)
@@ -225,6 +228,7 @@ def test_partition(make_worker, transport, ways):
 @pytest.mark.parametrize("die_after", [None, 3])
 def test_a_sender_process(make_worker, transport, die_after):
     """Across processes; killed after k of n blocks the session fails at once, not at its lease's end."""
+    faults = () if die_after is None else (Fault(Point.TRANSFER_SENT, Action.KILL, after=die_after),)
     d = make_worker("d", transport=transport, block_bytes=4096)
     granted, grant = make_session(d.storage, tuple(range(8)), d.engine.address, 30.0)
     d.engine.expect(granted)
@@ -233,7 +237,7 @@ def test_a_sender_process(make_worker, transport, die_after):
         "transport": transport,
         "num_blocks": 16,
         "block_bytes": 4096,
-        "die_after": die_after,
+        "plan": FaultPlan(faults).to_line(),
         "key": "5a" * 32,
     }
     done = subprocess.run(

@@ -81,5 +81,5 @@ def test_preface():
     assert read_preface(preface(b"n" * 16)) == b"n" * 16
     with pytest.raises(WireError, match="does not speak"):
         read_preface(b"HTTP" + preface(b"n" * 16)[4:])
-    with pytest.raises(WireError, match="wire version 9"):
+    with pytest.raises(WireError, match="transfer version 9"):
         read_preface(PREFACE.pack(b"PNSK", 9, 0, b"n" * 16))

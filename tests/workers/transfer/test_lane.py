@@ -97,7 +97,7 @@ def test_close_ends_what_waits_and_is_silent(made) -> None:
     lane, pair, thread, reasons = made
     lane.receive(frame(0), lambda: reasons.append("landed"))
     lane.send(frame(1), lambda: reasons.append("sent"))
-    until = time.monotonic() + 5
+    until = time.monotonic() + 20
     while lane._pair is None and time.monotonic() < until:
         time.sleep(0.001)
     lane.close()

@@ -7,56 +7,53 @@ import os
 import numpy as np
 import pytest
 import torch
+from fakes.fault_plan import ALWAYS, Action, Fault
 from fakes.lane_worker import LaneWorker
+from fakes.rank_sides import (
+    BLOCKS,
+    HEAD_BYTES,
+    PIECES,
+    SOURCES,
+    TARGETS,
+    RankSide,
+    begin,
+    block_bytes,
+    require_landed,
+    send,
+)
 from fakes.transfer_pair import EPOCH, Worker
 
 from penstock.workers.device_transfer import CardStorage
 from penstock.workers.errors import ConfigError
+from penstock.workers.fault_points import Point
 from penstock.workers.kv.device_storage import DeviceKVStorage
 from penstock.workers.kv.storage import KVStorage
 from penstock.workers.protocol import Grant
 from penstock.workers.settings import TransferSettings
 from penstock.workers.transfer import lane_frames
-from penstock.workers.transfer.faults import TransferFaults
 from penstock.workers.transfer.head_slices import HeadShare
 from penstock.workers.transfer.port import (
-    Arrived,
     Incoming,
     IncomingClosed,
     IncomingFailed,
-    OutgoingDone,
     OutgoingFailed,
-    Tail,
 )
 
-PIECES, HEAD_BYTES, BLOCKS = 4, 640, 12
-SOURCES, TARGETS = (3, 5, 4, 10), (9, 2, 7, 0)
 SETTINGS = TransferSettings(transport="nccl", lease_s=4.0)
 
 
-class Group:
-    """The ranks of one side."""
+class Group(RankSide):
+    """On lanes."""
 
     def __init__(self, name: str, total: int, width: int, settings: TransferSettings, **options: object) -> None:
-        self.shares = [HeadShare(total, width, rank) for rank in range(width)]
-        self.ranks = [
-            LaneWorker(
-                f"{name}{share.rank}",
-                settings,
-                BLOCKS,
-                PIECES * share.heads.count * HEAD_BYTES,
-                share=share,
-                pieces=PIECES,
-                **(options if share.rank == width - 1 else {}),
-            )
-            for share in self.shares
-        ]
+        self._settings = settings
+        super().__init__(name, total, width, **options)
 
-    def rows(self, share: HeadShare) -> np.ndarray:
-        """[block, piece, head, byte]; the pool's own memory."""
-        return (
-            self.ranks[share.rank].pool.tensor[:BLOCKS].numpy().reshape(BLOCKS, PIECES, share.heads.count, HEAD_BYTES)
-        )
+    def make_rank(self, name: str, share: HeadShare, **options: object) -> LaneWorker:
+        return LaneWorker(name, self._settings, BLOCKS, block_bytes(share), share=share, pieces=PIECES, **options)
+
+    def data(self, rank):
+        return rank.pool.tensor[:BLOCKS].numpy()
 
 
 @pytest.fixture
@@ -66,45 +63,11 @@ def make_groups():
     def make(total=1, source=1, target=1, settings=SETTINGS, source_options=None, target_options=None):
         made.append(Group("p", total, source, settings, **(source_options or {})))
         made.append(Group("d", total, target, settings, **(target_options or {})))
-        model = np.random.default_rng(1).integers(0, 256, (BLOCKS, PIECES, total, HEAD_BYTES), np.uint8)
-        for share in made[-2].shares:
-            made[-2].rows(share)[:] = model[:, :, share.heads.first : share.heads.end]
-        return made[-2], made[-1], model
+        return made[-2], made[-1], made[-2].fill(total)
 
     yield make
     for group in made:
-        for rank in group.ranks:
-            rank.close()
-
-
-def begin(p: Group, d: Group, targets=TARGETS, lease_s=4.0) -> bytes:
-    session, generations = os.urandom(16), (0,) * len(targets)
-    for rank in d.ranks:
-        rank.engine.expect(Incoming(session, EPOCH, targets, generations, lease_s))
-    first, *others = [rank.engine.address for rank in d.ranks]
-    grant = Grant(session, "d", EPOCH, first, "", 0, targets, generations, lease_s, "same", tuple(others))
-    for rank in p.ranks:
-        rank.engine.start(grant)
-    return session
-
-
-def send(p: Group, session: bytes) -> None:
-    for rank in p.ranks:
-        rank.engine.offer(session, list(enumerate(SOURCES))[:3])
-        rank.engine.offer(session, list(enumerate(SOURCES))[3:])
-        rank.engine.finish(session, Tail((42,)))
-
-
-def require_landed(p: Group, d: Group, model: np.ndarray, session: bytes) -> None:
-    for rank in d.ranks:
-        assert rank.wait(1) == [Arrived(session, Tail((42,)))]
-    for rank in p.ranks:
-        assert rank.wait(1) == [OutgoingDone(session)]
-    untouched = [block for block in range(BLOCKS) if block not in TARGETS]
-    for share in d.shares:
-        expected = model[list(SOURCES), :, share.heads.first : share.heads.end]
-        np.testing.assert_array_equal(d.rows(share)[list(TARGETS)], expected)
-        assert not d.rows(share)[untouched].any()
+        group.close()
 
 
 @pytest.mark.parametrize(("total", "source", "target"), [(1, 1, 1), (4, 1, 2), (4, 2, 1), (2, 4, 2), (1, 2, 4)])
@@ -130,18 +93,19 @@ def test_many_frames_one_after_the_other(make_groups, monkeypatch):
     np.testing.assert_array_equal(found, np.concatenate([model[list(SOURCES)]] * 3))
 
 
-def test_a_damaged_block_is_sent_again(make_groups):
-    faults = TransferFaults(corrupt=frozenset({2}), times=1)
-    p, d, model = make_groups(target_options={"faults": faults})
+def test_a_damaged_block_is_sent_again(make_groups, break_by):
+    plan = break_by(Fault(Point.TRANSFER_LAND, Action.CORRUPT, items=(2,)))
+    p, d, model = make_groups()
     session = begin(p, d)
     send(p, session)
     require_landed(p, d, model, session)
-    assert faults.fired == {"corrupt": 1}
+    assert plan.fired() == {"transfer.land corrupt": 1}
     assert d.ranks[0].engine.stats().digest_failures == 1
 
 
-def test_a_block_that_stays_damaged_fails_the_session_and_is_never_written(make_groups):
-    p, d, _ = make_groups(target_options={"faults": TransferFaults(corrupt=frozenset({2}))})
+def test_a_block_that_stays_damaged_fails_the_session_and_is_never_written(make_groups, break_by):
+    break_by(Fault(Point.TRANSFER_LAND, Action.CORRUPT, items=(2,), times=ALWAYS))
+    p, d, _ = make_groups()
     session = begin(p, d)
     send(p, session)
     assert isinstance(d.ranks[0].wait(1)[0], IncomingFailed)
@@ -149,9 +113,11 @@ def test_a_block_that_stays_damaged_fails_the_session_and_is_never_written(make_
     assert not d.rows(d.shares[0])[TARGETS[2]].any()
 
 
-def test_what_was_dropped_or_came_twice(make_groups):
-    faults = TransferFaults(drop=frozenset({1}), duplicate=frozenset({0}), times=2)
-    p, d, model = make_groups(source_options={"faults": faults})
+def test_what_was_dropped_or_came_twice(make_groups, break_by):
+    break_by(
+        Fault(Point.TRANSFER_SEND, Action.DROP, items=(1,)), Fault(Point.TRANSFER_SEND, Action.DUPLICATE, items=(0,))
+    )
+    p, d, model = make_groups()
     session = begin(p, d)
     send(p, session)
     require_landed(p, d, model, session)
@@ -169,9 +135,10 @@ def test_a_reused_block_is_not_written(make_groups):
     assert not d.rows(d.shares[0]).any()
 
 
-def test_a_late_frame_finds_its_session_gone_and_the_next_one_in_order(make_groups):
+def test_a_late_frame_finds_its_session_gone_and_the_next_one_in_order(make_groups, break_by):
     """Frames of a forgotten session still take their turn on the lane, and are written nowhere."""
-    p, d, model = make_groups(source_options={"faults": TransferFaults(delay_send_s=0.3)})
+    break_by(Fault(Point.TRANSFER_SEND, Action.DELAY, seconds=0.3, times=ALWAYS))
+    p, d, model = make_groups()
     gone = begin(p, d, (1, 3, 6, 8))
     send(p, gone)
     d.ranks[0].engine.forget(gone)

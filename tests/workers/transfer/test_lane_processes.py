@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from fakes.fault_plan import ALWAYS, Action, Fault, FaultPlan
 from fakes.lane_worker import LaneWorker
 from fakes.transfer_pair import EPOCH
 
+from penstock.workers.fault_points import Point
 from penstock.workers.protocol import Grant
 from penstock.workers.settings import TransferSettings
 from penstock.workers.transfer.head_slices import HeadShare
@@ -28,8 +30,12 @@ TOTAL, PIECES, BLOCK_BYTES = 2, 4, 1 << 19  # of the whole model; a frame of the
 SOURCES, TARGETS = (5, 1, 7, 2, 0, 6, 3, 4), (2, 3, 4, 5, 6, 7, 0, 1)
 
 
+def slowly(seconds: float) -> Fault:
+    return Fault(Point.TRANSFER_SEND, Action.DELAY, seconds=seconds, times=ALWAYS)
+
+
 @contextlib.contextmanager
-def transfer(source: int, target: int, lease_s: float = 10.0, **faults: object):
+def transfer(source: int, target: int, *faults: Fault, lease_s: float = 10.0):
     """(receiving ranks, sending processes) of one session under way; none of them is left afterwards."""
     ranks = [HeadShare(TOTAL, target, rank) for rank in range(target)]
     workers = [
@@ -62,7 +68,7 @@ def transfer(source: int, target: int, lease_s: float = 10.0, **faults: object):
                 "sources": SOURCES,
                 "block_bytes": BLOCK_BYTES * share.heads.count // TOTAL,
                 "key": KEY,
-                "faults": faults,
+                "plan": FaultPlan(faults).to_line(),
                 "share": (TOTAL, source, rank),
                 "pieces": PIECES,
                 "lease_s": lease_s,
@@ -89,7 +95,9 @@ def sent_by(share: HeadShare) -> torch.Tensor:
     return content.view(shape[0], PIECES, share.heads.count, -1)
 
 
-@pytest.mark.parametrize(("source", "target"), [(1, 1), (1, 2), (2, 1)])
+@pytest.mark.parametrize(
+    ("source", "target"), [(1, 2), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((1, 1), (2, 1)))]
+)
 def test_every_rank_gets_its_heads(source: int, target: int) -> None:
     with transfer(source, target) as (workers, senders):
         for worker in workers:
@@ -108,7 +116,7 @@ def test_every_rank_gets_its_heads(source: int, target: int) -> None:
 
 
 def test_a_sender_killed_in_the_middle() -> None:
-    with transfer(1, 1, die_after=4, delay_send_s=0.2) as ((worker,), (sender,)):
+    with transfer(1, 1, slowly(0.2), Fault(Point.TRANSFER_SENT, Action.KILL, after=4)) as ((worker,), (sender,)):
         (event,) = worker.wait(1, 60.0)
         assert isinstance(event, IncomingFailed)
         assert event.reason.startswith("sender lost")
@@ -120,7 +128,7 @@ def test_a_sender_killed_in_the_middle() -> None:
 
 
 def test_a_sender_that_stands_still_loses_its_lease_and_writes_nothing_afterwards() -> None:
-    with transfer(1, 1, lease_s=1.0, delay_send_s=0.4) as ((worker,), (sender,)):
+    with transfer(1, 1, slowly(0.4), lease_s=1.0) as ((worker,), (sender,)):
         until = time.monotonic() + 60.0
         while not worker.engine.stats().fragments_landed:
             assert time.monotonic() < until

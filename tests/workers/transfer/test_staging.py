@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from fakes.fault_plan import ALWAYS, Action, Fault
 from fakes.opaque_pool import OpaquePool, staged
 from fakes.transfer_pair import Worker, make_session
 
 from penstock.workers.errors import ConfigError
+from penstock.workers.fault_points import Point
 from penstock.workers.kv.storage import KVStorage
 from penstock.workers.settings import TransferSettings
-from penstock.workers.transfer.faults import TransferFaults
 from penstock.workers.transfer.port import Arrived, IncomingFailed, OutgoingDone, OutgoingFailed, Tail
 from penstock.workers.transfer.staging import StagedStorage
 
@@ -92,9 +93,9 @@ def test_many_sessions_both_ways_through_single_buffers(make):
         assert (len(worker.storage._outgoing), len(worker.storage._incoming)) == (1, 1)
 
 
-def test_damage_is_found_before_the_pool_is_written(make):
-    faults = TransferFaults(corrupt=frozenset({1, 2}))
-    (p, _), (d, landed) = make("p", "device", 1), make("d", "device", 2, faults=faults)
+def test_damage_is_found_before_the_pool_is_written(make, break_by):
+    break_by(Fault(Point.TRANSFER_LAND, Action.CORRUPT, items=(1, 2), times=ALWAYS))
+    (p, _), (d, landed) = make("p", "device", 1), make("d", "device", 2)
     send(p, d, [4, 5, 6], (1, 2, 3))
     assert isinstance(d.wait(1)[0], IncomingFailed)
     assert isinstance(p.wait(1)[0], OutgoingFailed)

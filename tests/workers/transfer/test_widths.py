@@ -6,44 +6,43 @@ import os
 
 import numpy as np
 import pytest
+from fakes.fault_plan import Action, Fault
+from fakes.rank_sides import (
+    BLOCKS,
+    PIECES,
+    SOURCES,
+    TARGETS,
+    RankSide,
+    begin,
+    block_bytes,
+    require_landed,
+    send,
+)
 from fakes.transfer_pair import EPOCH, Worker
 
+from penstock.workers.fault_points import Point
 from penstock.workers.kv.storage import KVStorage
 from penstock.workers.protocol import Grant
 from penstock.workers.settings import TransferSettings
-from penstock.workers.transfer.faults import TransferFaults
 from penstock.workers.transfer.head_slices import HeadShare
-from penstock.workers.transfer.port import Arrived, Incoming, IncomingFailed, OutgoingDone, OutgoingFailed, Tail
+from penstock.workers.transfer.port import Arrived, Incoming, IncomingFailed, OutgoingFailed, Tail
 
-PIECES, HEAD_BYTES, BLOCKS = 4, 640, 12
-SOURCES, TARGETS = (3, 5, 4, 10), (9, 2, 7, 0)
 PAIRS = [(4, 1, 2), (4, 2, 1), (4, 2, 4), (4, 4, 2), (4, 4, 1), (4, 1, 4), (2, 4, 2), (2, 2, 8), (1, 2, 4), (1, 4, 1)]
 
 
-class Group:
-    """The ranks of one side."""
+class Group(RankSide):
+    """In host memory."""
 
     def __init__(self, name: str, total: int, width: int, transport: str, **options: object) -> None:
-        self.shares = [HeadShare(total, width, rank) for rank in range(width)]
-        self.ranks = []
-        for share in self.shares:
-            storage = KVStorage.create(BLOCKS, PIECES * share.heads.count * HEAD_BYTES)
-            settings = TransferSettings(transport=transport, digest="full", lease_s=5.0)
-            given = options if share.rank == width - 1 else {}
-            self.ranks.append(Worker(f"{name}{share.rank}", storage, settings, share=share, pieces=PIECES, **given))
+        self._settings = TransferSettings(transport=transport, digest="full", lease_s=5.0)
+        super().__init__(name, total, width, **options)
 
-    def write(self, model: np.ndarray) -> None:
-        """Each rank's heads of `model` [block, piece, head, byte]."""
-        for share, rank in zip(self.shares, self.ranks, strict=True):
-            part = model[:, :, share.heads.first : share.heads.end]
-            rank.storage.data[:] = part.reshape(BLOCKS, -1)
+    def make_rank(self, name: str, share: HeadShare, **options: object) -> Worker:
+        storage = KVStorage.create(BLOCKS, block_bytes(share))
+        return Worker(name, storage, self._settings, share=share, pieces=PIECES, **options)
 
-    def read(self, share: HeadShare) -> np.ndarray:
-        return self.ranks[share.rank].storage.data.reshape(BLOCKS, PIECES, share.heads.count, HEAD_BYTES)
-
-    def close(self) -> None:
-        for rank in self.ranks:
-            rank.close()
+    def data(self, rank):
+        return rank.storage.data
 
 
 @pytest.fixture
@@ -53,25 +52,11 @@ def make_groups():
     def make(total, source, target, transport="tcp", source_options=None, target_options=None):
         made.append(Group("p", total, source, transport, **(source_options or {})))
         made.append(Group("d", total, target, transport, **(target_options or {})))
-        model = np.random.default_rng(1).integers(0, 256, (BLOCKS, PIECES, total, HEAD_BYTES), np.uint8)
-        made[-2].write(model)
-        return made[-2], made[-1], model
+        return made[-2], made[-1], made[-2].fill(total)
 
     yield make
     for group in made:
         group.close()
-
-
-def begin(p: Group, d: Group) -> bytes:
-    session = os.urandom(16)
-    generations = (0,) * len(TARGETS)
-    for rank in d.ranks:
-        rank.engine.expect(Incoming(session, EPOCH, TARGETS, generations, 5.0))
-    first, *others = [rank.engine.address for rank in d.ranks]
-    grant = Grant(session, "d", EPOCH, first, "", 0, TARGETS, generations, 5.0, "same", tuple(others))
-    for rank in p.ranks:
-        rank.engine.start(grant)
-    return session
 
 
 @pytest.mark.parametrize("transport", ["tcp", "shared_memory"])
@@ -79,19 +64,8 @@ def begin(p: Group, d: Group) -> bytes:
 def test_every_rank_gets_its_heads(make_groups, total, source, target, transport):
     p, d, model = make_groups(total, source, target, transport)
     session = begin(p, d)
-    for rank in p.ranks:
-        rank.engine.offer(session, list(enumerate(SOURCES))[:3])
-        rank.engine.offer(session, list(enumerate(SOURCES))[3:])
-        rank.engine.finish(session, Tail((42,)))
-    for rank in d.ranks:
-        assert rank.wait(1) == [Arrived(session, Tail((42,)))]
-    for rank in p.ranks:
-        assert rank.wait(1) == [OutgoingDone(session)]
-    untouched = [block for block in range(BLOCKS) if block not in TARGETS]
-    for share in d.shares:
-        expected = model[list(SOURCES), :, share.heads.first : share.heads.end]
-        np.testing.assert_array_equal(d.read(share)[list(TARGETS)], expected)
-        assert not d.read(share)[untouched].any()
+    send(p, session)
+    require_landed(p, d, model, session)
 
 
 def test_a_rank_that_never_sends_its_heads(make_groups):
@@ -116,9 +90,9 @@ def test_a_receiving_rank_that_dies_ends_the_session_at_all(make_groups):
     assert isinstance(d.ranks[0].wait(1)[0], IncomingFailed)
 
 
-def test_a_damaged_slice_is_sent_again(make_groups):
-    faults = TransferFaults(corrupt=frozenset({2}), times=1)
-    p, d, model = make_groups(4, 4, 2, target_options={"faults": faults})
+def test_a_damaged_slice_is_sent_again(make_groups, break_by):
+    plan = break_by(Fault(Point.TRANSFER_LAND, Action.CORRUPT, "d1", items=(2,)))
+    p, d, model = make_groups(4, 4, 2)
     session = begin(p, d)
     for rank in p.ranks:
         rank.engine.offer(session, list(enumerate(SOURCES)))
@@ -126,8 +100,8 @@ def test_a_damaged_slice_is_sent_again(make_groups):
     for share, rank in zip(d.shares, d.ranks, strict=True):
         assert rank.wait(1) == [Arrived(session, Tail((42,)))]
         expected = model[list(SOURCES), :, share.heads.first : share.heads.end]
-        np.testing.assert_array_equal(d.read(share)[list(TARGETS)], expected)
-    assert faults.fired == {"corrupt": 1}
+        np.testing.assert_array_equal(d.rows(share)[list(TARGETS)], expected)
+    assert plan.fired() == {"transfer.land corrupt": 1}
     assert d.ranks[1].engine.stats().digest_failures == 1
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import socket
+import time
 from pathlib import Path
 
 import pytest
+from fakes.certificates import Authority
 from fakes.exactness import CheckpointSpec, make_checkpoint
-from fakes.weight_sources import KEY, serving
+from fakes.weight_sources import KEY, serving, store_of
 
 from penstock.workers.errors import PeerError
 from penstock.workers.settings import WeightSettings
+from penstock.workers.tls import open_peer_tls
 from penstock.workers.weights.peers import MAX_CANDIDATES, Peers
+from penstock.workers.weights.runs import Run
+from penstock.workers.weights.server import WeightServer
 
 
 class Clock:
@@ -59,10 +64,14 @@ def test_who_fails_again_and_again_is_given_up(directory: Path) -> None:
     with serving(directory) as server:
         peers = Peers([server.address], KEY, WeightSettings(), clock)
         count = 0
-        while peers.current() is not None:
-            peers.leave(PeerError("broke", 2.0))
+        give_up = time.monotonic() + 10
+        while not peers.hopeless and time.monotonic() < give_up:
+            if peers.current() is None:  # it has not seen yet that we left, and says that it is busy
+                time.sleep(0.01)
+            else:
+                peers.leave(PeerError("broke", 2.0))
+                count += 1
             clock.now += 3.0
-            count += 1
         assert (peers.hopeless, 3 <= count <= 10) == (True, True)
 
 
@@ -82,3 +91,23 @@ def test_silent_peers_do_not_hold_a_start_up() -> None:
         peers = Peers(addresses, KEY, WeightSettings(), Clock(step_s=1.0))
         assert peers.current() is None
         assert 1 <= peers.reasons.count(";") + 1 < 10, "the others are asked later, if at all"
+
+
+def test_over_tls_and_who_is_refused_there(directory: Path, tmp_path: Path) -> None:
+    ours = open_peer_tls(Authority(tmp_path).settings())
+    foreign = open_peer_tls(Authority(tmp_path, "foreign").settings())
+    server = WeightServer(store_of(directory), "127.0.0.1", KEY, WeightSettings(), ours)
+    try:
+        friend = Peers([server.address], KEY, WeightSettings(), tls=ours)
+        source = friend.current()
+        assert source is not None
+        source.ask(0, Run(0, 64))
+        assert bytes(source.answer(Run(0, 64))) == (directory / "model.safetensors").read_bytes()[:64]
+        for stranger in (
+            Peers([server.address], KEY, WeightSettings(), tls=foreign),
+            Peers([server.address], KEY, WeightSettings()),
+        ):
+            assert stranger.current() is None
+        friend.close()
+    finally:
+        server.stop()

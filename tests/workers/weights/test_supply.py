@@ -166,7 +166,7 @@ def test_another_checkpoint_is_not_taken(
         supply = taker(directory, server.address, strange.address, source="peer")
         assert equal(loaded(supply), loaded(taker(directory)))
         assert supply.tally.peer_bytes == 0
-        assert caplog.text.count("it serves another checkpoint") == 2
+        assert caplog.text.count("no more weights from") == 2
         bare = taker(without_weights(directory, tmp_path / "bare"), strange.address)
         with pytest.raises(ModelError, match=r"another checkpoint than our config\.json"):
             loaded(bare)
@@ -197,7 +197,7 @@ def test_takers_hand_on_what_they_have(directory: Path, tmp_path: Path) -> None:
     """Three start at once on hosts without files, beside one source that takes one of them: a chain, not a queue."""
     bare = without_weights(directory, tmp_path / "bare")
     expected, found = loaded(taker(directory)), {}
-    with serving(directory, max_takers=1, serve_bytes_per_s=8 << 20) as root:
+    with serving(directory, max_takers=1, serve_bytes_per_s=3 << 20) as root:  # nobody is through before all ask
         supplies = [
             taker(bare, root.address, serve=True, copy_dir=str(tmp_path), max_takers=1, patience_s=30.0)
             for _ in range(3)
