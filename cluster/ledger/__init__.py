@@ -1,0 +1,1 @@
+"""What became of every request, written down a second time and judged."""
