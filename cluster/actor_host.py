@@ -7,6 +7,8 @@ cannot place yet waits for as long as it takes, and it is said for what. Knows n
 Invariant: a worker is all of its actors or none: what ends one ends the others, and gives back what they held. Only
 a group that may go on without some of its ranks is whole as long as rank 0 lives; a controller that comes back then
 does not adopt what is left of it, but starts it anew.
+
+Whatever asks Ray's control store runs beside the loop: while the store is away it waits, and leases must go on.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -85,7 +87,7 @@ class HostedActor:
         finally:
             for one in waits:
                 one.cancel()
-        self.end()  # one may only be out of reach, and a successor is about to start
+        await self.end()  # one may only be out of reach, and a successor is about to start
         if len(self.handles) == 1:
             return first[0]
         return "; ".join(f"rank {rank}: {reason}" for rank, reason in first.items())
@@ -94,16 +96,16 @@ class HostedActor:
         """Drain, then end the actors."""
         with contextlib.suppress(RayError, TimeoutError):
             await asyncio.wait_for(self.handles[0].stop.remote(drain_s), drain_s + ANSWER_TIMEOUT_S)
-        self.end()
+        await self.end()
 
     def renew(self) -> None:
         """Tell every rank that its controller lives. Answers are not waited for."""
         for handle in self.handles:
             handle.renew.remote()
 
-    def end(self) -> None:
+    async def end(self) -> None:
         """End every actor and give back what they held. Safe to call twice."""
-        _end(self.handles, self._placement)
+        await asyncio.to_thread(_end, self.handles, self._placement)
 
 
 class ActorHost:
@@ -138,7 +140,7 @@ class ActorHost:
         self._placements = find_placements(self._prefix)
         strangers = {_worker_of(life) for life in self._placements} | self._orphans.keys()
         for worker_id in strangers - set(members):
-            self._end_orphans(worker_id)
+            _end_orphans(*self._take_orphans(worker_id))
 
     def waiting(self, for_s: float) -> set[str]:
         """Workers that Ray has not placed for so long."""
@@ -172,7 +174,9 @@ class ActorHost:
                 self._on_placed(worker_id, placement.words if placement is not None else "")
                 log.info("adopted %s, %d ranks", life, len(adopted.handles))
                 break
-        self._end_orphans(worker_id)
+        orphans = self._take_orphans(worker_id)
+        if any(orphans):
+            await asyncio.to_thread(_end_orphans, *orphans)
         return adopted
 
     async def _adopt_life(self, life: str, names: Mapping[int, str], settings: WorkerSettings) -> HostedActor | None:
@@ -181,7 +185,7 @@ class ActorHost:
         if sorted(names) != list(range(width)):
             return None
         try:
-            handles = [ray.get_actor(names[rank], namespace=NAMESPACE) for rank in range(width)]
+            handles = await asyncio.to_thread(_find, [names[rank] for rank in range(width)])
             answers = asyncio.gather(*(_answer(handle.describe.remote()) for handle in handles))
             facts = await asyncio.wait_for(answers, ANSWER_TIMEOUT_S)
         except (ValueError, RayError, TimeoutError):
@@ -191,36 +195,39 @@ class ActorHost:
         outlives = settings.group.may_outlive_ranks
         return HostedActor(handles, facts, self._placements.get(life), outlives_ranks=outlives)
 
-    def _end_orphans(self, worker_id: str) -> None:
-        for names in self._orphans.pop(worker_id, {}).values():
-            for name in names.values():
-                with contextlib.suppress(ValueError):
-                    ray.kill(ray.get_actor(name, namespace=NAMESPACE))
-        for life in [life for life in self._placements if _worker_of(life) == worker_id]:
-            self._placements.pop(life).remove()
+    def _take_orphans(self, worker_id: str) -> tuple[list[str], list[Placement]]:
+        """Actors and placement groups that are left of the worker's former lives; they are known no longer."""
+        names = [name for life in self._orphans.pop(worker_id, {}).values() for name in life.values()]
+        lives = [life for life in self._placements if _worker_of(life) == worker_id]
+        return names, [self._placements.pop(life) for life in lives]
 
     # --- new ones ---------------------------------------------------------------------------------------------------
 
     async def _create(self, settings: WorkerSettings) -> HostedActor:
-        needs, width = self._needs(settings.worker_id), settings.group.width
+        needs = self._needs(settings.worker_id)
         life = f"{self._prefix}{settings.worker_id}/{settings.incarnation}"
-        placement = place(needs, settings.role, width, life) if width > 1 else None
+        handles, placement = await _whole_or_none(asyncio.to_thread(self._actors, settings, needs, life))
         self._on_placed(settings.worker_id, placement.words if placement is not None else "")
-        handles = [self._actor(rank_settings(settings, rank), needs, life, placement) for rank in range(width)]
         renewal = asyncio.ensure_future(_renew_often(handles, self._lease_s))
         try:
             await self._placed(handles, settings, needs)
             async with asyncio.timeout(max(START_TIMEOUT_S, start_timeout_s(settings, 0.0))):
                 facts = await _started(handles, settings)
         except (RayError, TimeoutError) as error:
-            _end(handles, placement)
+            await asyncio.to_thread(_end, handles, placement)
             raise StartError(f"worker {settings.worker_id} did not start: {_first_line(error)}") from error
         except (StartError, asyncio.CancelledError):
-            _end(handles, placement)
+            await asyncio.shield(asyncio.to_thread(_end, handles, placement))
             raise
         finally:
             renewal.cancel()
         return HostedActor(handles, facts, placement, outlives_ranks=settings.group.may_outlive_ranks)
+
+    def _actors(self, settings: WorkerSettings, needs: ActorNeeds, life: str) -> tuple[list[Any], Placement | None]:
+        """Ask Ray for the actors of all ranks, and for a place of their own where they are several."""
+        width = settings.group.width
+        placement = place(needs, settings.role, width, life) if width > 1 else None
+        return [self._actor(rank_settings(settings, rank), needs, life, placement) for rank in range(width)], placement
 
     def _actor(self, settings: WorkerSettings, needs: ActorNeeds, life: str, placement: Placement | None) -> Any:
         """Ask Ray for the actor of one rank."""
@@ -295,10 +302,36 @@ async def _gone(handle: Any) -> str:
     return "the actor ended"
 
 
+def _find(names: Sequence[str]) -> list[Any]:
+    """Actors by name. ValueError where one is gone."""
+    return [ray.get_actor(name, namespace=NAMESPACE) for name in names]
+
+
+async def _whole_or_none(
+    making: Coroutine[Any, Any, tuple[list[Any], Placement | None]],
+) -> tuple[list[Any], Placement | None]:
+    """What is being made; it is ended, once it is there, when nobody waits for it any more."""
+    made = asyncio.ensure_future(making)
+    try:
+        return await asyncio.shield(made)
+    except asyncio.CancelledError:
+        made.add_done_callback(lambda done: None if done.exception() else _end(*done.result()))
+        raise
+
+
 def _end(handles: Sequence[Any], placement: Placement | None) -> None:
     for handle in handles:
         ray.kill(handle)
     if placement is not None:
+        placement.remove()
+
+
+def _end_orphans(names: Sequence[str], placements: Sequence[Placement]) -> None:
+    """Asks Ray's store: where a loop runs, call it beside it."""
+    for name in names:
+        with contextlib.suppress(ValueError):
+            ray.kill(ray.get_actor(name, namespace=NAMESPACE))
+    for placement in placements:
         placement.remove()
 
 

@@ -40,7 +40,12 @@ def config_of(args: Mapping[str, Any]) -> ClusterConfig:
     layers["ray.address"] = Sourced("auto", "the cluster it is deployed to")
     config = load_config(file=Path(str(file)) if file is not None else None, flags=layers)
     # Read once here what every ingress will read, so that a bad tokenizer is told before anything starts.
-    load_text(describe(config.runner, config.weights), config.front.skip_tokenizer_init, config.scheduler.max_model_len)
+    load_text(
+        describe(config.runner, config.weights),
+        config.front.skip_tokenizer_init,
+        config.scheduler.max_model_len,
+        config.front.tool_call_parser,
+    )
     if config.runner.model_dir:
         config = with_value(config, "runner.model_dir", str(Path(config.runner.model_dir).resolve()))
     if "front.port" in config.sources:

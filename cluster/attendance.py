@@ -54,6 +54,16 @@ class Attendance:
                 if attendant.edition not in self.editions():
                     self._released.add(attendant.edition)
 
+    def overdue(self, now: float) -> bool:
+        """Somebody, or everybody, has been silent for longer than the lease."""
+        seen = [last for _, last in self._seen.values()] or [self._last]
+        return now - min(seen) > self._lease_s
+
+    def excuse(self, now: float) -> None:
+        """Nobody could have given a sign of life: all leases begin anew."""
+        self._seen = {each: (attendant, now) for each, (attendant, _) in self._seen.items()}
+        self._last = now
+
     def editions(self) -> set[str]:
         """Editions that somebody attends."""
         return {attendant.edition for attendant, _ in self._seen.values()}

@@ -25,16 +25,18 @@ from penstock.workers.protocol import (
     GenerateRequest,
     Grant,
     Granted,
+    Move,
     Prefill,
     PromptLogprobs,
     Queued,
     Reserve,
     Started,
+    Stays,
 )
 
 Finding = PromptLogprobs | Embedding
-Answer = Queued | Granted | Started | Failed
-Order = Reserve | Prefill | Generate
+Answer = Queued | Granted | Started | Failed | Stays
+Order = Reserve | Prefill | Generate | Move
 
 
 class Phase(Enum):
@@ -140,6 +142,21 @@ class RequestChannel:
         """Have everything done by one worker."""
         if seat := self._sit(worker_id, attempt, Phase.GENERATE):
             seat.post.post(Generate(seat.slot, attempt, request))
+
+    def take_over(self, worker_id: str, attempt: int, request: GenerateRequest) -> None:
+        """Ask a decode worker for blocks for a sequence that runs elsewhere."""
+        if seat := self._sit(worker_id, attempt, Phase.RESERVE):
+            seat.post.post(Reserve(seat.slot, attempt, request, takes_over=True))
+
+    def move(self, worker_id: str, attempt: int, grant: Grant, emitted: int) -> None:
+        """Have the worker hand the sequence over that decodes there."""
+        for seat in self._seats:
+            if seat.worker_id == worker_id and seat.attempt == attempt and seat.phase is not Phase.PREFILL:
+                seat.post.post(Move(seat.slot, attempt, grant, emitted))
+
+    def nudge(self) -> None:
+        """Make a pending `next_event` return."""
+        self._wake()
 
     def cancel(self, worker_id: str) -> None:
         """End what this request holds at the worker."""

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from penstock.cluster.commands import bench, chat, collect_env, scale, serve, status, validate
+from penstock.cluster.commands import bench, chat, collect_env, roll, scale, serve, status, validate
 from penstock.workers.errors import ConfigError, ModelError, PenstockError
 
 CALLER_AT_FAULT = 2
@@ -31,6 +31,7 @@ app = typer.Typer(
 app.command("serve", help=serve.HELP)(serve.serve_command())
 app.command("status", help=status.HELP)(status.status)
 app.command("scale", help=scale.HELP)(scale.scale)
+app.command("roll", help=roll.HELP)(roll.roll)
 app.command("chat", help=chat.CHAT_HELP)(chat.chat_command())
 app.command("complete", help=chat.COMPLETE_HELP)(chat.complete_command())
 app.command("bench", help=bench.HELP)(bench.bench_command())

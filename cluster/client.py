@@ -28,6 +28,7 @@ from penstock.cluster.client_answers import (
     Completion,
     Embeddings,
     Score,
+    ToolCall,
     Usage,
     broken_stream,
     joined,
@@ -47,19 +48,35 @@ from penstock.cluster.client_calls import (
     score_call,
     tokenize_call,
 )
+from penstock.cluster.client_rewind import AsyncRewindableStream, Mark, RewindableStream
 from penstock.cluster.config import DEFAULT_URL, ray_is_announced, stated_server
 
-__all__ = ["Choice", "Chunk", "Completion", "Embeddings", "Handle", "Score", "Usage", "connect"]
+__all__ = [
+    "Choice",
+    "Chunk",
+    "Completion",
+    "Embeddings",
+    "Handle",
+    "Mark",
+    "RewindableStream",
+    "Score",
+    "ToolCall",
+    "Usage",
+    "connect",
+]
 
 Answer = TypeVar("Answer")
 Messages = Sequence[Mapping[str, Any]]
 
 
-def connect(url: str | None = None, api_key: str | None = None, *, cluster: str | None = None) -> Handle:
+def connect(
+    url: str | None = None, api_key: str | None = None, *, cluster: str | None = None, ca_file: str | None = None
+) -> Handle:
     """A handle for one cluster; no request is sent yet.
 
     Which one: `url`; else $PENSTOCK_URL; else, inside a Ray job, task or actor or with `cluster` (its name), the
-    cluster that runs on that Ray; else http://127.0.0.1:8000. The key is `api_key`, else $PENSTOCK_API_KEY. Raises
+    cluster that runs on that Ray; else http://127.0.0.1:8000. The key is `api_key`, else $PENSTOCK_API_KEY. `ca_file`,
+    else $PENSTOCK_CA_FILE: who must have signed an https server's certificate, instead of the usual ones. Raises
     ConfigError when the cluster named, or the only one, cannot be found.
     """
     stated, key = stated_server(url, api_key)
@@ -67,17 +84,18 @@ def connect(url: str | None = None, api_key: str | None = None, *, cluster: str 
         from penstock.cluster.client_lookup import find_url  # late: it imports Ray
 
         stated = find_url(cluster or "", key)
-    return Handle(stated or DEFAULT_URL, key)
+    return Handle(stated or DEFAULT_URL, key, ca_file)
 
 
 class Handle:
     """One cluster seen from outside. The blocking calls are thread-safe; those on asyncio belong to one event loop."""
 
-    def __init__(self, url: str, api_key: str) -> None:
+    def __init__(self, url: str, api_key: str, ca_file: str | None = None) -> None:
         self.url = url
+        self._ca_file = ca_file
         self._api_key = api_key
-        self._client = httpx.Client(**httpx_settings(url, api_key))  # type: ignore[arg-type]
-        self._async = AsyncHandle(url, api_key)
+        self._client = httpx.Client(**httpx_settings(url, api_key, ca_file))  # type: ignore[arg-type]
+        self._async = AsyncHandle(url, api_key, ca_file)
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
         """The whole answer."""
@@ -104,6 +122,10 @@ class Handle:
         except httpx.HTTPError as error:
             raise (broken_stream() if begun else transport_problem(self.url, error)) from error
         raise broken_stream()
+
+    def rewindable(self, prompt: Prompt, **options: Unpack[Options]) -> RewindableStream:
+        """`stream` with checkpoints to which the answer can be rolled back; see `client_rewind.py`."""
+        return RewindableStream(prompt, options, self.stream)
 
     @overload
     def batch(
@@ -174,6 +196,10 @@ class Handle:
         """`stream` on asyncio."""
         return self._async.stream(prompt, **options)
 
+    def arewindable(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncRewindableStream:
+        """`rewindable` on asyncio."""
+        return AsyncRewindableStream(prompt, options, self.astream)
+
     async def abatch(
         self, prompts: Iterable[Prompt], plan: BatchPlan | None = None, **options: Unpack[Options]
     ) -> list[Outcome]:
@@ -215,7 +241,7 @@ class Handle:
 
     async def _batch_apart(self, prompts: Iterable[Prompt], options: Options, plan: BatchPlan) -> list[Outcome]:
         """On connections of its own: those of the asyncio calls belong to another loop."""
-        handle = AsyncHandle(self.url, self._api_key)
+        handle = AsyncHandle(self.url, self._api_key, self._ca_file)
         try:
             return await run_batch(handle, prompts, options, plan)
         finally:

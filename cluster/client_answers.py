@@ -44,6 +44,19 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that the model asks for; `arguments` is the text of a JSON object.
+
+    In a chunk it is a piece: call `index` gets its id and name once, and its arguments bit by bit.
+    """
+
+    index: int
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class Choice:
     """One finished choice. What was not asked for is None."""
 
@@ -54,11 +67,12 @@ class Choice:
     logprobs: tuple[TokenLogprobs, ...] | None
     prompt_token_ids: tuple[int, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None  # one per prompt token
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A whole answer. `text`, `token_ids` and `prompt_logprobs` are the first choice's."""
+    """A whole answer. `text`, `token_ids`, `tool_calls` and `prompt_logprobs` are the first choice's."""
 
     id: str
     model: str
@@ -77,6 +91,11 @@ class Completion:
         return self.choices[0].token_ids
 
     @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """Tool calls of the first choice."""
+        return self.choices[0].tool_calls
+
+    @property
     def prompt_logprobs(self) -> tuple[TokenLogprobs, ...] | None:
         """Of the first choice's prompt."""
         return self.choices[0].prompt_logprobs
@@ -93,6 +112,7 @@ class Chunk:
     logprobs: tuple[TokenLogprobs, ...] | None = None
     usage: Usage | None = None
     id: str = ""  # of the answer
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,12 +156,13 @@ def completion_of(answer: Mapping[str, Any], headers: Mapping[str, str]) -> Comp
     choices = tuple(
         Choice(
             index=raw["index"],
-            text=raw["message"]["content"] if "message" in raw else raw["text"],
+            text=(raw["message"]["content"] or "") if "message" in raw else raw["text"],
             token_ids=tuple(raw.get("token_ids") or ()),
             finish_reason=raw["finish_reason"],
             logprobs=_logprobs(raw.get("logprobs")),
             prompt_token_ids=_prompt_ids(answer, raw),
             prompt_logprobs=_prompt_logprobs(answer, raw),
+            tool_calls=_tool_calls(raw.get("message", {})),
         )
         for raw in answer["choices"]
     )
@@ -196,6 +217,7 @@ def read_event(line: str) -> StreamEvent:
             finish_reason=choice["finish_reason"],
             logprobs=_logprobs(choice.get("logprobs")),
             id=raw["id"],
+            tool_calls=_tool_calls(choice.get("delta", {})),
         )
         for choice in raw["choices"]
         if choice.get("delta") != {"role": "assistant", "content": ""}
@@ -238,6 +260,16 @@ def _error(status: int, error: Mapping[str, Any], retry_after_s: float | None) -
         return RequestError(message, field=error.get("param"), code=code)
     failure = known.get(str(code)) or _STATUS_CODES.get(status, FailureCode.INTERNAL)
     return RefusedError(failure, message, retry_after_s)
+
+
+def _tool_calls(message: Mapping[str, Any]) -> tuple[ToolCall, ...]:
+    """Of a message or a delta; whole messages do not count their calls."""
+    found = []
+    for index, call in enumerate(message.get("tool_calls") or ()):
+        function = call.get("function") or {}
+        stated = call.get("index", index), call.get("id") or "", function.get("name") or ""
+        found.append(ToolCall(*stated, function.get("arguments") or ""))
+    return tuple(found)
 
 
 def _usage(raw: Mapping[str, Any]) -> Usage:

@@ -22,6 +22,7 @@ from penstock.cluster.client_answers import (
     unreachable,
 )
 from penstock.cluster.client_calls import Call, Options, Prompt, Unpack, generate_call
+from penstock.cluster.trust import trust
 from penstock.workers.errors import ConfigError, RefusedError
 from penstock.workers.protocol import FailureCode
 
@@ -31,7 +32,7 @@ JSON_HEADERS = {"content-type": "application/json"}
 Answer = TypeVar("Answer")
 
 
-def httpx_settings(url: str, api_key: str) -> dict[str, object]:
+def httpx_settings(url: str, api_key: str, ca_file: str | None = None) -> dict[str, object]:
     """Keyword arguments of httpx's clients for one server. Raises ConfigError for what is no URL or no key."""
     if not _is_url(url):
         raise ConfigError(f"{url!r} is not the URL of a server, like http://127.0.0.1:8000", "url")
@@ -41,7 +42,7 @@ def httpx_settings(url: str, api_key: str) -> dict[str, object]:
         "base_url": url,
         "headers": {"authorization": f"Bearer {api_key}"} if api_key else {},
         "timeout": httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
-        "verify": url.startswith("https:"),
+        "verify": trust(ca_file) if url.startswith("https:") else False,
         "limits": httpx.Limits(max_connections=None),
     }
 
@@ -80,9 +81,9 @@ def read_answer(url: str, call: Call[Answer], response: httpx.Response) -> Answe
 class AsyncHandle:
     """One cluster seen from one event loop."""
 
-    def __init__(self, url: str, api_key: str) -> None:
+    def __init__(self, url: str, api_key: str, ca_file: str | None = None) -> None:
         self.url = url
-        self._client = httpx.AsyncClient(**httpx_settings(url, api_key))  # type: ignore[arg-type]
+        self._client = httpx.AsyncClient(**httpx_settings(url, api_key, ca_file))  # type: ignore[arg-type]
 
     async def ask(self, call: Call[Answer]) -> Answer:
         """Send one call and read its answer."""

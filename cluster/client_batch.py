@@ -35,6 +35,7 @@ RETRIED = frozenset(
         FailureCode.WORKER_LOST,
         FailureCode.LEASE_EXPIRED,
         FailureCode.TRANSFER_FAILED,
+        FailureCode.KV_DAMAGED,
     }
 )
 Outcome = Completion | PenstockError

@@ -53,6 +53,8 @@ class Options(TypedDict, total=False):
     logit_bias: Mapping[int, float]
     bad_words: list[str]
     allowed_token_ids: list[int]
+    emitted_token_ids: list[int]  # what the answer has already
+    forbidden_next_token_ids: list[int]
     min_tokens: int
     stop: str | list[str]
     stop_token_ids: list[int]
@@ -64,10 +66,15 @@ class Options(TypedDict, total=False):
     include_stop_str_in_output: bool
     add_special_tokens: bool
     truncate_prompt_tokens: int
+    response_format: Mapping[str, Any]
+    structured_outputs: Mapping[str, Any]
+    tools: Sequence[Mapping[str, Any]]  # these three, and three below: messages only
+    tool_choice: str | Mapping[str, Any]
+    parallel_tool_calls: bool
     cache_salt: str
     priority: int
     user: str
-    add_generation_prompt: bool  # these three: messages only
+    add_generation_prompt: bool
     continue_final_message: bool
     chat_template_kwargs: Mapping[str, Any]
     request_id: str  # sent as x-request-id, and in the answer
@@ -75,7 +82,10 @@ class Options(TypedDict, total=False):
 
 OPTION_NAMES = frozenset(Options.__annotations__)
 TEXT_ONLY = ("best_of", "echo", "add_special_tokens")
-CHAT_ONLY = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+CHAT_ONLY = (
+    *("add_generation_prompt", "continue_final_message", "chat_template_kwargs"),
+    *("tools", "tool_choice", "parallel_tool_calls"),
+)
 _NO_JSON = (TypeError, ValueError, RecursionError)  # UnicodeEncodeError is a ValueError
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")
 

@@ -32,10 +32,14 @@ from penstock.cluster.widths import check_host
 from penstock.workers.errors import ConfigError
 from penstock.workers.protocol import Role
 from penstock.workers.settings import WorkerSettings
+from penstock.workers.tls import check_files
 
 ENVIRONMENT_KEYS = {"PENSTOCK_API_KEY": "front.api_key", "PENSTOCK_RAY_ADDRESS": "ray.address"}
 URL_VARIABLE = "PENSTOCK_URL"
+CA_FILE_VARIABLE = "PENSTOCK_CA_FILE"
 DEFAULT_URL = "http://127.0.0.1:8000"
+ADMIN_URL_VARIABLE = "PENSTOCK_ADMIN_URL"
+DEFAULT_ADMIN_URL = "http://127.0.0.1:8001"
 RAY_VARIABLES = ("RAY_ADDRESS", "RAY_JOB_ID", "RAY_JOB_CONFIG_JSON_ENV_VAR")  # in Ray jobs and beside a Ray cluster
 MAX_FILE_BYTES = 1 << 20
 # Variables that change how Penstock and what it stands on behave, by their beginnings; shown by `penstock collect-env`.
@@ -81,6 +85,7 @@ def load_config(
     layers.update({key: Sourced(value, "Python") for key, value in (values or {}).items()})
     config = check_whole(derive(check_values(build(layers), list(known_keys()))))
     if not config.ray.address:
+        check_files(config.tls)
         check_host(config, len(config.runner.cpus) or len(os.sched_getaffinity(0)), gpus_here())
     return config
 
@@ -157,6 +162,8 @@ def worker_settings(
         tracing=config.tracing,
         logs=config.logs,
         weights=config.weights,
+        ledger=config.ledger,
+        tls=config.tls,
     )
 
 
@@ -166,10 +173,20 @@ def server_address(url: str | None = None, api_key: str | None = None) -> tuple[
     return stated or DEFAULT_URL, key
 
 
+def admin_address(url: str | None = None, api_key: str | None = None) -> tuple[str, str]:
+    """The same of the listener that answers operators."""
+    return (url or os.environ.get(ADMIN_URL_VARIABLE) or DEFAULT_ADMIN_URL).rstrip("/"), stated_server(url, api_key)[1]
+
+
 def stated_server(url: str | None = None, api_key: str | None = None) -> tuple[str | None, str]:
     """`server_address` without its last resort: None when neither the argument nor the environment names a URL."""
     stated = (url or os.environ.get(URL_VARIABLE) or "").rstrip("/")
     return stated or None, api_key if api_key is not None else os.environ.get("PENSTOCK_API_KEY", "")
+
+
+def stated_ca_file(ca_file: str | None = None) -> str:
+    """The authorities that a client was told to trust; empty: the system's."""
+    return ca_file or os.environ.get(CA_FILE_VARIABLE, "")
 
 
 def ray_is_announced() -> bool:

@@ -5,6 +5,9 @@ what they want (`apply`), ingress processes watch it for the roster, `penstock s
 restarts, drains and ends workers until the fleet is as wanted. It ends everything when the launcher, or the
 application, is gone for good. When Ray restarts it after a crash it reads its plan again and finds its workers; none
 notices. It is on no request's path: without it running streams go on, only restarts wait.
+
+While Ray's control store is away (its process restarts, the head node is replaced) workers keep their leases, nobody
+is taken for gone, and every change waits for it: whatever asks the store is awaited beside the loop.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ from penstock.cluster.discovery import NAMESPACE, ClusterAddress, controller_nam
 from penstock.cluster.editions import ActorNeeds, Edition
 from penstock.cluster.fleet_plan import FleetPlan, Member, Settled
 from penstock.cluster.logs import begin_logs
-from penstock.cluster.plan_store import delete_plan, load_plan, save_plan
+from penstock.cluster.plan_store import StoreWatch, delete_plan, load_plan, save_plan
+from penstock.cluster.progress_watch import until_stuck
 from penstock.cluster.roster import Roster, WorkerState
 from penstock.cluster.serve_state import delete_application, look_at_serve
 from penstock.cluster.settings import PoolSettings
@@ -42,6 +46,7 @@ log = logging.getLogger(__name__)
 ROUND_S = 0.5  # how often leases are looked at, and the fleet against the plan
 STUCK_AFTER_S = 10.0  # waiting for resources so long makes a worker ask others for room
 SERVE_ANSWER_S = 10.0
+STORE_ANSWER_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +56,7 @@ class ControllerSpec:
     identity: ClusterIdentity = field(repr=False)
     app_name: str  # the Serve application in front of the workers
     launched: bool  # True: `penstock serve` keeps the cluster alive; False: the ingress replicas do
-    worker_lease_s: float = 30.0  # workers end after so long without their controller
+    worker_lease_s: float = 90.0  # workers end after so long without their controller
     lease_s: float = 20.0  # the cluster ends after so long without its launcher, or any ingress
     drain_s: float = 30.0  # what a worker runs when it is let go gets so long
     stop_drain_s: float = 5.0  # the same when the whole cluster ends by itself
@@ -78,8 +83,12 @@ class Controller:
         self._plan = FleetPlan.from_json(saved["plan"]) if saved else FleetPlan()
         self._host = ActorHost(self._cluster_id, spec.worker_lease_s, self._needs, self._waits, self._is_placed)
         # Versions and incarnations must grow over a restart of this actor: they count from the wall clock then.
-        self._supervisor = Supervisor(self._host, (), backoff=Backoff(), first_version=int(time.time() * 1000))
+        self._supervisor = Supervisor(
+            self._host, (), backoff=Backoff(), first_version=int(time.time() * 1000), until_stuck=until_stuck
+        )
         self._host.find_orphans(self._plan.members)
+        self._store = StoreWatch(self._cluster_id, STORE_ANSWER_S)
+        self._changing = asyncio.Lock()  # one change of the plan at a time
         self._returned = saved is not None
         self._served |= set(self._plan.targets)  # what runs already need not prove that it can start
         self._established |= self._served
@@ -105,7 +114,7 @@ class Controller:
         if self._plan.apply(edition, counts):
             log.info("edition %s: %s", edition.key, _words(counts))
             self._served.discard(edition.key)
-        self._reconcile(also_wanted=edition.key)
+        await self._reconcile(also_wanted=edition.key)
         if edition.key in self._established and not patient:
             return Settled(established=True)
         return Settled(await self._settle(edition.key))
@@ -116,9 +125,18 @@ class Controller:
         for target in self._plan.targets.values():
             _check_counts({**target.counts, **{Role(name): count for name, count in changes.items()}})
         self._plan.scale({Role(name): count for name, count in changes.items()})
-        self._reconcile()
+        await self._reconcile()
         sizes = [target.counts for target in self._plan.targets.values()]
         return {role.value: count for role, count in sizes[-1].items()} if sizes else {}
+
+    async def roll(self) -> int:
+        """Replace every worker by a fresh one, one after the other; how many there are."""
+        self._begin()
+        count = self._plan.roll()
+        plan = {"key": self._key, "plan": self._plan.to_json()}
+        await asyncio.to_thread(save_plan, self._cluster_id, plan)
+        await self._reconcile()
+        return count
 
     async def ready(self) -> list[dict[str, object]]:
         """What each running worker says about itself."""
@@ -166,7 +184,7 @@ class Controller:
         if self._life is not None:
             self._life.cancel()
         await self._supervisor.stop(drain_s)
-        delete_plan(self._cluster_id)
+        await asyncio.to_thread(delete_plan, self._cluster_id)
 
     # --------------------------------------------------------------------------------------------------------------
 
@@ -196,25 +214,37 @@ class Controller:
             self._life = asyncio.ensure_future(self._live())
 
     async def _live(self) -> None:
-        """Renew the workers' leases, look after the fleet; end it all when nobody wants it any more."""
-        renewed = 0.0
+        """Look after the fleet; end it all when nobody wants it any more."""
+        renewing = asyncio.ensure_future(self._renew_workers())
+        try:
+            while not self._ending:
+                try:
+                    await self._look_after()
+                except RayError as error:
+                    log.warning("Ray does not answer, looking again: %s", str(error).splitlines()[:1])
+                await asyncio.sleep(ROUND_S)
+        finally:
+            renewing.cancel()
+
+    async def _renew_workers(self) -> None:
+        """Calls between actors need no control store; a change that waits for it must not hold them up."""
         while not self._ending:
-            now = time.monotonic()
-            if now - renewed > self._spec.worker_lease_s / 6:
-                self._host.renew()
-                renewed = now
-            await self._look_after()
-            await asyncio.sleep(ROUND_S)
+            self._host.renew()
+            await asyncio.sleep(self._spec.worker_lease_s / 6)
 
     async def _look_after(self) -> None:
         now = time.monotonic()
+        unheard = self._attendance.overdue(now) or now - self._renewed > self._spec.lease_s
+        if unheard and not await self._store.answers():
+            self._attendance.excuse(now)
+            self._renewed = now
         self._attendance.expire(now)
         for edition in self._attendance.abandoned():
             log.info("edition %s has no ingress any more", edition)
             self._plan.drop(edition)
             self._established.discard(edition)
             self._attendance.forget(edition)
-        self._reconcile()
+        await self._reconcile()
         if self._spec.launched:
             if now - self._renewed > self._spec.lease_s:
                 log.error("no sign of the launcher for %.0f s; the cluster ends", self._spec.lease_s)
@@ -243,17 +273,20 @@ class Controller:
             return
         self._ending = True
         await self._supervisor.stop(self._spec.stop_drain_s)
-        delete_plan(self._cluster_id)
+        await asyncio.to_thread(delete_plan, self._cluster_id)
         if self._spec.launched:
             await asyncio.to_thread(delete_application, self._spec.app_name)
         ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
     # --- the fleet ------------------------------------------------------------------------------------------------
 
-    def _reconcile(self, also_wanted: str = "") -> None:
+    async def _reconcile(self, also_wanted: str = "") -> None:
         """Begin whatever brings the fleet closer to the plan."""
-        if self._ending:
-            return
+        async with self._changing:
+            if not self._ending:
+                await self._take_steps(also_wanted)
+
+    async def _take_steps(self, also_wanted: str) -> None:
         launched = set(self._plan.targets) if self._spec.launched else set()
         wanted = {also_wanted, *self._attendance.editions(), *launched}
         given_up = self._given_up()
@@ -261,7 +294,8 @@ class Controller:
         if self._given_up() != given_up:
             self._room_made = time.monotonic()
         if steps.start or steps.stop:
-            save_plan(self._cluster_id, {"key": self._key, "plan": self._plan.to_json()})
+            plan = {"key": self._key, "plan": self._plan.to_json()}
+            await asyncio.to_thread(save_plan, self._cluster_id, plan)
         for member in steps.start:
             log.info("starting %s", member.worker_id)
             self._start(member, incarnation=1)

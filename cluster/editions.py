@@ -24,6 +24,7 @@ KEY_CHARS = 16
 # What a private head sets for everything below it, and a Ray cluster that runs already must be told per actor.
 WORKER_ENVIRONMENT = {
     "GOMP_SPINCOUNT": "30000",
+    "OPENBLAS_NUM_THREADS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "GRPC_VERBOSITY": "ERROR",
 }

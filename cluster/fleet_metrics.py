@@ -17,7 +17,7 @@ from prometheus_client.core import (
 )
 
 from penstock.cluster.status import WorkerStatus
-from penstock.workers.totals import STEP_TOKENS_UP_TO, TRANSFER_S_UP_TO, TransferCause, WorkerTotals
+from penstock.workers.totals import STEP_TOKENS_UP_TO, TRANSFER_S_UP_TO, TierFigures, TransferCause, WorkerTotals
 
 Workers = Sequence[WorkerStatus]
 _BY_WORKER = ("worker", "role")
@@ -37,6 +37,7 @@ _GAUGES: tuple[tuple[str, str, Callable[[WorkerStatus], float]], ...] = (
     ("expert_rank_skew", "Rows of the fullest expert rank / mean, worst layer", lambda w: w.totals.expert_skew),
     ("worker_up", "1 when the worker is ready", lambda w: float(w.state == "ready")),
     ("worker_weights_load_seconds", "Time the worker's rank 0 took to load", lambda w: w.totals.weights_load_s),
+    ("worker_quarantined", "1 while damaged KV keeps prompts away from it", lambda w: float(w.quarantined)),
     ("worker_restarts", "Times the worker was started again", lambda w: w.restarts),
 )
 _COUNTERS: tuple[tuple[str, str, Callable[[WorkerStatus], float]], ...] = (
@@ -47,8 +48,22 @@ _COUNTERS: tuple[tuple[str, str, Callable[[WorkerStatus], float]], ...] = (
     ("worker_step_seconds", "Time the worker spent in steps", lambda w: w.totals.step_s),
     ("kv_transfer_bytes", "KV bytes sent in sessions that ended whole", lambda w: w.totals.transfer_bytes),
     ("kv_transfers_received", "Sessions whose KV arrived whole", lambda w: w.totals.transfers_received),
+    ("grammars_compiled", "Grammars that requests brought, compiled", lambda w: w.totals.grammars.compiled),
+    ("grammar_cache_hits", "Grammars found compiled", lambda w: w.totals.grammars.found),
+    ("grammar_cache_evictions", "Compiled grammars that gave way to others", lambda w: w.totals.grammars.evicted),
     ("weights_served_bytes", "Weights given to workers that started", lambda w: w.totals.weights_served),
+    ("worker_spans_dropped", "Spans the trace collector did not take", lambda w: w.totals.spans_dropped),
     ("router_lease_expired", "Routers that stopped renewing", lambda w: w.totals.router_leases_expired),
+)
+
+_TIER_COUNTERS: tuple[tuple[str, str, Callable[[TierFigures], float]], ...] = (
+    ("hits", "KV blocks brought back into the pool", lambda t: t.hits),
+    ("misses", "KV blocks asked for and not held", lambda t: t.misses),
+    ("loaded_bytes", "KV bytes brought back into the pool", lambda t: t.loaded),
+    ("stored_bytes", "KV bytes taken in", lambda t: t.stored),
+    ("evictions", "KV blocks that gave way to others", lambda t: t.evictions),
+    ("dropped", "KV blocks that a full queue or a quick eviction kept out", lambda t: t.dropped),
+    ("errors", "Failed reads and writes, and damaged blocks", lambda t: t.errors),
 )
 
 
@@ -63,6 +78,7 @@ def fleet_metrics(workers: Workers) -> Iterator[Metric]:
     yield _cache_config(workers)
     yield _processes(workers)
     yield from _failures(workers)
+    yield from _tiers(workers)
     yield _histogram(
         "iteration_tokens_total",
         "Tokens computed per step",
@@ -149,6 +165,27 @@ def _failures(workers: Workers) -> Iterator[Metric]:
         expired.add_metric(_names(worker), counts.get(TransferCause.LEASE_EXPIRED, 0))
         abandoned.add_metric(_names(worker), counts.get(TransferCause.ABANDONED, 0))
     yield from (failed, expired, abandoned)
+
+
+def _tiers(workers: Workers) -> Iterator[Metric]:
+    """By tier: host memory and disk below the pool."""
+    labels = (*_BY_WORKER, "tier")
+    held = GaugeMetricFamily("penstock_kv_tier_blocks", "KV blocks held below the pool", labels=labels)
+    counters = [
+        (CounterMetricFamily(f"penstock_kv_tier_{name}", text, labels=labels), read)
+        for name, text, read in _TIER_COUNTERS
+    ]
+    slow = CounterMetricFamily(
+        "penstock_kv_tier_loads_given_up", "Loads that computing would have beaten", labels=_BY_WORKER
+    )
+    for worker in workers:
+        tiers = worker.totals.tiers
+        slow.add_metric(_names(worker), tiers.slow)
+        for tier, figures in (("host", tiers.host), ("disk", tiers.disk)):
+            held.add_metric([*_names(worker), tier], figures.held)
+            for family, read in counters:
+                family.add_metric([*_names(worker), tier], read(figures))
+    yield from (held, *(family for family, _ in counters), slow)
 
 
 def _histogram(

@@ -62,6 +62,7 @@ class FleetPlan:
     def __init__(self) -> None:
         self.targets: dict[str, Target] = {}
         self.members: dict[str, Member] = {}
+        self.rolling: set[str] = set()  # members that are to be replaced, one after the other; looked up only
         self._next_index = dict.fromkeys(Role, 0)
 
     def apply(self, edition: Edition, counts: Counts) -> bool:
@@ -84,6 +85,11 @@ class FleetPlan:
         for target in self.targets.values():
             target.counts.update(changes)
 
+    def roll(self) -> int:
+        """Have every member of now replaced by a fresh one, one at a time; how many there are."""
+        self.rolling = set(self.members)
+        return len(self.rolling)
+
     def drop(self, edition: str) -> None:
         """Nobody wants the edition any more; what was given up for it comes back."""
         self.targets.pop(edition, None)
@@ -100,12 +106,14 @@ class FleetPlan:
         start: list[Member] = []
         stop = [member for member in self.members.values() if member.edition not in self.targets]
         self._make_room(entries, stuck)
+        surge = self._surge(entries, stuck)
         for key, target in self.targets.items():
             for role in Role:
                 members = self._members_of(key, role)
-                surplus = len(members) - max(0, target.counts.get(role, 0) - target.given_up.get(role, 0))
+                wanted_here = max(0, target.counts.get(role, 0) - target.given_up.get(role, 0))
+                surplus = len(members) - wanted_here - ((key, role) == surge)
                 if surplus > 0:
-                    members.sort(key=lambda member: _dispensability(member, entries), reverse=True)
+                    members.sort(key=lambda member: self._dispensability(member, entries), reverse=True)
                     stop += members[:surplus]
                 elif key in wanted:
                     start += [self._add(role, key) for _ in range(-surplus)]
@@ -140,6 +148,7 @@ class FleetPlan:
             ],
             "members": [[member.worker_id, member.role.value, member.edition] for member in self.members.values()],
             "next_index": {role.value: index for role, index in self._next_index.items()},
+            "rolling": sorted(self.rolling),
         }
 
     @staticmethod
@@ -153,6 +162,7 @@ class FleetPlan:
             )
         plan.members = {worker_id: Member(worker_id, Role(role), key) for worker_id, role, key in raw["members"]}
         plan._next_index = _roles(raw["next_index"])
+        plan.rolling = set(raw.get("rolling", ()))
         return plan
 
     def _members_of(self, edition: str, role: Role) -> list[Member]:
@@ -164,6 +174,34 @@ class FleetPlan:
         member = Member(f"{role.value}-{index}", role, edition)
         self.members[member.worker_id] = member
         return member
+
+    def _surge(self, entries: Mapping[str, RosterEntry], stuck: Collection[str]) -> tuple[str, Role] | None:
+        """The pool that has one worker more than it should while one of its members is being replaced.
+
+        The newcomer is awaited first; only where it waits for resources for long does the old one go before it.
+        """
+        self.rolling &= self.members.keys()
+        ready = {worker_id for worker_id, entry in entries.items() if entry.state is WorkerState.READY}
+        quiet = all(worker_id in ready for worker_id in self.members) and entries.keys() <= ready
+        for key, target in self.targets.items():
+            for role in Role:
+                members = self._members_of(key, role)
+                if not any(member.worker_id in self.rolling for member in members):
+                    continue
+                count = target.counts.get(role, 0) - target.given_up.get(role, 0)
+                fresh = [member.worker_id for member in members if member.worker_id not in self.rolling]
+                coming = len(members) > count and not all(each in ready or each in stuck for each in fresh)
+                if coming or (len(members) == count and quiet):
+                    return key, role
+                if len(members) != count or not quiet:
+                    return None  # an old one goes now, or is going
+        return None
+
+    def _dispensability(self, member: Member, entries: Mapping[str, RosterEntry]) -> tuple[bool, bool, int]:
+        """Those to be replaced go first, then those that do not serve, then the youngest."""
+        entry = entries.get(member.worker_id)
+        serves = entry is not None and entry.state is WorkerState.READY
+        return (member.worker_id in self.rolling, not serves, int(member.worker_id.rsplit("-", 1)[-1]))
 
     def _make_room(self, entries: Mapping[str, RosterEntry], stuck: Collection[str]) -> None:
         """One worker of another edition per role gives way to one that waits for resources, if it is not the last."""
@@ -182,9 +220,3 @@ class FleetPlan:
 
 def _roles(raw: Mapping[str, int]) -> dict[Role, int]:
     return {Role(role): count for role, count in raw.items()}
-
-
-def _dispensability(member: Member, entries: Mapping[str, RosterEntry]) -> tuple[bool, int]:
-    """Those that do not serve go first, then the youngest."""
-    entry = entries.get(member.worker_id)
-    return (entry is None or entry.state is not WorkerState.READY, int(member.worker_id.rsplit("-", 1)[-1]))

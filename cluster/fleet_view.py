@@ -11,12 +11,15 @@ from penstock.cluster.links import Links, LinkView
 from penstock.cluster.status import REFUSED, WorkerStatus
 from penstock.workers.protocol import Role
 
+MOST_BEHIND_S = 2.0  # of this process's loop, for which it still counts as ready
+
 
 class LinkedFleet:
     """See `status.py:FleetView`."""
 
     def __init__(self, links: Links) -> None:
         self._links = links
+        self.closing = False  # this process is about to end and takes no more
 
     def workers(self) -> list[WorkerStatus]:
         """Every worker of the cluster, ready or not."""
@@ -24,10 +27,15 @@ class LinkedFleet:
 
     def unready(self) -> str:
         """Why no request can be served now; empty when one can."""
+        if self.closing:
+            return "this server is shutting down"
         views = self._links.views()
         if not views:
             return "no worker is known yet"
-        serving = [view for view in views if view.attached and not view.refused]
+        if self._links.behind_s > MOST_BEHIND_S:
+            return f"this process is {self._links.behind_s:.1f} s behind"
+        # Streams of workers that are silent, or whose step does not move, are cut (`links.py`).
+        serving = [view for view in views if view.attached and view.trusted and not view.refused]
         roles = {view.entry.role for view in serving if not (view.load and view.load.draining)}
         if Role.MIXED in roles or roles >= {Role.PREFILL, Role.DECODE}:
             return ""
@@ -66,6 +74,7 @@ def worker_status(view: LinkView) -> WorkerStatus:
         restarts=entry.restarts,
         reason=view.refused or entry.reason,
         placement=entry.placement,
+        quarantined=view.quarantined,
         age_s=round(view.load_age_s, 3) if load is not None else None,
         kv_blocks=welcome.num_blocks - lost if welcome is not None else 0,
         kv_block_size=welcome.block_size if welcome is not None else 0,

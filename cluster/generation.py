@@ -26,6 +26,7 @@ from penstock.router.settings import RouterSettings
 from penstock.router.trail import Trail
 from penstock.workers.errors import RefusedError
 from penstock.workers.protocol import EndReason, FailureCode, GenerateRequest
+from penstock.workers.tls import PeerTls
 
 __all__ = ["Delta", "Generation", "GenerationTimings", "Generator", "TokenLogprob"]
 
@@ -151,6 +152,10 @@ class Generator:
         """Request paths running now."""
         return len(self._open)
 
+    def check(self, tenant: str) -> None:
+        """Raises RefusedError where any request of the tenant would be refused now, before work is spent on one."""
+        self.router.admission.check(tenant, self.links.now())
+
     def submit(self, request: GenerateRequest) -> Generation:
         """Start serving `request`; returns at once. Whether it is admitted shows when the generation is read."""
         generation = Generation(request, self.links.now)
@@ -158,6 +163,10 @@ class Generator:
         self._open.add(task)
         task.add_done_callback(self._open.discard)
         return generation
+
+    def cut(self) -> None:
+        """End what runs with a typed error for its reader."""
+        self.router.cut()
 
     async def close(self) -> None:
         """Cancel what runs and drop the links."""
@@ -174,8 +183,9 @@ def open_generator(
     lease_s: float = 10.0,
     observe: Callable[[RequestReport], None] | None = None,
     on_fleet_change: Callable[[], None] | None = None,
+    tls: PeerTls | None = None,
 ) -> Generator:
     """A generator without workers yet: give it rosters by `generator.links.update`. Must run on its loop."""
     router = Router(settings, seed=int.from_bytes(os.urandom(8), "little"), observe=observe)
-    identity = LinkIdentity(f"router-{os.urandom(8).hex()}", 1, cluster_key, lease_s)
+    identity = LinkIdentity(f"router-{os.urandom(8).hex()}", 1, cluster_key, lease_s, tls)
     return Generator(Links(router, identity, on_fleet_change), router)

@@ -11,13 +11,15 @@ import asyncio
 import logging
 import os
 import secrets
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ray import serve
 
 from penstock.cluster.attendance import Attendant
+from penstock.cluster.closing import close_fronts
 from penstock.cluster.config import ClusterIdentity
 from penstock.cluster.controller import ControllerSpec
 from penstock.cluster.discovery import node_address
@@ -30,8 +32,10 @@ from penstock.cluster.grpc_front.server import GrpcServer
 from penstock.cluster.grpc_front.servicer import GenerationServicer
 from penstock.cluster.ingress.app import Ingress, build_app
 from penstock.cluster.ingress.exchange import Receive, Send
+from penstock.cluster.ingress.key_watch import KeyWatch
 from penstock.cluster.ingress.listener import Listener
 from penstock.cluster.ingress.settings import ingress_settings
+from penstock.cluster.ledger.recorder import Ledger, followed
 from penstock.cluster.live_settings import live_pools
 from penstock.cluster.logs import begin_logs
 from penstock.cluster.membership import Membership
@@ -43,6 +47,7 @@ from penstock.cluster.supervision import StartError
 from penstock.cluster.text import load_text
 from penstock.cluster.tracing import observing, open_tracer
 from penstock.workers.errors import ConfigError
+from penstock.workers.tls import open_peer_tls, server_context, server_pair
 
 log = logging.getLogger(__name__)
 
@@ -73,13 +78,18 @@ class IngressReplica(GrpcMethods):
         config = spec.config
         self._edition = edition_of(config)
         model = describe(config.runner, config.weights)
-        text = load_text(model, config.front.skip_tokenizer_init, config.scheduler.max_model_len)
+        front = config.front
+        text = load_text(model, front.skip_tokenizer_init, config.scheduler.max_model_len, front.tool_call_parser)
         begin_logs(config.logs, f"ingress-{os.getpid()}")
+        if spec.identity is None and config.tls.cert_file:
+            log.warning("tls is for our own listeners; Serve's proxies speak as their own options say (http_options)")
         if spec.identity is None:  # `penstock serve` says it on its terminal
             for line in generation_lines(model, config.front.generation_config):
                 log.info(line)
         metrics = Metrics(config.model_name, config.front.metrics_aliases, config.router.placement.policy)
-        self._tracer = open_tracer(config.tracing)
+        self._tracer = tracer = open_tracer(config.tracing)
+        metrics.watch_spans(lambda: 0 if tracer is None else tracer.dropped)
+        ledger = Ledger(config.ledger.share, metrics.violated) if config.ledger.share > 0 else None
         self._wanted: PoolSettings | None = None
         self._fleet_changed = asyncio.Event()
         self._work: set[asyncio.Future[None]] = set()
@@ -97,36 +107,46 @@ class IngressReplica(GrpcMethods):
             config.router,
             key,
             lease_s=config.health.router_lease_s,
-            observe=observing(metrics, self._tracer),
+            observe=observing(metrics, self._tracer, ledger),
             on_fleet_change=self._fleet_changed.set,
+            tls=open_peer_tls(config.tls),
         )
         self._fleet = LinkedFleet(self._generator.links)
         self._app: Ingress = build_app(
-            ingress_settings(config, model), text, self._generator, metrics, self._fleet, self._tracer
+            ingress_settings(config, model), text, followed(ledger, self._generator), metrics, self._fleet, self._tracer
         )
         self.grpc_servicer = GenerationServicer(self._app.service, self._fleet, self._tracer)
         self.grpc_proxies = ProxyWatch()
         self._grpc: GrpcServer | None = None
-        self._listener: Listener | None = None
+        self._listeners: list[Listener] = []
         shared = spec.identity is None or config.ray.ingress_replicas > 1
         if config.front.grpc_port:
-            self._grpc = GrpcServer(
-                self.grpc_servicer, config.limits, config.front.host, config.front.grpc_port, shared=shared
-            )
+            pair, port = server_pair(config.tls), config.front.grpc_port
+            self._grpc = GrpcServer(self.grpc_servicer, config.limits, config.front.host, port, shared, pair)
             if spec.identity is not None:
                 await self._grpc.start()
-        if config.front.port:
-            self._listener = Listener(
-                self._app,
-                config.front.host,
-                config.front.port,
-                shared=shared,
-                drain_s=spec.drain_s,
-                limits=config.limits,
-            )
-            if spec.identity is not None:
-                self._listener.start()
+        self._listeners = [*self._bind(config, shared)]
+        if spec.identity is not None:
+            for listener in self._listeners:
+                listener.start()
         self._follower = asyncio.ensure_future(self._membership.follow(self._generator.links.update))
+        if config.front.api_keys_file:
+            watch = KeyWatch(Path(config.front.api_keys_file), self._app.service.access)
+            self._work.add(asyncio.ensure_future(watch.follow()))
+
+    def _bind(self, config: ClusterConfig, shared: bool) -> Iterator[Listener]:
+        """The public listener and that of the operators, as far as they are wanted."""
+        front, limits, drain_s = config.front, config.limits, self._spec.drain_s
+        tls = server_context(config.tls)
+        if front.port:
+            yield Listener(self._app, front.host, front.port, shared=shared, drain_s=drain_s, limits=limits, tls=tls)
+        if front.admin == "apart":
+            host, port = front.admin_host, front.operators_port
+            operators = Listener(
+                self._app.operators, host, port, shared=shared and port > 0, drain_s=drain_s, limits=limits, tls=tls
+            )
+            log.info("/metrics and /status are at %s, port %d", host, operators.port)
+            yield operators
 
     def __serve_build_asgi_app__(self) -> Any:
         """What Serve's proxies talk to."""
@@ -154,15 +174,14 @@ class IngressReplica(GrpcMethods):
         """Serve's question; an exception makes it start another replica. The first one comes before any request."""
         if self._wanted is None and self._spec.identity is None:
             await self._bring_up(self._spec.config.pools)
-        if self._follower.done() or (self._listener is not None and not self._listener.serving):
-            raise RuntimeError("the HTTP server or the controller's follower has ended")
+        if self._follower.done() or not all(listener.serving for listener in self._listeners):
+            raise RuntimeError("an HTTP server or the controller's follower has ended")
 
     async def __del__(self) -> None:  # Serve awaits it when the replica is to end, after what came by its proxies
-        ending = [] if self._listener is None else [self._listener.stop()]
-        if self._grpc is not None:
-            ending.append(self._grpc.stop(self._spec.drain_s))
-        await asyncio.gather(*ending)
+        await close_fronts(self._fleet, self._generator, self._listeners, self._grpc, self._spec.drain_s)
         self._follower.cancel()
+        for work in self._work:
+            work.cancel()
         await self._membership.leave()
         await self._generator.close()
         if self._tracer is not None:
@@ -188,8 +207,8 @@ class IngressReplica(GrpcMethods):
                 raise StartError(f"the workers run but cannot be reached: {self._fleet.unready()}") from None
             log.warning("back without workers: %s", self._fleet.unready())
         self._wanted = pools
-        if self._listener is not None:
-            self._listener.start()
+        for listener in self._listeners:
+            listener.start()
         if self._grpc is not None:
             await self._grpc.start()
 
@@ -221,12 +240,14 @@ class Mounted:
 
 def controller_spec(spec: IngressSpec, app_name: str) -> ControllerSpec:
     """The controller that an ingress of this spec belongs to, or creates."""
+    health = spec.config.health
     if spec.identity is not None:
-        return ControllerSpec(spec.identity, app_name, launched=True, logs=spec.config.logs)
+        return ControllerSpec(spec.identity, app_name, True, health.worker_lease_s, logs=spec.config.logs)
     name = spec.config.ray.cluster_name or app_name
     identity = ClusterIdentity(name, secrets.token_hex(32))
-    drain_s, logs = spec.config.health.drain_s, spec.config.logs
-    return ControllerSpec(identity, app_name, launched=False, drain_s=drain_s, logs=logs)
+    return ControllerSpec(
+        identity, app_name, False, health.worker_lease_s, drain_s=health.drain_s, logs=spec.config.logs
+    )
 
 
 def own_url(config: ClusterConfig) -> str:
@@ -235,4 +256,4 @@ def own_url(config: ClusterConfig) -> str:
     if not port:
         return ""
     host = node_address() if host in ("0.0.0.0", "::") else host
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    return f"{config.scheme}://{f'[{host}]' if ':' in host else host}:{port}"

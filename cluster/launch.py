@@ -42,13 +42,16 @@ from penstock.cluster.settings import ClusterConfig
 from penstock.cluster.startup_report import StartupReport
 from penstock.cluster.supervision import StartError
 from penstock.cluster.text import load_text
+from penstock.cluster.trust import pinned
 from penstock.cluster.widths import check_nodes
+from penstock.workers.process_limits import LEAST_THREADS, require_threads
 
 log = logging.getLogger(__name__)
 
 READY_TIMEOUT_S = 120.0
 POLL_S = 0.1
 RENEW_S = 2.0
+LEAST_RAY_THREADS = 256  # of a private head with controller and ingress; with fewer it hangs, or aborts
 STOP_DRAIN_S = 5.0
 STOP_TIMEOUT_S = 20.0
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -82,7 +85,7 @@ def start_cluster(config: ClusterConfig, report: StartupReport, stop: threading.
     config = settle(config)
     # Read here only to fail early and clearly; the ingress reads it again in its own process.
     model = describe(config.runner, config.weights)
-    load_text(model, config.front.skip_tokenizer_init, config.scheduler.max_model_len)
+    load_text(model, config.front.skip_tokenizer_init, config.scheduler.max_model_len, config.front.tool_call_parser)
     report.configuration(config)
     report.generation(model, config.front.generation_config)
     cluster = Cluster(config, report, stop)
@@ -119,7 +122,7 @@ class Cluster:
             host = "127.0.0.1"
         elif host in EVERY_INTERFACE and self._served_at:
             return self._served_at
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.config.front.port}"
+        return f"{self.config.scheme}://{f'[{host}]' if ':' in host else host}:{self.config.front.port}"
 
     @property
     def app_name(self) -> str:
@@ -130,6 +133,8 @@ class Cluster:
         """Bring everything up. Raises StartError, ConfigError, or Interrupted."""
         report, config = self._report, self.config
         report.begin_loading(steps=4)
+        if self._runtime.private:
+            require_threads(LEAST_RAY_THREADS + LEAST_THREADS * config.pools.ranks, "a private Ray with its workers")
         with report.phase("Ray"):
             self._runtime.start(_logical_cpus(config))
             if not self._runtime.private:
@@ -137,7 +142,7 @@ class Cluster:
         report.step("Ray runs")
         with report.phase("workers and ingress"):
             self._controller = create_controller(
-                ControllerSpec(self.identity, self.app_name, launched=True, logs=config.logs)
+                ControllerSpec(self.identity, self.app_name, True, config.health.worker_lease_s, logs=config.logs)
             )
             self._ingress = in_background(self._start_ingress)
             facts = self._await_workers()
@@ -150,6 +155,9 @@ class Cluster:
         report.end_loading()
         report.sizes(facts, config.scheduler.max_model_len)
         report.ready(self.url, config.model_name, chat=not config.front.skip_tokenizer_init)
+        if config.front.admin == "apart":
+            at = f"{config.front.admin_host}:{config.front.operators_port}"
+            report.note(f"/metrics and /status: {config.scheme}://{at}")
         if config.front.grpc_port:
             report.note(f"gRPC: {config.front.host}:{config.front.grpc_port}, with reflection")
         self._runtime.remember_processes()
@@ -225,7 +233,7 @@ class Cluster:
             self._served_at = address.urls[0] if address.urls else ""
         deadline = time.monotonic() + READY_TIMEOUT_S
         reason = "no answer"
-        with httpx.Client(trust_env=False, timeout=5.0) as client:
+        with httpx.Client(trust_env=False, timeout=5.0, verify=pinned(self.config.tls.cert_file)) as client:
             while time.monotonic() < deadline:
                 self._keep_going()
                 try:

@@ -35,6 +35,8 @@ class LinkView:
     load: Load | None = None  # None while not attached
     load_age_s: float = 0.0
     refused: str = ""  # why the router gives it no work although it is attached; empty: it does
+    trusted: bool = True  # it has not failed again and again lately
+    quarantined: bool = False  # its KV came damaged; it gets no prompts for a while
 
 
 class AsyncSignal:
@@ -69,6 +71,7 @@ class Links:
         self._roster = Roster(-1, ())
         self._closing: set[asyncio.Future[None]] = set()
         self._watcher: asyncio.Future[None] | None = None
+        self._looked_at = 0.0
         self._attached = asyncio.Event()
 
     # --- the port -------------------------------------------------------------------------------------------------
@@ -102,6 +105,7 @@ class Links:
             return
         self._roster = roster
         if self._watcher is None:
+            self._looked_at = self.now()
             self._watcher = asyncio.ensure_future(self._watch_overdue())
         live = {entry.worker_id: entry for entry in roster.entries if entry.state in _LINKED}
         for worker_id, link in list(self._links.items()):
@@ -128,8 +132,17 @@ class Links:
             else:
                 refusal = self._router.fleet.refused.get(entry.worker_id)
                 why = refusal.reason if refusal is not None else ""
-                views.append(LinkView(entry, link.attached, link.welcome, link.load, now - link.load_at, why))
+                known = self._router.fleet.workers.get(entry.worker_id)
+                trusted = known is None or known.breaker.closed(now)
+                held = self._router.fleet.quarantine.holds(entry.worker_id, now)
+                age_s = now - link.load_at
+                views.append(LinkView(entry, link.attached, link.welcome, link.load, age_s, why, trusted, held))
         return views
+
+    @property
+    def behind_s(self) -> float:
+        """By how much this process's loop is late: it should look at its workers every `WATCH_INTERVAL_S`."""
+        return max(0.0, self.now() - self._looked_at - WATCH_INTERVAL_S) if self._watcher is not None else 0.0
 
     async def wait_attached(self, timeout_s: float) -> bool:
         """True once every worker of the roster is attached; False if that took too long."""
@@ -160,7 +173,7 @@ class Links:
         last = self.now()
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
-            now = self.now()
+            now = self._looked_at = self.now()
             # This process itself stood still: heartbeats wait unread in its sockets, so judge at the next tick.
             stalled = now - last > 3 * WATCH_INTERVAL_S
             last = now

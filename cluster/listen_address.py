@@ -21,12 +21,26 @@ def settle(config: ClusterConfig) -> ClusterConfig:
     if config.front.grpc_port and not config.ray.address:
         _check_free(host, config.front.grpc_port, "front.grpc_port")
     if port == 0:
-        sources = {**config.sources, "front.port": "a free port"}
-        settled: ClusterConfig = replace(with_value(config, "front.port", free_port(host)), sources=sources)
-        return settled
-    if not config.ray.address:  # a cluster elsewhere has ports of its own
+        config = _with_free_port(config, "front.port", host)
+    elif not config.ray.address:  # a cluster elsewhere has ports of its own
         _check_free(host, port, "front.port")
+    return config if config.front.admin == "shared" else _settle_admin(config, chosen=port == 0)
+
+
+def _settle_admin(config: ClusterConfig, *, chosen: bool) -> ClusterConfig:
+    """`chosen`: the API's port was; who leaves that to us leaves this, too."""
+    host, port = config.front.admin_host, config.front.operators_port
+    if chosen and config.front.admin_port == 0:
+        return _with_free_port(config, "front.admin_port", host)
+    if not config.ray.address:
+        _check_free(host, port, "front.admin_port")
     return config
+
+
+def _with_free_port(config: ClusterConfig, key: str, host: str) -> ClusterConfig:
+    sources = {**config.sources, key: "a free port"}
+    settled: ClusterConfig = replace(with_value(config, key, free_port(host)), sources=sources)
+    return settled
 
 
 def _check_free(host: str, port: int, key: str) -> None:

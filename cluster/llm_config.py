@@ -17,9 +17,11 @@ SOURCE = "LLMConfig"
 PAIR = ("prefill_config", "decode_config")
 ENGINE_OF_THE_SHAPE = "vllm"  # the only value that the shape knows; ours serves it
 TRANSFER_OF_THE_ENGINE = "kv_transfer_config"  # how that engine moves KV; ours moves it anyway
-_ENGINE = {flag.parameter: flag.key for flag in SERVE_FLAGS if flag.key.split(".")[0] in ("runner", "scheduler", "kv")}
+_FLAGS = {flag.parameter: flag for flag in SERVE_FLAGS if flag.key.split(".")[0] in ("runner", "scheduler", "kv")}
+_ENGINE = {name: flag.key for name, flag in _FLAGS.items()}
 _TENSOR = "tensor_parallel_size"
 _ENGINE |= {name: f"pools.{name}" for name in (_TENSOR, "expert_parallel_size", "context_parallel_size")}
+_ENGINE |= {name: f"front.{name}" for name in ("tool_call_parser", "enable_auto_tool_choice")}
 _DEPLOYMENT = {"max_ongoing_requests": "limits.max_open_requests", "graceful_shutdown_timeout_s": "health.drain_s"}
 _ACTOR = {"num_cpus": "ray.worker_num_cpus", "num_gpus": "ray.worker_num_gpus"}
 _TOP = ("model_loading_config", "llm_engine", "engine_kwargs", "accelerator_type", "deployment_config")
@@ -68,7 +70,8 @@ def _one(config: Mapping[str, Any], role: str) -> dict[str, Any]:
         if name not in _ENGINE:
             raise unknown_key(f"engine_kwargs.{name}", [f"engine_kwargs.{known}" for known in _ENGINE], SOURCE)
         own = name == _TENSOR and role != "mixed"  # the two halves of a pair may be of different widths
-        found[f"pools.{role}_{_TENSOR}" if own else _ENGINE[name]] = value
+        sized = _FLAGS[name].sized(value) if name in _FLAGS else value
+        found[f"pools.{role}_{_TENSOR}" if own else _ENGINE[name]] = sized
     if config.get("accelerator_type"):
         found["ray.worker_accelerator_type"] = config["accelerator_type"]
     return found | _deployment(_mapping(config.get("deployment_config"), "deployment_config"), role)

@@ -18,11 +18,13 @@ from types import TracebackType
 
 from penstock.cluster.fleet_view import LinkedFleet
 from penstock.cluster.generation import Generator, open_generator
+from penstock.cluster.progress_watch import until_stuck
 from penstock.cluster.subprocess_host import SubprocessHost, WorkerProcess
 from penstock.cluster.supervision import Backoff, StartError, Supervisor
 from penstock.router.journey import RequestReport
 from penstock.router.settings import RouterSettings
 from penstock.workers.settings import WorkerSettings
+from penstock.workers.tls import open_peer_tls
 
 ATTACH_TIMEOUT_S = 20.0
 
@@ -64,7 +66,11 @@ class LocalCluster:
         """Start all workers and attach to them. Raises StartError; then nothing is left running."""
         first = self._workers[0]
         self.generator = open_generator(
-            self._router, first.cluster_key, lease_s=first.router_lease_s, observe=self._observe
+            self._router,
+            first.cluster_key,
+            lease_s=first.router_lease_s,
+            observe=self._observe,
+            tls=open_peer_tls(first.tls),
         )
         self.fleet = LinkedFleet(self.generator.links)
         self.supervisor = Supervisor(
@@ -73,6 +79,7 @@ class LocalCluster:
             backoff=self._backoff,
             restart=self._restart,
             on_change=self.generator.links.update,
+            until_stuck=until_stuck,
         )
         await self.supervisor.start()
         if not await self.generator.links.wait_attached(ATTACH_TIMEOUT_S):

@@ -2,6 +2,8 @@
 
 `ingress_replica.py` holds one. Every call outlives the controller's restarts; where no launcher owns the cluster, a
 controller that does not exist is created. The only Ray calls of an ingress process are here, none on a request's path.
+The controller is looked up once and again only when Ray says that it is dead: its name cannot be looked up while Ray's
+control store is away, it itself can be reached.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ray.exceptions import RayError
+from ray.exceptions import ActorDiedError, RayError
 
 from penstock.cluster.attendance import Attendant
 from penstock.cluster.controller import ControllerSpec, create_controller
@@ -39,6 +41,7 @@ class Membership:
         """A spec that is not `launched` makes this process create the controller where there is none."""
         self._spec = spec
         self._attendant = attendant
+        self._handle: Any = None  # the controller's, once it is known
 
     async def join(self) -> str:
         """The cluster's key; also waits for a former cluster of the name to end. Raises StartError."""
@@ -48,7 +51,7 @@ class Membership:
                     try:
                         key: str = await _answer((await self._controller()).join.remote())
                     except (ValueError, RayError, TimeoutError) as error:
-                        _note(error)
+                        self._note(error)
                         await asyncio.sleep(RETRY_S)
                     else:
                         # A controller that has to be created anew must go on with the key that the workers know.
@@ -63,7 +66,7 @@ class Membership:
             try:
                 settled: Settled = await (await self._controller()).apply.remote(edition, counts, patient)
             except (ValueError, RayError) as error:
-                _note(error)
+                self._note(error)
                 await asyncio.sleep(RETRY_S)
             else:
                 return settled
@@ -79,27 +82,30 @@ class Membership:
                     version = roster.version
                     update(roster)
             except (ValueError, RayError, TimeoutError) as error:  # gone, restarting, or not there yet
-                _note(error)
+                self._note(error)
                 await asyncio.sleep(RETRY_S)
 
     async def leave(self) -> None:
         """Say goodbye; nothing is lost if nobody hears it."""
         with contextlib.suppress(ValueError, RayError, TimeoutError):
-            controller = await asyncio.to_thread(find_controller, self._spec.identity.cluster_id)
+            controller = self._handle or await asyncio.to_thread(find_controller, self._spec.identity.cluster_id)
             await _answer(controller.leave.remote(self._attendant.attendant_id))
 
     async def _controller(self) -> Any:
-        try:
-            return await asyncio.to_thread(find_controller, self._spec.identity.cluster_id)
-        except ValueError:
-            if self._spec.launched:
-                raise
-            return await asyncio.to_thread(create_controller, self._spec)
+        if self._handle is None:
+            try:
+                self._handle = await asyncio.to_thread(find_controller, self._spec.identity.cluster_id)
+            except ValueError:
+                if self._spec.launched:
+                    raise
+                self._handle = await asyncio.to_thread(create_controller, self._spec)
+        return self._handle
+
+    def _note(self, error: Exception) -> None:
+        if isinstance(error, ActorDiedError):  # one that only restarts keeps its handle
+            self._handle = None
+        log.warning("cannot ask the controller, trying again: %s", str(error).splitlines()[:1])
 
 
 async def _answer(pending: Awaitable[Any]) -> Any:
     return await asyncio.wait_for(pending, ANSWER_TIMEOUT_S)
-
-
-def _note(error: Exception) -> None:
-    log.warning("cannot ask the controller, trying again: %s", str(error).splitlines()[:1])

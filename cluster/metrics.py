@@ -12,19 +12,21 @@ Each ingress replica has a page of its own: request figures are that replica's a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from enum import StrEnum
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import Metric
+from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
 from penstock.cluster.fleet_metrics import fleet_metrics
+from penstock.cluster.ledger.entries import Law
 from penstock.cluster.status import FleetView
 from penstock.cluster.vllm_names import aliases_of
 from penstock.router.journey import COMPLETED, RequestReport
-from penstock.router.trail import PHASES, AttemptTrail
+from penstock.router.trail import MOVED_LIVE, PHASES, AttemptTrail
 from penstock.workers.protocol import FailureCode
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -34,8 +36,20 @@ _GAP_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0
 _SHORT_S = (0.00001, 0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 _CHOICES = (1, 2, 5, 10, 20, 50, 128)
+_MOVE_OUTCOMES = ("moved", "stayed", "failed")
 _HTTP_PREFIX = "penstock_http_"
-_NOT_FAILED = frozenset({"moved", FailureCode.QUEUE_FULL, FailureCode.DRAINING, FailureCode.TOO_LARGE})
+_NOT_FAILED = frozenset({"moved", MOVED_LIVE, FailureCode.QUEUE_FULL, FailureCode.DRAINING, FailureCode.TOO_LARGE})
+
+
+class GrammarVerdict(StrEnum):
+    """How trying a caller's grammar out ended; a closed set, a label."""
+
+    ACCEPTED = "accepted"
+    REFUSED = "refused"
+    KNOWN = "known"  # asked before
+    TOO_SLOW = "too_slow"
+    DIED = "died"
+    SHED = "shed"  # too many were waiting, or no process could be had
 
 
 class Metrics:
@@ -82,6 +96,7 @@ class Metrics:
         self.request_terminal = counter("request_terminal", "Router requests by how they ended", ["state"])
         self.request_migrated = counter("request_migrated", "Attempts that failed, by how far they were", ["phase"])
         self.request_moved = counter("request_moved", "Attempts refused, or given up for a worker with room")
+        self.live_moves = counter("live_moves", "Running sequences sent elsewhere with their KV", ["outcome"])
         self.recomputed_tokens = counter("recomputed_tokens", "Context tokens placed again after a migration")
         self.hit_tokens_predicted = counter("kv_hit_tokens_predicted", "Cached tokens the router expected")
         self.hit_tokens_actual = counter("kv_hit_tokens_actual", "Cached tokens the workers found")
@@ -93,22 +108,38 @@ class Metrics:
         self.overhead = histogram(
             "framework_overhead_seconds", "Our own time in a request, outside of computing", _SHORT_S, ["stage"]
         )
+        self.slow_readers = counter("slow_readers", "Streams cut because their caller did not read")
         self.requests_open = Gauge("penstock_requests_open", "HTTP requests being served", registry=registry)
+        self.grammar_checks = counter("grammar_checks", "Grammars of requests, tried out or known", ["verdict"])
+        for verdict in GrammarVerdict:
+            self.grammar_checks.labels(verdict)
+        self.ledger_violations = counter("ledger_violations", "Laws that the ledger found broken", ["law"])
         self._announce()
 
     def watch(self, fleet: FleetView) -> None:
         """Show the workers of `fleet` on the page from now on."""
         self._registry.register(_FleetCollector(fleet))
 
+    def watch_spans(self, dropped: Callable[[], int]) -> None:
+        """Count the spans that this process has dropped so far."""
+        self._registry.register(_SpanCollector(dropped))
+
     def answered(self, handler: str, method: str, status: int, seconds: float) -> None:
         """One HTTP exchange is over; `handler` and `method` are of closed sets."""
         self.http_requests.labels(handler, method, str(status)).inc()
         self.http_duration.labels(handler, method).observe(seconds)
 
+    def violated(self, law: Law) -> None:
+        """The ledger found a law broken."""
+        self.ledger_violations.labels(law).inc()
+
     def report(self, report: RequestReport) -> None:
         """Take in one router request's terminal report."""
         self.request_terminal.labels(report.terminal).inc()
         self.request_moved.inc(report.moves)
+        outcomes = (report.live_moves, report.moves_stayed, report.moves_failed)
+        for outcome, count in zip(_MOVE_OUTCOMES, outcomes, strict=True):
+            self.live_moves.labels(outcome).inc(count)
         self.recomputed_tokens.inc(report.recomputed_tokens)
         if report.predicted_cached_tokens is not None:
             self.hit_tokens_predicted.inc(report.predicted_cached_tokens)
@@ -156,8 +187,12 @@ class Metrics:
             self.request_success.labels(reason)
         for state in (COMPLETED, *FailureCode):
             self.request_terminal.labels(state)
+        for law in Law:
+            self.ledger_violations.labels(law)
         for phase in PHASES:
             self.request_migrated.labels(phase)
+        for outcome in _MOVE_OUTCOMES:
+            self.live_moves.labels(outcome)
         for stage in ("prepare", "place", "deliver"):
             self.overhead.labels(stage)
 
@@ -171,6 +206,17 @@ class _FleetCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         """See `fleet_metrics`."""
         return fleet_metrics(list(self._fleet.workers()))
+
+
+class _SpanCollector(Collector):
+    """Asks for the count when the page is asked for."""
+
+    def __init__(self, dropped: Callable[[], int]) -> None:
+        self._dropped = dropped
+
+    def collect(self) -> Iterable[Metric]:
+        """One counter."""
+        yield CounterMetricFamily("penstock_spans_dropped", "Spans the trace collector did not take", self._dropped())
 
 
 def _with_labels(metric: Metric, **labels: str) -> Metric:

@@ -37,6 +37,7 @@ RAY_SWITCHES = {
     "RAY_worker_niceness": "0",  # Ray would give actors a low priority, and they are who serves
     "GRPC_VERBOSITY": "ERROR",  # a stream that ends is no news for a terminal
     "GOMP_SPINCOUNT": "30000",  # idle compute threads spin briefly, then leave the cores to ingress and RPC
+    "OPENBLAS_NUM_THREADS": "1",  # numpy computes nothing large, and would start a thread per core in every process
 }
 OBJECT_STORE_BYTES = 80 << 20  # Ray's least; no request data passes through it
 CONNECT_TIMEOUT_S = 5.0

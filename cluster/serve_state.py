@@ -36,7 +36,10 @@ def look_at_serve(app_name: str) -> ServeView:
     port, bound = options.get("port"), str(options.get("host") or "")
     nodes = {str(proxy["node_ip"]) for proxy in proxies.values() if proxy.get("node_ip")}
     hosts = sorted(nodes) if bound in EVERY_INTERFACE else [bound] if nodes else []
-    urls = tuple(f"http://{host}:{port}{prefix.rstrip('/')}" for host in hosts) if prefix is not None and port else ()
+    scheme = "https" if options.get("ssl_certfile") else "http"
+    urls = (
+        tuple(f"{scheme}://{host}:{port}{prefix.rstrip('/')}" for host in hosts) if prefix is not None and port else ()
+    )
     return ServeView(application.status not in _OVER, urls)
 
 

@@ -18,6 +18,8 @@ of where a value came from beyond the text in `sources`.
     ray        where the cluster runs
     tracing    where spans go                                        (every process)
     logs       format, level, access log                             (every process)
+    ledger     which requests are accounted for a second time        (ingress, workers)
+    tls        certificates, for callers and between processes       (ingress, workers)
 """
 
 from __future__ import annotations
@@ -32,9 +34,11 @@ from penstock.workers.protocol import Role
 from penstock.workers.settings import (
     GroupSettings,
     KVSettings,
+    LedgerSettings,
     LogSettings,
     RunnerSettings,
     SchedulerSettings,
+    TlsSettings,
     TracingSettings,
     TransferSettings,
     WeightSettings,
@@ -104,6 +108,7 @@ class HealthSettings:
     heartbeat_s: float = 0.5
     router_lease_s: float = 10.0
     drain_s: float = 30.0  # longest wait of a stopping worker for what it runs
+    worker_lease_s: float = 90.0  # workers live so long without their controller; longer than Ray waits for its head
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,13 +118,24 @@ class FrontSettings:
     host: str = "127.0.0.1"
     port: int = 8000
     grpc_port: int = 0  # the same API by gRPC, on the same host; 0 = off
+    admin: str = "apart"  # apart: /metrics and /status on a listener of their own; shared: beside the API
+    admin_host: str = "127.0.0.1"  # of that listener
+    admin_port: int = 0  # 0 = the port after `port`, or a free one where that is 0
     served_model_name: tuple[str, ...] = ()  # empty = the model directory's name; the first is the one reported
     api_key: str = field(default="", repr=False)  # empty = no key asked
     api_keys_file: str = ""  # YAML list of keys with their limits; see `key_file.py`
     enable_tokenizer_info: bool = False  # GET /tokenizer_info, which tells the chat template
     skip_tokenizer_init: bool = False  # token ids in, token ids out
     metrics_aliases: str = "vllm"  # vllm: its metric names beside ours on /metrics; none: ours only
+    tool_call_parser: str = "auto"  # how the model writes tool calls; auto: as its chat template tells
+    enable_auto_tool_choice: bool = True  # tool_choice "auto"; without it only calls that are asked for
     generation_config: str = "auto"  # auto: defaults from generation_config.json; vllm or none: no such defaults
+
+    @property
+    def operators_port(self) -> int:
+        """Where /metrics and /status are asked for; 0 = any free port."""
+        beside = self.admin_port or (self.port + 1 if self.port else 0)
+        return self.port if self.admin == "shared" else beside
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +148,8 @@ class LimitSettings:
     max_prompts: int = 128  # prompts in one completions request
     max_choices: int = 128  # prompts x n
     max_messages: int = 4096
+    max_tools: int = 128
+    max_tool_bytes: int = 256 << 10  # of all of them, as JSON
     max_stop_strings: int = 16
     max_stop_bytes: int = 1024  # of one stop string
     max_stop_token_ids: int = 128
@@ -185,7 +203,14 @@ class ClusterConfig:
     router: RouterSettings = field(default_factory=RouterSettings)
     tracing: TracingSettings = field(default_factory=TracingSettings)
     logs: LogSettings = field(default_factory=LogSettings)
+    ledger: LedgerSettings = field(default_factory=LedgerSettings)
+    tls: TlsSettings = field(default_factory=TlsSettings)
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def scheme(self) -> str:
+        """Of the URLs of its HTTP listeners."""
+        return "https" if self.tls.cert_file else "http"
 
     @property
     def model_name(self) -> str:

@@ -37,6 +37,7 @@ class WorkerStatus:
     preemptions: int = 0
     step: int = 0
     ranks_lost: int = 0  # without which the worker goes on, until it is started again
+    quarantined: bool = False  # its KV came damaged: this ingress sends it no prompts for a while
     kv_blocks: int = 0
     kv_free_blocks: int = 0
     kv_cached_blocks: int = 0

@@ -10,14 +10,15 @@ from collections.abc import Sequence
 
 
 class StopMatcher:
-    """Text in, safe text out. After `stopped` nothing more comes out."""
+    """Text in, safe text out. After `stopped` nothing more comes out; `rest` is what stood behind the stop."""
 
-    __slots__ = ("_held", "_include", "_stops", "stopped")
+    __slots__ = ("_held", "_include", "_stops", "rest", "stopped")
 
     def __init__(self, stops: Sequence[str], include: bool = False) -> None:
         self._stops = tuple(stops)
         self._include = include
         self._held = ""
+        self.rest = ""
         self.stopped: str | None = None
 
     def push(self, text: str) -> str:
@@ -28,7 +29,7 @@ class StopMatcher:
         found = self._first(buffer)
         if found is not None:
             start, stop = found
-            self._held, self.stopped = "", stop
+            self._held, self.stopped, self.rest = "", stop, buffer[start + len(stop) :]
             return buffer[: start + len(stop)] if self._include else buffer[:start]
         keep = self._unfinished(buffer)
         self._held = buffer[len(buffer) - keep :]

@@ -37,8 +37,10 @@ from penstock.cluster.supervision import StartError
 from penstock.workers.parallel.fence import EXIT_GROUP_LOST
 from penstock.workers.settings import WorkerSettings
 
-# Idle compute threads spin briefly, then leave the cores to RPC and transfer threads.
-WORKER_COMMAND = ("/usr/bin/env", "GOMP_SPINCOUNT=30000", sys.executable, "-m", "penstock.workers.process")
+# Idle compute threads spin briefly, then leave the cores to RPC and transfer threads. numpy computes nothing large; it
+# would start a thread per core as it is imported, and end a process that may not have them before it can say so.
+_ENVIRONMENT = ("GOMP_SPINCOUNT=30000", "OPENBLAS_NUM_THREADS=1")
+WORKER_COMMAND = ("/usr/bin/env", *_ENVIRONMENT, sys.executable, "-m", "penstock.workers.process")
 START_TIMEOUT_S = 120.0
 KILL_AFTER_S = 5.0  # beyond the drain time
 FOLLOW_S = 1.0  # after rank 0, for the others; then they are killed

@@ -1,5 +1,7 @@
 """Keeps a set of workers running: desired against actual, restarts with back-off, a higher incarnation each time.
 
+A worker that lives but stands still (`progress_watch.py`) is ended and counts as one that died.
+
 The controller (Ray actors) and `local.py` (plain subprocesses) both use it, each with its own `Host`. Knows neither
 Ray nor processes nor what a worker serves.
 
@@ -14,10 +16,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from penstock.cluster.group_ranks import until_done
 from penstock.cluster.roster import Roster, RosterEntry, WorkerState
 from penstock.workers.errors import PenstockError
 from penstock.workers.settings import WorkerSettings
@@ -94,11 +97,14 @@ class Supervisor:
         restart: bool = True,
         on_change: Callable[[Roster], None] | None = None,
         first_version: int = 0,
+        until_stuck: Callable[[WorkerSettings, str], Awaitable[str]] | None = None,
     ) -> None:
+        """`until_stuck(settings, address)` returns, with the reason, when a worker moves no more."""
         self._host = host
         self._backoff = backoff or Backoff()
         self._restart = restart
         self._on_change = on_change
+        self._until_stuck = until_stuck
         self._settings = {settings.worker_id: settings for settings in workers}
         self._hosted: dict[str, Hosted] = {}
         self._entries = {settings.worker_id: _first_entry(settings) for settings in workers}
@@ -237,7 +243,7 @@ class Supervisor:
             hosted = self._hosted.get(worker_id)
             if hosted is not None:
                 since = loop.time()
-                reason = await hosted.ended()
+                reason = await self._ended(worker_id, hosted)
                 deaths = 1 if loop.time() - since > self._backoff.healthy_after_s else deaths + 1
                 self._hosted.pop(worker_id, None)
                 log.warning("worker %s is gone: %s", worker_id, reason)
@@ -249,6 +255,25 @@ class Supervisor:
                 return
             await asyncio.sleep(self._backoff.delay(deaths))
             await self._try_bring_up(worker_id)
+
+    async def _ended(self, worker_id: str, hosted: Hosted) -> str:
+        """Returns once the worker is gone, by itself or because it stood still; the reason."""
+        if self._until_stuck is None:
+            return await hosted.ended()
+        ended = asyncio.ensure_future(hosted.ended())
+        stuck = asyncio.ensure_future(self._until_stuck(self._settings[worker_id], hosted.address))
+        try:
+            await until_done((ended, stuck), 1)
+            if ended.done():
+                return ended.result()
+            reason = stuck.result()
+            log.error("worker %s stands still and is ended: %s", worker_id, reason)
+            await hosted.stop(0.0)
+            return reason
+        finally:
+            ended.cancel()
+            stuck.cancel()
+            await asyncio.gather(ended, stuck, return_exceptions=True)
 
     async def _try_bring_up(self, worker_id: str) -> None:
         """Start one worker; a failure is noted in its entry."""

@@ -23,6 +23,7 @@ from penstock.cluster.chat_template import (
 )
 from penstock.cluster.model_directory import ModelDescription
 from penstock.cluster.token_bytes import TextStream, TokenTable, token_table
+from penstock.cluster.tool_calls.formats import FORMATS, ToolFormat, detected
 from penstock.workers.errors import ModelError, RequestError
 
 TAIL_MARGIN = 4096  # characters tokenised beyond those that can matter, so that the cut does not show
@@ -39,23 +40,35 @@ class TextCodec:
         table: TokenTable | None = None,
         template: ChatTemplate | None = None,
         info: Mapping[str, Any] | None = None,
+        tool_template: ChatTemplate | None = None,
+        tool_format: ToolFormat | None = None,
     ) -> None:
+        """`tool_template`: for chats with tools, where the model has one of its own for them."""
         self.vocab_size = vocab_size
         self.eos_token_ids = tuple(sorted(set(eos_token_ids)))
         nothing = [b""] * vocab_size
         self.table = table or TokenTable(nothing, nothing, 0)
         self._tokenizer = tokenizer
         self._template = template
+        self._tool_template = tool_template or template
+        self.template_tells_tools = self._tool_template is not None and self._tool_template.tells_tools
+        self.tool_format = tool_format if self.template_tells_tools else None
         self._specials = _special_texts(tokenizer)
         self._special_pattern = re.compile("|".join(map(re.escape, self._specials))) if self._specials else None
         self._plain = _without_specials(tokenizer) if self._specials else None
         self._lead = _lead(tokenizer)
+        self._shown = self._with_format_specials()
         self.info: Mapping[str, Any] = info or {}  # what /tokenizer_info tells
 
     @property
     def has_tokenizer(self) -> bool:
         """False: token ids only."""
         return self._tokenizer is not None
+
+    @property
+    def tokenizer_json(self) -> str:
+        """The tokenizer as its file states it; empty without one."""
+        return "" if self._tokenizer is None else str(self._tokenizer.to_str())
 
     @property
     def template_variables(self) -> frozenset[str]:
@@ -88,23 +101,25 @@ class TextCodec:
         messages: Sequence[Message],
         variables: Mapping[str, Any] | None = None,
         *,
+        tools: Sequence[Mapping[str, Any]] = (),
         field: str = "messages",
         continue_final: bool = False,
     ) -> list[int]:
         """Ids of the rendered chat. Special tokens written by a caller stay plain text: they cannot forge a role.
 
-        `variables`: what else the template may read. `continue_final`: the prompt ends with the last message's text,
-        for the model to go on with.
+        `variables`: what else the template may read. `tools`: as JSON. `continue_final`: the prompt ends with the last
+        message's text, for the model to go on with.
         """
         tokenizer = self._ready(field)
-        if self._template is None:
+        template = self._tool_template if tools else self._template
+        if template is None:
             raise RequestError("this model has no chat template; use /v1/completions", field=field)
         mark = secrets.token_hex(8)
-        masked = [self._mask(message, mark) for message in messages]
+        masked = self._masked(list(messages), mark)
         end = f"\ue000{mark}:end\ue001"
         if continue_final:
             masked[-1] = {**masked[-1], "content": f"{masked[-1]['content']}{end} "}
-        rendered = self._template.render(masked, self._mask(variables or {}, mark))
+        rendered = template.render(masked, self._masked(dict(variables or {}), mark), self._masked(list(tools), mark))
         if continue_final:
             rendered = _until(rendered, end, str(messages[-1]["content"]), field)
         ids: list[int] = []
@@ -115,9 +130,19 @@ class TextCodec:
                 ids += _ids(tokenizer, part, False)
         return ids
 
-    def stream(self, skip_special_tokens: bool = True) -> TextStream:
-        """An incremental detokeniser for one choice."""
-        return TextStream(self.table.plain if skip_special_tokens else self.table.pieces)
+    def stream(self, skip_special_tokens: bool = True, show_calls: bool = False) -> TextStream:
+        """An incremental detokeniser for one choice. `show_calls`: with the special tokens that tool calls are written
+        with."""
+        plain = self._shown if show_calls else self.table.plain
+        return TextStream(plain if skip_special_tokens else self.table.pieces)
+
+    def split_specials(self, text: str) -> list[str | int]:
+        """Plain text and the ids of special tokens, in their order."""
+        if self._special_pattern is None or self._tokenizer is None:
+            return [text] if text else []
+        parts = re.split(f"({self._special_pattern.pattern})", text)
+        ids = {part: self._tokenizer.token_to_id(part) for part in parts[1::2]}
+        return [part if (token := ids.get(part)) is None else token for part in parts if part]
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of a whole list of ids."""
@@ -136,20 +161,40 @@ class TextCodec:
     def _encode_plain(self, text: str) -> list[int]:
         return _ids(self._plain, text, False) if self._plain else []
 
-    def _mask(self, values: Mapping[str, Any], mark: str) -> dict[str, Any]:
-        """The same values with every special token in their text replaced by an unguessable stand-in."""
+    def _masked(self, value: Any, mark: str) -> Any:
+        """The same JSON value with every special token in its text replaced by an unguessable stand-in."""
         pattern = self._special_pattern
         if pattern is None:
-            return dict(values)
+            return value
+        if isinstance(value, str):
+            return pattern.sub(lambda found: f"\ue000{mark}:{self._specials.index(found[0])}\ue001", value)
+        if isinstance(value, Mapping):
+            return {self._masked(name, mark): self._masked(item, mark) for name, item in value.items()}
+        if isinstance(value, list):
+            return [self._masked(item, mark) for item in value]
+        return value
 
-        def stand_in(found: re.Match[str]) -> str:
-            return f"\ue000{mark}:{self._specials.index(found[0])}\ue001"
+    def _with_format_specials(self) -> Sequence[bytes]:
+        """The table of plain text, in which the special tokens of tool calls are text too."""
+        form, tokenizer = self.tool_format, self._tokenizer
+        special = [] if form is None else [text for text in (*form.marks, *form.specials) if text in self._specials]
+        if not special or tokenizer is None:
+            return self.table.plain
+        shown = list(self.table.plain)
+        for text in special:
+            token = tokenizer.token_to_id(text)
+            if token is not None:
+                shown[token] = self.table.pieces[token]
+        return shown
 
-        return {k: pattern.sub(stand_in, v) if isinstance(v, str) else v for k, v in values.items()}
 
+def load_text(
+    model: ModelDescription, skip_tokenizer: bool, max_model_len: int, tool_call_parser: str = "auto"
+) -> TextCodec:
+    """The codec of a model directory. Raises ModelError naming the file when the tokenizer is absent or unreadable.
 
-def load_text(model: ModelDescription, skip_tokenizer: bool, max_model_len: int) -> TextCodec:
-    """The codec of a model directory. Raises ModelError naming the file when the tokenizer is absent or unreadable."""
+    `tool_call_parser`: a name of `tool_calls.formats.FORMATS`, or "auto": as the chat template tells.
+    """
     if skip_tokenizer or model.directory is None:
         return TextCodec(model.vocab_size, model.eos_token_ids)
     path = model.directory / "tokenizer.json"
@@ -165,10 +210,14 @@ def load_text(model: ModelDescription, skip_tokenizer: bool, max_model_len: int)
     tokenizer.no_padding()
     tokenizer.no_truncation()
     table = token_table(tokenizer, model.vocab_size, str(path))
-    template = load_chat_template(model.directory, max_model_len * max(1, table.longest))
+    longest = max_model_len * max(1, table.longest)
+    template = load_chat_template(model.directory, longest)
+    tool_template = load_chat_template(model.directory, longest, "tool_use")
+    source = next((one.source for one in (tool_template, template) if one is not None), "")
+    tool_format = detected(source) if tool_call_parser == "auto" else FORMATS[tool_call_parser]
     eos = {*model.eos_token_ids, *_tokenizer_eos(model.directory, tokenizer)}
     info = tokenizer_information(model.directory)
-    return TextCodec(model.vocab_size, tuple(eos), tokenizer, table, template, info)
+    return TextCodec(model.vocab_size, tuple(eos), tokenizer, table, template, info, tool_template, tool_format)
 
 
 def _tokenizer_eos(directory: Path, tokenizer: Tokenizer) -> list[int]:

@@ -20,9 +20,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 
+from penstock.cluster.ledger.recorder import Ledger
 from penstock.cluster.metrics import Metrics
 from penstock.router.journey import COMPLETED, RequestReport
-from penstock.router.trail import attempt_context, route_context
+from penstock.router.trail import MOVED_LIVE, attempt_context, route_context
 from penstock.workers.settings import TracingSettings
 from penstock.workers.spans import Span, SpanSink, Value, open_sink
 from penstock.workers.trace_context import TraceContext, is_trace_header, sampled_parent
@@ -38,6 +39,11 @@ class IngressTracer:
         self._sink = sink
         self._bound = round(sample_ratio * _ID_SPACE)
         self._entropy = entropy
+
+    @property
+    def dropped(self) -> int:
+        """Spans that were lost so far."""
+        return self._sink.dropped
 
     def begin(self, traceparent: str) -> TraceContext | None:
         """The span of an HTTP request that came with this header (empty: with none); None: not traced."""
@@ -89,7 +95,7 @@ class IngressTracer:
                     "penstock.phase": attempt.phase,
                 },
                 tuple((stage, arrived + at) for stage, at in attempt.times.items() if stage != "ended"),
-                "" if attempt.end == COMPLETED else attempt.end,
+                "" if attempt.end in (COMPLETED, MOVED_LIVE) else attempt.end,
             )
             self._sink.take(span)
 
@@ -107,14 +113,17 @@ def open_tracer(settings: TracingSettings) -> IngressTracer | None:
     return IngressTracer(sink, settings.sample_ratio) if sink is not None else None
 
 
-def observing(metrics: Metrics, tracer: IngressTracer | None) -> Observe:
-    """The one observer of a router's reports: both of these hear each of them."""
-    if tracer is None:
-        return metrics.report
+def observing(metrics: Metrics, tracer: IngressTracer | None, ledger: Ledger | None = None) -> Observe:
+    """The one observer of a router's reports: all of these hear each of them."""
+    hearers = [metrics.report]
+    if tracer is not None:
+        hearers.append(tracer.report)
+    if ledger is not None:
+        hearers.append(ledger.report)
 
     def observe(report: RequestReport) -> None:
-        metrics.report(report)
-        tracer.report(report)
+        for hear in hearers:
+            hear(report)
 
     return observe
 

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from penstock.cluster.key_file import read_key_file
 from penstock.cluster.settings import ClusterConfig, PoolSettings, group_settings, value_of, wrong
+from penstock.cluster.tool_calls.formats import FORMATS
 from penstock.router.placement import POLICIES
 from penstock.workers.errors import ConfigError
 from penstock.workers.parallel.shards import MOST_RANKS
@@ -24,6 +25,8 @@ CHOICES = {
     "runner.kind": ("model", "oracle"),
     "runner.dtype": ("auto", "float32", "bfloat16", "float16"),
     "runner.model_impl": ("auto", "penstock", "transformers"),
+    "front.admin": ("apart", "shared"),
+    "front.tool_call_parser": ("auto", *FORMATS),
     "front.generation_config": ("auto", "vllm", "none"),
     "transfer.transport": ("auto", "shared_memory", "tcp", "nccl"),
     "weights.source": WEIGHT_SOURCES,
@@ -42,6 +45,8 @@ MAY_BE_ZERO = frozenset(
         "scheduler.max_preemptions",
         "scheduler.watermark",
         "kv.num_blocks",
+        "kv.host_bytes",
+        "kv.disk_bytes",
         "transfer.socket_buffer_bytes",
         "runner.oracle_step_s",
         "runner.oracle_token_s",
@@ -57,21 +62,25 @@ MAY_BE_ZERO = frozenset(
         "ranks.expert_rebalance_steps",
         "front.port",
         "front.grpc_port",
+        "front.admin_port",
         "router.placement.local_prefill_tokens",
         "router.placement.local_penalty",
         "router.placement.handover_tokens",
         "router.placement.balance",
         "router.placement.sample",
+        "router.admission.tpot_target_s",
         "router.admission.input_weight",
         "router.admission.output_weight",
         "router.retry.grant_patience_s",
         "router.retry.handover_grace_s",
         "router.retry.sibling_wait_s",
         "router.retry.first_backoff_s",
+        "router.retry.budget_share",
         "router.retry.max_internal_failures",
         "router.retry.poison_clear_tokens",
         "router.index.assume_s",
         "tracing.sample_ratio",
+        "ledger.share",
         "ray.worker_num_cpus",
         "ray.worker_num_gpus",
         "ray.max_ingress_per_node",
@@ -81,12 +90,14 @@ MAY_BE_ZERO = frozenset(
 UPPER = {
     "front.port": 65535,
     "front.grpc_port": 65535,
+    "front.admin_port": 65535,
     "kv.block_size": 1024,
     "kv.gpu_memory_utilization": 1,
     "limits.max_logprobs": 20,
     "scheduler.watermark": 1,
     "transfer.digest_sample": 1,
     "tracing.sample_ratio": 1,
+    "ledger.share": 1,
     "pools.prefill": 1024,
     "pools.decode": 1024,
     "pools.mixed": 1024,
@@ -129,12 +140,14 @@ def check_whole(config: ClusterConfig) -> ClusterConfig:
     """The keys against each other, after everything has been derived."""
     _pools(config)
     _group(config)
+    _tiers(config)
     _transport(config)
     _ray(config)
     _sizes(config)
     _front(config)
     _tracing(config)
     _weights(config)
+    _tls(config)
     return config
 
 
@@ -173,6 +186,18 @@ def _group(config: ClusterConfig) -> None:
         name = str(error.key).removeprefix("group.")
         section = "pools" if hasattr(config.pools, name) else "ranks"
         raise wrong(config, f"{section}.{name}", str(error)) from error
+
+
+def _tiers(config: ClusterConfig) -> None:
+    """Host memory and disk below the pools; the ranks of a group would each hold a slice, which is not built."""
+    try:
+        config.kv.check_tiers()
+    except ConfigError as error:
+        raise wrong(config, str(error.key), str(error)) from error
+    widths = [group_settings(config, role).width for role in Role]
+    if config.kv.host_bytes and max(widths) > 1:
+        reason = f"the KV host tier is for workers of one rank, and some here have {max(widths)}; set it to 0"
+        raise wrong(config, "kv.host_bytes", reason)
 
 
 def _transport(config: ClusterConfig) -> None:
@@ -222,6 +247,19 @@ def _weights(config: ClusterConfig) -> None:
         raise wrong(config, "weights.source", reason)
 
 
+def _tls(config: ClusterConfig) -> None:
+    """Which files there must be, and what would go between processes in the clear; what is in them, its readers say."""
+    try:
+        config.tls.check()
+    except ConfigError as error:
+        raise wrong(config, str(error.key), str(error)) from error
+    if config.tls.internal and config.pools.widest > 1:
+        reason = f"ranks of one worker talk in the clear, and some here have {config.pools.widest}; only for one rank"
+        raise wrong(config, "tls.internal", reason)
+    if config.tls.internal and config.transfer.transport == "nccl":
+        raise wrong(config, "tls.internal", "transfer.transport 'nccl' sends KV in the clear; set it to tcp or auto")
+
+
 def _sizes(config: ClusterConfig) -> None:
     scheduler, kv, runner = config.scheduler, config.kv, config.runner
     if runner.cpus and runner.threads > len(runner.cpus):
@@ -244,17 +282,26 @@ def _sizes(config: ClusterConfig) -> None:
         )
     if config.health.heartbeat_s * 2 > config.health.router_lease_s:
         raise wrong(config, "health.router_lease_s", "must be at least two heartbeats")
+    if config.health.worker_lease_s < 10:
+        raise wrong(config, "health.worker_lease_s", "must be at least 10 seconds")
 
 
 def _front(config: ClusterConfig) -> None:
     front = config.front
     if any(not name or len(name) > MAX_NAME_CHARS or not name.isprintable() for name in front.served_model_name):
         raise wrong(config, "front.served_model_name", f"each must be 1 to {MAX_NAME_CHARS} printable characters")
-    if front.host != "localhost":
-        try:
-            ipaddress.ip_address(front.host)
-        except ValueError as error:
-            raise wrong(config, "front.host", f"{front.host!r} is not an IP address") from error
+    for key in ("front.host", "front.admin_host"):
+        host = value_of(config, key)
+        if host != "localhost":
+            try:
+                ipaddress.ip_address(host)
+            except ValueError as error:
+                raise wrong(config, key, f"{host!r} is not an IP address") from error
+    if front.admin == "apart" and front.operators_port in {front.port, front.grpc_port} - {0}:
+        reason = f"{front.operators_port} is the port of another listener; state one that is free"
+        raise wrong(config, "front.admin_port", reason)
+    if front.operators_port > UPPER["front.admin_port"]:
+        raise wrong(config, "front.admin_port", "there is no port after front.port; state one")
     if front.grpc_port and front.grpc_port == front.port:
         raise wrong(config, "front.grpc_port", f"{front.grpc_port} is the HTTP server's port")
     if front.api_keys_file:

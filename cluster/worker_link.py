@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -21,8 +21,10 @@ from penstock.cluster.channel import Answer, Finding, Order, Seat
 from penstock.cluster.roster import RosterEntry
 from penstock.router.emission import TokenLogprob
 from penstock.router.router import Router
+from penstock.workers.call_seal import WorkerName
 from penstock.workers.errors import RefusedError, WireError
 from penstock.workers.protocol import (
+    OLDEST_WIRE_VERSION,
     WIRE_VERSION,
     Cancel,
     Embedding,
@@ -38,11 +40,13 @@ from penstock.workers.protocol import (
     Queued,
     RequestSnapshot,
     Started,
+    Stays,
     TokenFrame,
     ToRouter,
     Welcome,
 )
 from penstock.workers.rpc import AttachedStream, WorkerClient
+from penstock.workers.tls import PeerTls
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +61,9 @@ class LinkIdentity:
 
     router_id: str
     router_epoch: int
-    cluster_key: str
+    cluster_key: str = field(repr=False)
     lease_s: float
+    tls: PeerTls | None = None
 
 
 class WorkerLink:
@@ -78,6 +83,7 @@ class WorkerLink:
         self._seats: dict[int, Seat] = {}
         self._next_slot = 0
         self._epoch = identity.router_epoch
+        self._wire_version = WIRE_VERSION  # the newest, until the worker refuses it
         self._ended = False
         self._closing: asyncio.Future[None] | None = None
         self._task = asyncio.ensure_future(self._run())
@@ -124,7 +130,8 @@ class WorkerLink:
 
     async def _run(self) -> None:
         retry_s = FIRST_RETRY_S
-        client = WorkerClient(self.entry.address, self._identity.cluster_key)
+        name = WorkerName(self.entry.worker_id, self.entry.incarnation)
+        client = WorkerClient(self.entry.address, self._identity.cluster_key, name, self._identity.tls)
         try:
             while not self._ended:
                 try:
@@ -135,6 +142,8 @@ class WorkerLink:
                         retry_s = FIRST_RETRY_S
                     self._drop(str(error))
                     refused = isinstance(error, WireError) or error.code is FailureCode.INCOMPATIBLE
+                    if refused and self.welcome is None and self._try_older():
+                        continue
                     log.log(logging.WARNING if refused else logging.DEBUG, "%s: %s", self.entry.worker_id, error)
                 if not self._ended:
                     await asyncio.sleep(retry_s)
@@ -142,13 +151,19 @@ class WorkerLink:
         finally:
             await client.close()
 
+    def _try_older(self) -> bool:
+        """A worker that has never welcomed us may be of the version before; False where all have been tried."""
+        older = self._wire_version > OLDEST_WIRE_VERSION
+        self._wire_version = self._wire_version - 1 if older else WIRE_VERSION
+        return older
+
     async def _converse(self, client: WorkerClient) -> None:
         """One stream from hello to its end. Raises RefusedError or WireError when it breaks."""
         identity = self._identity
         # A new epoch for every stream: what ran on a broken one was given up, so the worker shall end it too.
         self._epoch += 1
-        hello = Hello(WIRE_VERSION, identity.router_id, self._epoch, identity.lease_s)
-        stream = await client.attach(hello)
+        hello = Hello(self._wire_version, identity.router_id, self._epoch, identity.lease_s)
+        stream = await client.attach(hello, version=self._wire_version)
         renewal = asyncio.ensure_future(self._renew(stream))
         try:
             welcome = stream.welcome
@@ -193,7 +208,7 @@ class WorkerLink:
         match message:
             case TokenFrame():
                 self._deliver_frame(message)
-            case Queued() | Granted() | Started() | Failed():
+            case Queued() | Granted() | Started() | Failed() | Stays():
                 self._answer(message)
             case PromptLogprobs() | Embedding():
                 self._learn(message)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import ssl
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
+
+from penstock.cluster.trust import trust
 
 MAX_LINE_BYTES = 1 << 24
 
@@ -30,6 +31,8 @@ class Outcome:
     error: str = ""
     scheduled: float = 0.0  # when the plan wanted it sent; set by who sends
     token_ids: list[int] = field(default_factory=list)  # of the answer, where the request asks for them
+    text: str = ""
+    finish_reason: str = ""
 
     @property
     def ttft_s(self) -> float:
@@ -52,9 +55,11 @@ class Outcome:
         return [after - before for before, after in zip(self.chunks, self.chunks[1:], strict=False)]
 
 
-async def stream_completion(url: str, api_key: str, body: dict[str, Any] | bytes, timeout_s: float) -> Outcome:
-    """POST `/v1/completions` and read it to its end. Failures are in `error`, never raised."""
-    outcome = Outcome()
+async def stream_completion(
+    url: str, api_key: str, body: dict[str, Any] | bytes, timeout_s: float, outcome: Outcome | None = None
+) -> Outcome:
+    """POST `/v1/completions` and read it to its end, into `outcome` if given. Failures are in `error`, never raised."""
+    outcome = outcome or Outcome()
     try:
         async with asyncio.timeout(timeout_s):
             await _exchange(url, api_key, body if isinstance(body, bytes) else json.dumps(body).encode(), outcome)
@@ -67,7 +72,7 @@ async def stream_completion(url: str, api_key: str, body: dict[str, Any] | bytes
 
 async def _exchange(url: str, api_key: str, body: bytes, outcome: Outcome) -> None:
     parts = urlsplit(url)
-    secure = ssl.create_default_context() if parts.scheme == "https" else None
+    secure = trust() if parts.scheme == "https" else None
     port = parts.port or (443 if secure else 80)
     reader, writer = await asyncio.open_connection(parts.hostname, port, ssl=secure, limit=MAX_LINE_BYTES)
     try:
@@ -121,7 +126,10 @@ def _read_event(event: dict[str, Any], now: float, outcome: Outcome) -> None:
         raise ValueError(str(event["error"].get("message")))
     if event["choices"]:
         outcome.chunks.append(now)
-        outcome.token_ids += event["choices"][0].get("token_ids") or ()
+        choice = event["choices"][0]
+        outcome.token_ids += choice.get("token_ids") or ()
+        outcome.text += choice.get("text") or ""
+        outcome.finish_reason = choice.get("finish_reason") or outcome.finish_reason
     elif usage := event.get("usage"):
         outcome.input_tokens = usage["prompt_tokens"]
         outcome.output_tokens = usage["completion_tokens"]

@@ -27,8 +27,8 @@ from penstock.cluster.bench.runner import Run, Target, run_load
 from penstock.cluster.bench.sessions import SessionShape, with_shared_prefixes, with_turns
 from penstock.cluster.bench.traces import Scaling, Slice, read_trace
 from penstock.cluster.bench.workload import Planned, fixed_plan
+from penstock.cluster.commands.ask import ask
 from penstock.cluster.commands.declaration import declare
-from penstock.cluster.commands.status import fetch_status
 from penstock.cluster.config import server_address
 from penstock.workers.errors import ConfigError
 
@@ -143,17 +143,26 @@ def _edges(given: dict[str, Any]) -> Edges:
 
 
 def _target(given: dict[str, Any]) -> tuple[Target, _Limits]:
-    status = fetch_status(given["url"], given["api_key"])
     url, key = server_address(given["url"], given["api_key"])
+    served = _served_model(url, key, given["model"])
     target = Target(
         url=url,
-        model=given["model"] or status["models"][0],
-        vocab_size=status["vocab_size"],
+        model=served["id"],
+        vocab_size=served["vocab_size"],
         api_key=key,
         max_concurrency=given["max_concurrency"],
         seed=given["seed"],
     )
-    return target, _Limits(status.get("max_model_len"), status.get("block_size") or 16)
+    return target, _Limits(served["max_model_len"], served["block_size"])
+
+
+def _served_model(url: str, key: str, name: str | None) -> dict[str, Any]:
+    """What `/v1/models` says of the model that was named, or of the first."""
+    models: list[dict[str, Any]] = ask(url, "/v1/models", key)["data"]
+    found = next((model for model in models if name in (None, "", model["id"])), None)
+    if found is None:
+        raise ConfigError(f"--model: {name!r} is none of {', '.join(model['id'] for model in models)}", key="--model")
+    return found
 
 
 def _run(target: Target, plan: list[Planned]) -> Run:

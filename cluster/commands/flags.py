@@ -21,6 +21,11 @@ class Flag:
     help: str
     metavar: str = ""
     many: bool = False
+    unit: str = ""  # suffix that the flag's bare number stands for
+
+    def sized(self, value: object) -> object:
+        """The value as the configuration takes it."""
+        return f"{value}{self.unit}" if self.unit else value
 
     @property
     def parameter(self) -> str:
@@ -34,6 +39,9 @@ SERVE_FLAGS = (
     Flag("--mixed", "pools.mixed", "Workers that do both; alone they replace the split pair.", "N"),
     Flag("--host", "front.host", "Address the HTTP server listens on.", "H"),
     Flag("--port", "front.port", "Its port; 0 takes a free one.", "P"),
+    Flag("--admin-host", "front.admin_host", "Address that answers operators: /metrics, /status.", "H"),
+    Flag("--admin-port", "front.admin_port", "Its port; 0: the one after --port.", "P"),
+    Flag("--admin", "front.admin", "apart, or shared: /metrics and /status on --port.", "WHERE"),
     Flag("--grpc-port", "front.grpc_port", "Serve gRPC too, on this port, with reflection.", "P"),
     Flag("--served-model-name", "front.served_model_name", "Name in the API; may be repeated.", "S", many=True),
     Flag("--dtype", "runner.dtype", "auto, float32, bfloat16 or float16.", "D"),
@@ -44,6 +52,14 @@ SERVE_FLAGS = (
         "front.generation_config",
         "auto: sampling defaults from generation_config.json; vllm or none: without them.",
         "G",
+    ),
+    Flag(
+        "--tool-call-parser", "front.tool_call_parser", "How the model writes tool calls; auto: see its template.", "P"
+    ),
+    Flag(
+        "--enable-auto-tool-choice/--no-enable-auto-tool-choice",
+        "front.enable_auto_tool_choice",
+        "Let the model decide on tool calls; on where its way of writing them is known.",
     ),
     Flag("--max-model-len", "scheduler.max_model_len", "Longest sequence in tokens; takes 8k, 8K.", "L"),
     Flag("--block-size", "kv.block_size", "Tokens per KV block.", "B"),
@@ -64,6 +80,9 @@ SERVE_FLAGS = (
     ),
     Flag("--num-gpu-blocks-override", "kv.num_blocks", "KV blocks of each worker, on any device.", "N"),
     Flag("--enable-prefix-caching/--no-enable-prefix-caching", "kv.prefix_caching", "Reuse KV of equal prefixes."),
+    Flag("--kv-offloading-size", "kv.host_bytes", "GiB of host memory below each KV pool.", "GIB", unit="G"),
+    Flag("--kv-disk-path", "kv.disk_path", "Directory below that, kept over restarts.", "DIR"),
+    Flag("--kv-disk-bytes", "kv.disk_bytes", "Most that each worker keeps there; takes 512M, 10G.", "BYTES"),
     Flag("--skip-tokenizer-init", "front.skip_tokenizer_init", "Token ids in, token ids out."),
     Flag("--tensor-parallel-size", "pools.tensor_parallel_size", "Ranks that share the layers of one worker.", "K"),
     Flag("--prefill-tensor-parallel-size", "pools.prefill_tensor_parallel_size", "The same of prefill workers.", "K"),
@@ -73,6 +92,9 @@ SERVE_FLAGS = (
     Flag("--address", "ray.address", "Join this Ray cluster instead of starting one.", "RAY"),
     Flag("--api-key", "front.api_key", "Ask callers for this key; better: $PENSTOCK_API_KEY.", "K"),
     Flag("--api-keys", "front.api_keys_file", "YAML file of keys with tenants, models and limits.", "FILE"),
+    Flag("--ssl-certfile", "tls.cert_file", "Serve HTTPS (and gRPC) with this certificate, PEM.", "FILE"),
+    Flag("--ssl-keyfile", "tls.key_file", "Its private key.", "FILE"),
+    Flag("--ssl-ca-certs", "tls.ca_file", "Who signed it; see tls.internal in the configuration.", "FILE"),
     Flag("--metrics-aliases", "front.metrics_aliases", "vllm: its metric names beside ours; or none.", "WHOSE"),
     Flag("--otlp-traces-endpoint", "tracing.endpoint", "Send spans there, by OTLP over HTTP.", "URL"),
     Flag("--otlp-traces-sample-ratio", "tracing.sample_ratio", "Share of requests traced, 0 to 1.", "R"),
@@ -89,5 +111,5 @@ def flag_values(given: Mapping[str, object]) -> dict[str, Sourced]:
     for flag in SERVE_FLAGS:
         value = given.get(flag.parameter)
         if value is not None and value != []:
-            found[flag.key] = Sourced(value, flag.spelling.split("/")[0])
+            found[flag.key] = Sourced(flag.sized(value), flag.spelling.split("/")[0])
     return found

@@ -7,7 +7,8 @@ wins.
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
@@ -35,6 +36,12 @@ def scale(
 
 def change_pools(changes: dict[str, int], cluster: str, address: str) -> dict[str, int]:
     """All pool sizes after the change. Raises ConfigError for sizes that could serve nothing, or if nobody is there."""
+    sizes: dict[str, int] = ask_controller(lambda controller: controller.scale.remote(changes), cluster, address)
+    return sizes
+
+
+def ask_controller(call: Callable[[Any], Any], cluster: str, address: str) -> Any:
+    """What the cluster's controller answers to a call of one of its methods. Raises ConfigError if nobody is there."""
     # Ray takes seconds to import; nobody should wait for it to learn of a wrong flag.
     import ray
     from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
@@ -45,9 +52,8 @@ def change_pools(changes: dict[str, int], cluster: str, address: str) -> dict[st
     with join_running(address):
         name = only_cluster(cluster)
         try:
-            sizes: dict[str, int] = ray.get(find_controller(name).scale.remote(changes), timeout=ANSWER_TIMEOUT_S)
+            return ray.get(call(find_controller(name)), timeout=ANSWER_TIMEOUT_S)
         except RayTaskError as error:  # raised by the controller itself; as it was raised, without the way it came
             raise error.cause from None
         except (RayActorError, GetTimeoutError, ValueError) as error:
             raise ConfigError(f"the controller of cluster {name!r} does not answer: {error}", "--cluster") from error
-    return sizes

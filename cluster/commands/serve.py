@@ -29,7 +29,12 @@ def configure(model_dir: str | None, config_file: Path | None, given: dict[str, 
         flags["runner.model_dir"] = Sourced(model_dir, "MODEL_DIR")
     config = load_config(file=config_file, flags=flags)
     # Read once here what the front will read, so that a bad tokenizer or template is told before anything starts.
-    load_text(describe(config.runner, config.weights), config.front.skip_tokenizer_init, config.scheduler.max_model_len)
+    load_text(
+        describe(config.runner, config.weights),
+        config.front.skip_tokenizer_init,
+        config.scheduler.max_model_len,
+        config.front.tool_call_parser,
+    )
     return config
 
 

@@ -1,6 +1,6 @@
 """`penstock status`: every worker of a running cluster, as its HTTP server knows them.
 
-Asks `GET /status`; needs neither Ray nor a place on the cluster.
+Asks `GET /status` of the listener for operators; needs neither Ray nor a place on the cluster.
 """
 
 from __future__ import annotations
@@ -8,36 +8,26 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any
 
-import httpx
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from penstock.cluster.client_answers import problem_of, unreachable
-from penstock.cluster.config import server_address
+from penstock.cluster.commands.ask import ask
+from penstock.cluster.config import admin_address
 from penstock.cluster.status import WorkerStatus
 
 HELP = "Show every worker: role, state, load, KV use."
-TIMEOUT_S = 10.0
 
 
 def fetch_status(url: str | None, api_key: str | None) -> dict[str, Any]:
     """The answer of `/status`. Raises RefusedError when nobody answers, RequestError for a wrong key."""
-    address, key = server_address(url, api_key)
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    try:
-        answer = httpx.get(f"{address}/status", headers=headers, timeout=TIMEOUT_S)
-    except httpx.TransportError as error:
-        raise unreachable(address, error) from error
-    if answer.status_code != httpx.codes.OK:
-        raise problem_of(answer.status_code, answer.content, answer.headers)
-    found: dict[str, Any] = answer.json()
-    return found
+    address, key = admin_address(url, api_key)
+    return ask(address, "/status", key)
 
 
 def status(
     json_output: Annotated[bool, typer.Option("--json", help="Print the server's JSON.")] = False,
-    url: Annotated[str | None, typer.Option("--url", metavar="U", help="Server; default $PENSTOCK_URL.")] = None,
+    url: Annotated[str | None, typer.Option("--url", metavar="U", help="Default $PENSTOCK_ADMIN_URL.")] = None,
     api_key: Annotated[str | None, typer.Option("--api-key", metavar="K", help="Default $PENSTOCK_API_KEY.")] = None,
 ) -> None:
     """Print a table, or JSON."""

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from penstock.cluster.grpc_front.penstock_pb2 import (
     FINISH_REASON_LENGTH,
     FINISH_REASON_STOP,
+    FINISH_REASON_TOOL_CALLS,
     FINISH_REASON_UNSPECIFIED,
     Alternative,
     Choice,
@@ -19,6 +20,7 @@ from penstock.cluster.grpc_front.penstock_pb2 import (
     GenerateResponse,
     StreamResponse,
     TokenLogprob,
+    ToolCall,
     Usage,
     Vector,
 )
@@ -31,7 +33,12 @@ from penstock.cluster.ingress.service import Job
 from penstock.router import logprobs as router_logprobs
 from penstock.workers.protocol import Tokens
 
-_REASONS = {None: FINISH_REASON_UNSPECIFIED, "stop": FINISH_REASON_STOP, "length": FINISH_REASON_LENGTH}
+_REASONS = {
+    None: FINISH_REASON_UNSPECIFIED,
+    "stop": FINISH_REASON_STOP,
+    "length": FINISH_REASON_LENGTH,
+    "tool_calls": FINISH_REASON_TOOL_CALLS,
+}
 
 
 def whole_answer(job: Job, results: Sequence[ChoiceResult], with_prompt: bool) -> GenerateResponse:
@@ -44,6 +51,10 @@ def whole_answer(job: Job, results: Sequence[ChoiceResult], with_prompt: bool) -
             token_ids=result.tokens,
             finish_reason=_reason(result.finish_reason),
             logprobs=[_logprob(*pair) for pair in zip(result.tokens, result.logprobs, strict=True)] if wanted else (),
+            tool_calls=[
+                ToolCall(index=number, id=call.id, name=call.name, arguments="".join(call.arguments))
+                for number, call in enumerate(result.calls)
+            ],
         )
         for index, result in enumerate(results)
     ]
@@ -74,6 +85,11 @@ def piece_of_choice(job: Job, piece: Piece, first: bool) -> Choice:
         token_ids=piece.tokens,
         finish_reason=_reason(piece.finish_reason),
         logprobs=[_logprob(*pair) for pair in zip(piece.tokens, logprobs, strict=True)] if logprobs else (),
+        tool_calls=[
+            ToolCall(index=call.index, id=call.id, name=call.name, arguments=call.arguments)
+            for call in piece.calls
+            if not call.dropped
+        ],
     )
 
 

@@ -15,13 +15,17 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.struct_pb2 import Value
 
 from penstock.cluster.grpc_front.penstock_pb2 import (
+    ChatMessage,
     Conversation,
     DetokenizeRequest,
     EmbedRequest,
     GenerateRequest,
     Prompt,
     TokenizeRequest,
+    Tool,
 )
+from penstock.cluster.ingress.errors import HttpProblem
+from penstock.cluster.ingress.json_body import parse_json
 from penstock.workers.errors import RequestError
 
 
@@ -109,11 +113,36 @@ def _form(prompt: Prompt, field: str) -> tuple[str, Any]:
 
 
 def _conversation(chat: Conversation) -> dict[str, Any]:
-    body: dict[str, Any] = {"messages": [{"content": "", **plain(message)} for message in chat.messages]}
-    body |= _stated(chat, ("add_generation_prompt",))
+    body: dict[str, Any] = {"messages": [_message(message) for message in chat.messages]}
+    body |= _stated(chat, ("add_generation_prompt", "tool_choice", "parallel_tool_calls"))
+    if chat.tools:
+        body["tools"] = [_tool(tool, f"tools[{index}]") for index, tool in enumerate(chat.tools)]
+    if chat.HasField("named_tool"):
+        body["tool_choice"] = {"type": "function", "function": {"name": chat.named_tool}}
     if chat.chat_template_kwargs:
         body["chat_template_kwargs"] = {name: _scalar(value) for name, value in chat.chat_template_kwargs.items()}
     return body
+
+
+def _message(message: ChatMessage) -> dict[str, Any]:
+    found: dict[str, Any] = {"content": "", **plain(message)}
+    if message.tool_calls:
+        found["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in message.tool_calls
+        ]
+    return found
+
+
+def _tool(tool: Tool, path: str) -> dict[str, Any]:
+    function = plain(tool)
+    if tool.HasField("parameters"):
+        try:
+            function["parameters"] = parse_json(tool.parameters.encode())
+        except HttpProblem as problem:
+            field = f"{path}.function.parameters"
+            raise RequestError(f"{field}: {problem.message}", field=field) from problem
+    return {"type": "function", "function": function}
 
 
 def _scalar(value: Value) -> Any:

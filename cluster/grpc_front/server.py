@@ -21,6 +21,7 @@ from penstock.cluster.grpc_front.servicer import GenerationServicer, RpcFailed
 from penstock.cluster.settings import LimitSettings
 from penstock.workers.errors import RefusedError
 from penstock.workers.protocol import FailureCode
+from penstock.workers.tls import KeyPair
 
 PROTOBUF_SLACK_BYTES = 1 << 20  # beyond the limit of a body, so that our own words refuse what is a little too large
 
@@ -28,7 +29,15 @@ PROTOBUF_SLACK_BYTES = 1 << 20  # beyond the limit of a body, so that our own wo
 class GrpcServer:
     """Serves `penstock.v1.Generation` and reflection on one port."""
 
-    def __init__(self, servicer: GenerationServicer, limits: LimitSettings, host: str, port: int, shared: bool) -> None:
+    def __init__(
+        self,
+        servicer: GenerationServicer,
+        limits: LimitSettings,
+        host: str,
+        port: int,
+        shared: bool,
+        tls: KeyPair | None = None,
+    ) -> None:
         """Binds at once; OSError when the port is taken. `shared`: other replicas of this machine listen there too."""
         options = [
             ("grpc.so_reuseport", int(shared)),
@@ -40,7 +49,12 @@ class GrpcServer:
         reflection.enable_server_reflection((SERVICE.full_name, reflection.SERVICE_NAME), self._server)
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
-            self.port = int(self._server.add_insecure_port(address))
+            if tls is None:
+                self.port = int(self._server.add_insecure_port(address))
+            else:
+                self.port = int(
+                    self._server.add_secure_port(address, grpc.ssl_server_credentials([(tls.key, tls.certificate)]))
+                )
         except RuntimeError as error:
             raise OSError(f"cannot listen for gRPC at {address}: {error}") from error
 

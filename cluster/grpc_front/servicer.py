@@ -252,8 +252,12 @@ async def pieces_of(service: OpenAIService, job: Job) -> AsyncGenerator[Piece, N
 
 
 def _beside(body: dict[str, Any], request: Any) -> bytes | dict[str, Any]:
-    """A large body as bytes, which the service parses and tokenises beside the event loop."""
-    return json.dumps(body).encode() if request.ByteSize() > BESIDE_ABOVE_BYTES else body
+    """A large body as bytes, which the service parses and tokenises beside the event loop; one with a number that JSON
+    has not as it is, for its parser to name the field."""
+    try:
+        return json.dumps(body, allow_nan=False).encode() if request.ByteSize() > BESIDE_ABOVE_BYTES else body
+    except ValueError:
+        return body
 
 
 def _single(metadata: Stated, name: str) -> str:

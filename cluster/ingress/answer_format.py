@@ -21,6 +21,7 @@ from penstock.cluster.ingress.logprob_format import (
 )
 from penstock.cluster.ingress.results import ChoiceResult
 from penstock.cluster.text import TextCodec
+from penstock.cluster.tool_calls.parsing import CallPiece
 from penstock.router.emission import TokenLogprob
 
 _NO_LOGPROBS = ',"logprobs":null'
@@ -61,9 +62,12 @@ class AnswerFormat:
         if first:
             whole = usage + self._prompt_ids(0) if len(self._begun) == 1 else usage
             events = self._event(piece.index, '{"role":"assistant","content":""}', "null", _NO_LOGPROBS, whole)
-        if piece.text or piece.tokens:
+        if piece.text or (piece.tokens and not piece.calls):
             delta = f'{{"content":{_quote(piece.text)}}}'
             events += self._event(piece.index, delta, "null", self._extras(piece, False), usage)
+        for number, call in enumerate(call for call in piece.calls if not call.dropped):
+            extras = self._extras(piece, False) if number == 0 and not piece.text else _NO_LOGPROBS
+            events += self._event(piece.index, f'{{"tool_calls":[{_call_delta(call)}]}}', "null", extras, usage)
         if piece.finish_reason is not None:
             events += self._event(piece.index, "{}", f'"{piece.finish_reason}"', _NO_LOGPROBS, usage)
         return events.encode()
@@ -137,6 +141,9 @@ class AnswerFormat:
         choice: dict[str, Any] = {"index": index}
         if self._chat:
             choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+            if result.calls:
+                calls = [_call(call.id, call.name, "".join(call.arguments)) for call in result.calls]
+                choice["message"] |= {"content": text or None, "tool_calls": calls}
         else:
             choice["text"] = self._echoed(index) + text
         choice["logprobs"] = self._logprobs(index, result.tokens, result.logprobs, True) if output.logprobs else None
@@ -148,6 +155,17 @@ class AnswerFormat:
         if output.prompt_logprobs and not self._chat:
             choice["prompt_logprobs"] = prompt_logprobs(self._codec, self._call.prompts[prompt], self._scores[prompt])
         return choice
+
+
+def _call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _call_delta(call: CallPiece) -> str:
+    """A call's first piece has its id and name, the others only more of its arguments."""
+    if call.id:
+        return json.dumps({"index": call.index, **_call(call.id, call.name, call.arguments)})
+    return json.dumps({"index": call.index, "function": {"arguments": call.arguments}})
 
 
 def usage_object(tally: Tally) -> dict[str, Any]:

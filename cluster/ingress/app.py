@@ -8,7 +8,8 @@ Nothing is sent before the first token is there, so refusals keep their status; 
 event and a broken connection. A caller who leaves cancels all of its choices.
 
 Headers that callers may send: `authorization`, `x-request-id`, `traceparent`, `x-penstock-timings: 1` (how long each
-stage took), `x-penstock-debug: fields` (names of fields that were ignored).
+stage took), `x-penstock-debug: fields` (names of fields that were ignored), `x-penstock-ttft-target: SECONDS` (refuse
+at once what would wait longer for its first token).
 """
 
 from __future__ import annotations
@@ -16,13 +17,24 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 from collections.abc import Callable, MutableMapping
 from importlib import metadata
 from typing import Any
 
 from penstock.cluster.ingress.errors import HttpProblem, problem_of
-from penstock.cluster.ingress.exchange import Disconnected, Exchange, Receive, Send
-from penstock.cluster.ingress.gate import MODEL_PREFIX, UNKNOWN, Route, admit, labels_of, route_of
+from penstock.cluster.ingress.exchange import Disconnected, Exchange, Receive, Send, SlowReader
+from penstock.cluster.ingress.gate import (
+    MODEL_PREFIX,
+    ROUTES,
+    UNKNOWN,
+    Route,
+    Side,
+    admit,
+    labels_of,
+    on_side,
+    route_of,
+)
 from penstock.cluster.ingress.generator import Generator
 from penstock.cluster.ingress.keys import Caller
 from penstock.cluster.ingress.openapi import openapi_document
@@ -39,6 +51,8 @@ from penstock.workers.errors import RefusedError, RequestError
 
 log = logging.getLogger(__name__)
 VERSION = metadata.version("penstock")
+TTFT_TARGET = b"x-penstock-ttft-target"
+_SECONDS = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?\Z")
 IGNORED_FIELDS = b"x-penstock-ignored-fields"
 
 
@@ -56,7 +70,10 @@ def build_app(
 
 
 class Ingress:
-    """An ASGI application. `service` is there for other fronts of the process: same limits, same keys."""
+    """An ASGI application; `operators` is another one, where what operators ask for is apart.
+
+    `service` is there for other fronts of the process: same limits, same keys.
+    """
 
     def __init__(self, service: OpenAIService, fleet: FleetView, tracer: IngressTracer | None = None) -> None:
         self.service = service
@@ -64,7 +81,9 @@ class Ingress:
         self._fleet = fleet
         self._tracer = tracer
         shape = Shape(self._settings.limits, service.text.vocab_size, self._settings.max_model_len)
+        self._side = Side.PUBLIC if self._settings.operators_apart else Side.WHOLE
         self._switches = {"tokenizer_info": self._settings.enable_tokenizer_info}
+        self._switches |= {route.name: on_side(route, self._side) for route in ROUTES.values() if not route.switched}
         self._document = json.dumps(openapi_document(shape, VERSION, self._switches)).encode()
         self._plain: dict[str, Callable[[], bytes]] = {
             "health": lambda: b'{"status":"ok"}',
@@ -76,16 +95,23 @@ class Ingress:
         }
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        await self._enter(scope, receive, send, self._side)
+
+    async def operators(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """The application of the listener for operators."""
+        await self._enter(scope, receive, send, Side.OPERATORS)
+
+    async def _enter(self, scope: MutableMapping[str, Any], receive: Receive, send: Send, side: Side) -> None:
         if scope["type"] == "lifespan":
             await _lifespan(receive, send)
         elif scope["type"] == "http":
-            await self._exchange(Exchange(scope, receive, send, self._settings.limits))
+            await self._exchange(Exchange(scope, receive, send, self._settings.limits), side)
         else:  # websockets: refused by closing before the handshake is accepted
             await send({"type": "websocket.close", "code": 1008})
 
-    async def _exchange(self, exchange: Exchange) -> None:
+    async def _exchange(self, exchange: Exchange, side: Side) -> None:
         route = route_of(exchange.path)
-        if route.switched and not self._switches[route.name]:
+        if not on_side(route, side) or (route.switched and not self._switches[route.name]):
             route = UNKNOWN
         watch = Stopwatch(self.service.metrics, self._tracer)
         try:
@@ -95,8 +121,11 @@ class Ingress:
             )
             caller = admit(exchange, route, self.service.access)
             await self._serve(exchange, route, caller, watch)
-        except Disconnected:
+        except Disconnected as left:
             exchange.status = 499
+            if isinstance(left, SlowReader):
+                self.service.metrics.slow_readers.inc()
+                log.info("request %s was cancelled: its caller did not read for too long", exchange.id)
         except asyncio.CancelledError:
             exchange.status = exchange.status or 499
             raise
@@ -133,7 +162,7 @@ class Ingress:
             if kind in (Kind.TOKENIZE, Kind.DETOKENIZE):
                 await exchange.respond(200, json.dumps(await service.transform(kind, raw, visit)).encode())
                 return
-            job = await service.prepare(kind, raw, visit, watch)
+            job = await service.prepare(kind, raw, visit, watch, _ttft_target(exchange))
             if job.ignored and exchange.asks(b"x-penstock-debug", b"fields"):
                 exchange.extra.append((IGNORED_FIELDS, ",".join(job.ignored).encode()))
             await exchange.run_while_connected(self._answer(exchange, job))
@@ -171,6 +200,17 @@ class Ingress:
             "reason": reason,
             "workers": workers,
         }
+
+
+def _ttft_target(exchange: Exchange) -> float | None:
+    """The caller's own target; None where none is stated. Raises HttpProblem 400."""
+    if not exchange.headers(TTFT_TARGET):
+        return None
+    stated = exchange.single(TTFT_TARGET)
+    if not _SECONDS.match(stated) or not float(stated):
+        message = "x-penstock-ttft-target must be a number of seconds above zero"
+        raise HttpProblem(400, "invalid_request_error", message, "x-penstock-ttft-target", "invalid_value")
+    return float(stated)
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:

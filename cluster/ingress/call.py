@@ -5,8 +5,10 @@ The parsers of this folder build it, `choices.py` runs it, the formats of this f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from penstock.cluster.ingress.resumption import Resumption
+from penstock.cluster.tool_calls.tool_plan import ToolPlan
 from penstock.workers.protocol import SamplingParams, Tokens
 
 
@@ -42,6 +44,8 @@ class Call:
     best_of: int = 0  # 0 = n
     texts: tuple[str, ...] = ()  # of the prompts, where they are echoed
     embed: bool = False
+    tools: ToolPlan = field(default_factory=ToolPlan)
+    resumption: Resumption = field(default_factory=Resumption)  # of the only choice
 
     @property
     def runs(self) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 from penstock.cluster.ingress.call import Call
 from penstock.cluster.ingress.fields import Fields
 from penstock.cluster.ingress.messages import encode_messages
+from penstock.cluster.ingress.resumption import read_resumption
 from penstock.cluster.ingress.sampling_fields import (
     check_min_tokens,
     check_scored,
@@ -25,12 +26,11 @@ from penstock.cluster.ingress.sampling_fields import (
     refuse_unsupported,
 )
 from penstock.cluster.ingress.settings import IngressSettings
+from penstock.cluster.ingress.tool_fields import read_tools
 from penstock.cluster.text import TextCodec
 
 CHAT_UNSUPPORTED: dict[str, tuple[object, ...]] = {
-    "tools": ([],),
-    "functions": ([],),
-    "tool_choice": ("none",),
+    "functions": ([],),  # older forms of tools and tool_choice
     "function_call": ("none",),
     "echo": (False,),
     "best_of": (1,),
@@ -52,7 +52,8 @@ def parse_chat(body: dict[str, Any], settings: IngressSettings, text: TextCodec)
         fields.only(name, harmless)
     n = fields.integer("n", 1, settings.limits.max_choices, 1) or 1
     logprobs, scored = _logprobs(fields, settings), read_prompt_logprobs(fields, settings)
-    sampling = replace(read_sampling(fields, settings, text), logprobs=logprobs, prompt_logprobs=scored)
+    tools = read_tools(fields, settings, text)
+    sampling = replace(read_sampling(fields, settings, text, tools.grammar), logprobs=logprobs, prompt_logprobs=scored)
     output = replace(
         read_output(fields, settings, text), logprobs=logprobs is not None, prompt_logprobs=scored is not None
     )
@@ -61,12 +62,13 @@ def parse_chat(body: dict[str, Any], settings: IngressSettings, text: TextCodec)
     older = read_max_tokens(fields, "max_tokens", settings)
     stated = older if stated is None else stated
     keep = read_truncation(fields, settings, stated)
-    ids = encode_messages(fields, settings, text)
+    ids = encode_messages(fields, settings, text, tools.shown)
     prompt = tuple(ids if keep is None else text.cut(ids, keep))
     check_scored((prompt,), scored, settings, "messages")
     limits = (fit(stated, settings.defaults.max_tokens, prompt, settings, "messages"),)
     check_min_tokens(sampling.min_tokens, limits)
-    return Call(model, (prompt,), limits, n, sampling, output, salt)
+    resumption = read_resumption(fields, settings, text, n, limits)
+    return Call(model, (prompt,), limits, n, sampling, output, salt, tools=tools, resumption=resumption)
 
 
 def _logprobs(fields: Fields, settings: IngressSettings) -> int | None:

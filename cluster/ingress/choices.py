@@ -69,7 +69,12 @@ class ChoiceRunner:
         await self._choice(index, on_piece, None)
 
     async def _choice(self, index: int, on_piece: OnPiece, lead: asyncio.Event | None) -> None:
-        text = ChoiceText(index, self.codec, self.call.output, self.call.sampling.min_tokens)
+        call = self.call
+        text = ChoiceText(index, self.codec, call.output, call.sampling.min_tokens, call.tools)
+        over = text.pass_over(call.resumption.emitted, call.resumption.end(call.sampling))
+        if over is not None:
+            await on_piece(Piece(index, "", (), None if call.sampling.logprobs is None else (), over))
+            return
         generation = self.generator.submit(self.requests[index])
         tally, first, hidden = self.tally, True, self.call.output.hide_generated
         try:
@@ -128,7 +133,7 @@ def requests_of(call: Call, call_id: str, settings: IngressSettings, tenant: str
             cache_prefix=cached,
             embed=call.embed,
         )
-        requests.append(lead)
+        requests.append(call.resumption.of(lead))
         unscored = replace(lead.sampling, prompt_logprobs=None)
         for number in range(1, call.runs):
             sampling = replace(unscored, choice=number)

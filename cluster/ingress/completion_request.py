@@ -13,6 +13,7 @@ from typing import Any
 from penstock.cluster.ingress.call import Call, OutputOptions
 from penstock.cluster.ingress.fields import Fields, shown
 from penstock.cluster.ingress.messages import check_text_length
+from penstock.cluster.ingress.resumption import read_resumption
 from penstock.cluster.ingress.sampling_fields import (
     check_min_tokens,
     check_scored,
@@ -59,7 +60,8 @@ def parse_completion(body: dict[str, Any], settings: IngressSettings, text: Text
     limits = tuple(fit(stated, DEFAULT_MAX_TOKENS, prompt, settings, "prompt") for prompt in prompts)
     check_min_tokens(sampling.min_tokens, (0,) if output.hide_generated else limits)
     texts = _echoed(stated_prompts, prompts, keep is not None, output, text)
-    return Call(model, prompts, limits, n, sampling, output, salt, best_of, texts)
+    resumption = read_resumption(fields, settings, text, len(prompts) * best_of, limits)
+    return Call(model, prompts, limits, n, sampling, output, salt, best_of, texts, resumption=resumption)
 
 
 def read_prompts(fields: Fields, name: str, settings: IngressSettings, runs: int = 1) -> list[str | list[int]]:

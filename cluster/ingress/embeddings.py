@@ -19,7 +19,13 @@ from penstock.cluster.ingress.choices import Tally
 from penstock.cluster.ingress.completion_request import read_ids, read_prompts
 from penstock.cluster.ingress.fields import Fields, shown
 from penstock.cluster.ingress.generator import Generator
-from penstock.cluster.ingress.sampling_fields import fit, read_model, read_salt, read_truncation
+from penstock.cluster.ingress.sampling_fields import (
+    fit,
+    read_model,
+    read_salt,
+    read_truncation,
+    refuse_unsupported,
+)
 from penstock.cluster.ingress.settings import IngressSettings
 from penstock.cluster.text import TextCodec
 from penstock.workers.errors import RefusedError
@@ -51,10 +57,10 @@ def parse_embedding(body: dict[str, Any], settings: IngressSettings, text: TextC
     """Raises RequestError or HttpProblem naming the field."""
     fields = Fields(body)
     model = read_model(fields, settings)
+    refuse_unsupported(fields, settings)
     wants_base64(body)
     if fields.raw("dimensions") is not None:
         raise fields.refuse("dimensions", "vectors have the model's width; it cannot be changed", "unsupported_value")
-    fields.sized("user", str, settings.limits.max_label_bytes)
     keep = read_truncation(fields, settings, 1)
     add_special = fields.boolean("add_special_tokens", default=True)
     salt = read_salt(fields)

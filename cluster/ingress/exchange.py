@@ -24,7 +24,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 JSON = b"application/json"
-LINGER_S = 1.0
+LINGER_S = 2.0
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}\Z")
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -34,7 +34,11 @@ _STREAM_HEADERS = [
 
 
 class Disconnected(Exception):  # noqa: N818 - an event
-    """The caller closed the connection, or stopped reading from it."""
+    """The caller closed the connection."""
+
+
+class SlowReader(Disconnected):
+    """The caller has taken nothing for too long while its buffer was full."""
 
 
 class Exchange:
@@ -43,6 +47,7 @@ class Exchange:
     def __init__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send, limits: LimitSettings) -> None:
         self.method: str = scope["method"]
         self.path: str = scope["path"]
+        self._version: str = scope["http_version"]
         self.status = 0  # of the answer, once it has started
         self._receive = receive
         self._send = send
@@ -53,7 +58,7 @@ class Exchange:
         self._identity = [(b"x-request-id", self.id.encode()), (b"x-penstock-request-id", self.id.encode())]
         self._writing = asyncio.Lock()
         self._write_began: float | None = None
-        self._left = False
+        self._left: type[Disconnected] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     def headers(self, name: bytes) -> list[bytes]:
@@ -79,8 +84,9 @@ class Exchange:
             raise _refused(400, "both Content-Length and Transfer-Encoding", "invalid_http")
         if coded and [value.strip().lower() for value in coded] != [b"chunked"]:
             raise _refused(400, "the only Transfer-Encoding is chunked", "invalid_http")
-        if len(self.headers(b"host")) > 1:
-            raise _refused(400, "more than one Host", "invalid_http")
+        hosts = self.headers(b"host")
+        if len(hosts) > 1 or (not hosts and self._version == "1.1"):
+            raise _refused(400, "more than one Host" if hosts else "no Host", "invalid_http")
         stated = self.headers(b"x-request-id")
         if len(stated) == 1 and _REQUEST_ID.match(stated[0]):
             self._identity[0] = (b"x-request-id", stated[0])
@@ -137,14 +143,10 @@ class Exchange:
 
     async def _discard(self) -> None:
         """Let a caller who is still sending get our answer: closing at once would reset the connection under it."""
-        discarded = 0
         with suppress(TimeoutError):
             async with asyncio.timeout(LINGER_S):
-                while discarded < self._limits.max_body_bytes:
-                    message = await self._receive()
-                    discarded += len(message.get("body", b""))
-                    if not message.get("more_body", False):
-                        return
+                while (await self._receive()).get("more_body", False):
+                    continue
 
     async def respond(
         self, status: int, body: bytes, kind: bytes = JSON, extra: list[tuple[bytes, bytes]] | None = None
@@ -187,8 +189,8 @@ class Exchange:
         try:
             await task
         except asyncio.CancelledError:
-            if self._left:
-                raise Disconnected from None
+            if self._left is not None:
+                raise self._left from None
             raise
         finally:
             if self._timer is not None:
@@ -200,8 +202,9 @@ class Exchange:
         while (await self._receive())["type"] != "http.disconnect":
             continue
 
-    def _leave(self, task: asyncio.Future[None]) -> None:
-        self._left = not task.done()
+    def _leave(self, task: asyncio.Future[None], how: type[Disconnected] = Disconnected) -> None:
+        if not task.done():
+            self._left = how
         task.cancel()
 
     def _watch_writes(self, task: asyncio.Future[None]) -> None:
@@ -210,7 +213,7 @@ class Exchange:
         if task.done():
             return
         if began is not None and time.monotonic() - began > self._limits.write_timeout_s:
-            self._leave(task)
+            self._leave(task, SlowReader)
         else:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(self._limits.write_timeout_s / 2, self._watch_writes, task)

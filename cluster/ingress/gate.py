@@ -3,8 +3,12 @@
 Used by `app.py`; `openapi.py` describes the same table. Paths match exactly as the server decoded them: no doubled,
 trailing or dotted variants.
 
-A server without keys trusts whoever reaches it, so a browser that was led to it must not: operator routes then refuse
-requests that a page of another site makes (`Origin`) or that name a public host (`Host`, DNS rebinding).
+The table is offered on one side or on two: the public one, and one for operators alone (`on_side`), whose listener
+stands elsewhere.
+
+Operator routes are for programs: a request that a page makes (`Origin`) is refused there, with whatever verb and key. A
+server without keys trusts whoever reaches it, so these routes then also refuse what names a public host (`Host`, DNS
+rebinding).
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from penstock.cluster.ingress.exchange import Exchange
 from penstock.cluster.ingress.keys import Access, Caller
 
 MODEL_PREFIX = "/v1/models/"
-_HOST = re.compile(r"[A-Za-z0-9_.:\[\]-]*\Z")
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]*\]|[A-Za-z0-9_.-]*)(:[0-9]*)?\Z")
 _PRIVATE_SUFFIXES = (".localhost", ".local", ".internal", ".svc")
 
 
@@ -29,6 +33,14 @@ class Door(Enum):
     OPEN = "open"  # nothing
     KEY = "key"  # any key
     OPERATOR = "operator"  # a key with the right to look at the whole server
+
+
+class Side(Enum):
+    """Which listener a request came by."""
+
+    WHOLE = "whole"  # the only one there is
+    PUBLIC = "public"
+    OPERATORS = "operators"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +92,13 @@ def route_of(path: str) -> Route:
     return ROUTES.get(path, UNKNOWN)
 
 
+def on_side(route: Route, side: Side) -> bool:
+    """The route is offered there; what tells only that the process lives is offered on both."""
+    if side is Side.WHOLE or route.door is Door.OPEN:
+        return True
+    return (route.door is Door.OPERATOR) is (side is Side.OPERATORS)
+
+
 def admit(exchange: Exchange, route: Route, access: Access) -> Caller | None:
     """Who asks; None at an open door. Raises HttpProblem 401, 403, 404 or 405, in this order: strangers learn nothing,
     not even what does not exist."""
@@ -99,9 +118,7 @@ def admit(exchange: Exchange, route: Route, access: Access) -> Caller | None:
 def _check_operator(exchange: Exchange, caller: Caller, access: Access) -> None:
     if not caller.operator:
         raise HttpProblem(403, "permission_error", "this key is not an operator's", code="operators_only")
-    if access.asks_for_keys:
-        return
-    hosts = [value.decode("latin-1") for value in exchange.headers(b"host")]
+    hosts = () if access.asks_for_keys else [value.decode("latin-1") for value in exchange.headers(b"host")]
     if exchange.headers(b"origin") or any(_is_public(host) for host in hosts):
         raise HttpProblem(403, "permission_error", "not from another site's page", code="foreign_origin")
 

@@ -60,6 +60,10 @@ class Generation(Protocol):
 class Generator(Protocol):
     """Gives every request to the cluster."""
 
+    def check(self, tenant: str) -> None:
+        """Raises RefusedError where any request of the tenant would be refused now, before work is spent on one."""
+        ...
+
     def submit(self, request: GenerateRequest) -> Generation:
         """Start it. Refusals come from the iteration."""
         ...

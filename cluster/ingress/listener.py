@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import socket
+import ssl
 from typing import Any
 
 import uvicorn
@@ -27,6 +29,8 @@ BACKLOG = 2048
 ACCEPT_AT_ONCE = 64  # before other work of the loop gets its turn
 ACCEPT_AGAIN_S = 0.2
 SAY_WITHIN_S = 0.5  # for the first request on a connection taken just before the end
+LAST_WORD_S = 1.0  # beyond the drain time, for those who are told then that it is over
+SEND_BUFFER_BYTES = 128 << 10  # of one connection; the kernel doubles it
 KEEP_ALIVE_S = 75  # longer than the idle time of the usual load balancers, so that they close first
 
 
@@ -34,16 +38,29 @@ class Listener:
     """Serves one ASGI application on the running loop."""
 
     def __init__(
-        self, app: Any, host: str, port: int, *, shared: bool, drain_s: float, limits: LimitSettings | None = None
+        self,
+        app: Any,
+        host: str,
+        port: int,
+        *,
+        shared: bool,
+        drain_s: float,
+        limits: LimitSettings | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         """Binds, but listens only from `start` on: a connection is never left to somebody who is not ready for it.
 
-        OSError when the port is taken. `shared`: other replicas of this machine listen there too.
+        OSError when the port is taken. `shared`: other replicas of this machine listen there too. `tls`: HTTPS, and
+        nothing else.
         """
+        self._tls = tls
+        # Who never finishes the handshake is bounded like who never finishes a head; None where there is none.
+        self._handshake_s = (limits or LimitSettings()).body_timeout_s if tls is not None else None
         self._socket = _bind(host, port, shared)
         config = uvicorn.Config(
             app,
             http=guarded_protocol(limits or LimitSettings()),
+            interface="asgi3",  # else it is guessed from what kind of callable this is
             lifespan="off",
             ws="none",
             access_log=False,
@@ -51,7 +68,7 @@ class Listener:
             server_header=False,
             proxy_headers=False,
             timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=max(1, int(drain_s)),
+            timeout_graceful_shutdown=math.ceil(drain_s + LAST_WORD_S),
         )
         self._server = uvicorn.Server(config)
         self._task: asyncio.Task[None] | None = None
@@ -101,10 +118,15 @@ class Listener:
                 asyncio.get_running_loop().remove_reader(self._socket.fileno())
                 return taken
             connection.setblocking(False)
-            task = asyncio.ensure_future(asyncio.get_running_loop().connect_accepted_socket(self._protocol, connection))
+            task = asyncio.ensure_future(self._join(connection))
             self._joining.add(task)
             task.add_done_callback(self._joined)
         return most
+
+    async def _join(self, connection: socket.socket) -> None:
+        await asyncio.get_running_loop().connect_accepted_socket(
+            self._protocol, connection, ssl=self._tls, ssl_handshake_timeout=self._handshake_s
+        )
 
     def _accept_again(self) -> None:
         if self._socket.fileno() >= 0 and not self._server.should_exit:
@@ -129,6 +151,8 @@ def _bind(host: str, port: int, shared: bool) -> socket.socket:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         # Inherited by connections. asyncio sets it only on sockets it made itself; without, small chunks wait 40 ms.
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # Inherited too: a caller who does not read holds so much of ours in the kernel, and no more.
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         if shared:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listening.bind((host, port))

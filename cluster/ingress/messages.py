@@ -5,24 +5,33 @@ Used by `chat_request.py` and `tokenize_request.py`.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from penstock.cluster.ingress.errors import HttpProblem
 from penstock.cluster.ingress.fields import Fields, shown
+from penstock.cluster.ingress.json_body import parse_json
 from penstock.cluster.ingress.settings import IngressSettings
 from penstock.cluster.ingress.template_variables import read_continuation, read_variables
 from penstock.cluster.text import TextCodec
 from penstock.workers.errors import RequestError
 
 MAX_NAME_BYTES = 1 << 20
+MAX_ARGUMENT_BYTES = 1 << 20
+MAX_CALLS = 1024  # in one message
 
 
-def encode_messages(fields: Fields, settings: IngressSettings, text: TextCodec) -> list[int]:
-    """Ids of the prompt that the body's messages and template fields make. Raises RequestError."""
+def encode_messages(
+    fields: Fields, settings: IngressSettings, text: TextCodec, tools: Sequence[Mapping[str, Any]] = ()
+) -> list[int]:
+    """Ids of the prompt that the body's messages, its tools and template fields make. Raises RequestError."""
     messages = _messages(fields, settings)
     check_text_length(sum(len(m["content"]) for m in messages), settings, text, "messages")
     generates, continues = read_continuation(fields)
     variables = read_variables(fields, settings, text)
-    ids = text.encode_chat(messages, {**variables, "add_generation_prompt": generates}, continue_final=continues)
+    variables["add_generation_prompt"] = generates
+    ids = text.encode_chat(messages, variables, tools=tools, continue_final=continues)
     if not ids:
         raise RequestError("messages: the chat template made an empty prompt of them", field="messages")
     return ids
@@ -57,13 +66,50 @@ def _message(item: object, path: str) -> dict[str, Any]:
     role = fields.text("role", 64)
     if not role:
         raise fields.refuse("role", "is missing")
-    for name in ("tool_calls", "function_call"):
-        fields.only(name, ([],))
+    fields.only("function_call", ())
     message: dict[str, Any] = {"role": role, "content": _content(fields, role)}
+    if calls := _tool_calls(fields, role):
+        message["tool_calls"] = calls
     for name in ("name", "reasoning_content", "tool_call_id"):
         if (value := fields.text(name, MAX_NAME_BYTES)) is not None:
             message[name] = value
     return message
+
+
+def _tool_calls(fields: Fields, role: str) -> list[dict[str, Any]]:
+    """What the model called. Templates write the arguments themselves, so they get the object that the text says."""
+    stated = fields.raw("tool_calls")
+    if stated is None or stated == []:
+        return []
+    if role != "assistant":
+        raise fields.refuse("tool_calls", "only stand in messages of the assistant")
+    if not isinstance(stated, list) or len(stated) > MAX_CALLS:
+        raise fields.refuse("tool_calls", f"must be a list of at most {MAX_CALLS} calls", "invalid_type")
+    return [_tool_call(call, f"{fields.name('tool_calls')}[{index}]") for index, call in enumerate(stated)]
+
+
+def _tool_call(call: object, path: str) -> dict[str, Any]:
+    if not isinstance(call, dict):
+        raise RequestError(f"{path}: must be an object, not {shown(call)}", field=path, code="invalid_type")
+    outer = Fields(call, f"{path}.")
+    outer.only("type", ("function",))
+    function = outer.child("function")
+    if function is None:
+        raise outer.refuse("function", "is missing")
+    name = function.text("name", MAX_NAME_BYTES)
+    if not name:
+        raise function.refuse("name", "is missing")
+    stated = function.text("arguments", MAX_ARGUMENT_BYTES) or "{}"
+    try:
+        # Through json first: a model may well have said a name twice, and its own words come back here.
+        arguments = parse_json(json.dumps(json.loads(stated)).encode())
+    except (ValueError, RecursionError, HttpProblem) as error:
+        raise function.refuse("arguments", f"must be the text of a JSON object: {str(error)[:100]}") from error
+    return {
+        "id": outer.text("id", MAX_NAME_BYTES) or "",
+        "type": "function",
+        "function": {"name": name, "arguments": arguments},
+    }
 
 
 def _content(fields: Fields, role: str) -> str:

@@ -36,6 +36,7 @@ _USAGE: Schema = {
     "required": ["prompt_tokens", "total_tokens"],
 }
 _REASONS: Schema = {"enum": ["stop", "length"]}
+_CHAT_REASONS: Schema = {"enum": ["stop", "length", "tool_calls"]}
 _ALWAYS = {"431": "headers too large"}
 _KEYED = {"401": "no valid key", "403": "the key lacks the right"}
 _POSTED = {
@@ -68,12 +69,8 @@ _PLACES = {
 
 
 def openapi_document(shape: Shape, version: str, switches: dict[str, bool]) -> dict[str, Any]:
-    """The document for a server of this shape. `switches`: which of the routes that can be switched off are on."""
-    paths = {
-        path: _operations(route)
-        for path, route in ROUTES.items()
-        if not route.switched or switches.get(route.name, False)
-    }
+    """The document for a server of this shape. `switches`: which routes of the table there are."""
+    paths = {path: _operations(route) for path, route in ROUTES.items() if switches[route.name]}
     name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
     one = {"parameters": [name], **_operations(ONE_MODEL, "One model", {"404": "no such model"})}
     bodies = {kind.value: body_schema(kind, shape) for kind in Kind}
@@ -137,7 +134,7 @@ _ANSWERS: dict[str, Schema] = {
         {**_GENERATED, "choices": _listed({"index": _INTEGER, "text": _TEXT, "finish_reason": _REASONS})}
     ),
     "chat_completions": _object(
-        {**_GENERATED, "choices": _listed({"index": _INTEGER, "message": _OBJECT, "finish_reason": _REASONS})}
+        {**_GENERATED, "choices": _listed({"index": _INTEGER, "message": _OBJECT, "finish_reason": _CHAT_REASONS})}
     ),
     "embeddings": _object(
         {

@@ -12,10 +12,15 @@ from typing import Any
 
 from penstock.cluster.chat_template import RESERVED
 from penstock.cluster.ingress.chat_request import CHAT_UNSUPPORTED
+from penstock.cluster.ingress.grammar_fields import FORMATS, FORMS, GUIDED
+from penstock.cluster.ingress.messages import MAX_CALLS
+from penstock.cluster.ingress.resumption import EMITTED
 from penstock.cluster.ingress.sampling_fields import MAX_TEMPERATURE, MAX_TOP_K, UNSUPPORTED, UNUSED
-from penstock.cluster.ingress.template_variables import MAX_VARIABLES
-from penstock.cluster.ingress.token_edits import MAX_BIAS, MAX_PENALTY, REPETITION_RANGE
+from penstock.cluster.ingress.template_variables import MAX_NAME_CHARS, MAX_VARIABLES
+from penstock.cluster.ingress.token_edits import FORBIDDEN, MAX_BIAS, MAX_PENALTY, REPETITION_RANGE
+from penstock.cluster.ingress.tool_fields import CHOICES
 from penstock.cluster.settings import LimitSettings
+from penstock.workers.grammar_spec import MAX_GRAMMAR_BYTES
 
 Schema = dict[str, Any]
 UNUSABLE = "other values are not supported"
@@ -75,7 +80,7 @@ def _chat(shape: Shape) -> tuple[Schema, list[str]]:
         "logprobs": _boolean(),
         "top_logprobs": _integer(0, shape.limits.max_logprobs, "only with logprobs: true"),
         **_template(shape),
-        "parallel_tool_calls": {},
+        **_tools(shape),
         **{name: {"enum": [*harmless, None], "description": UNUSABLE} for name, harmless in CHAT_UNSUPPORTED.items()},
     }
     return {**own, **_shared(shape)}, ["messages"]
@@ -87,10 +92,10 @@ def _embedding(shape: Shape) -> tuple[Schema, list[str]]:
         "model": _string(),
         "encoding_format": {"type": ["string", "null"], "enum": ["float", "base64", None]},
         "dimensions": {"type": "null", "description": "vectors have the model's width"},
-        "user": _label(shape, str),
         "add_special_tokens": _boolean(),
         "truncate_prompt_tokens": _integer(-1, shape.max_model_len - 1, "not 0; -1: as many as fit"),
         "cache_salt": _salt(),
+        **_unused(shape),
     }, ["input"]
 
 
@@ -102,11 +107,14 @@ def _tokenize(shape: Shape) -> tuple[Schema, list[str]]:
         "add_special_tokens": _boolean(),
         "return_token_strs": _boolean(),
         **_template(shape),
+        **_tools(shape),
+        **_unused(shape),
     }, []
 
 
 def _detokenize(shape: Shape) -> tuple[Schema, list[str]]:
-    return {"model": _string(), "tokens": _token_ids(shape, shape.limits.max_tokenize_bytes)}, ["tokens"]
+    tokens = _token_ids(shape, shape.limits.max_tokenize_bytes)
+    return {"model": _string(), "tokens": tokens, **_unused(shape)}, ["tokens"]
 
 
 def _shared(shape: Shape) -> Schema:
@@ -136,6 +144,7 @@ def _shared(shape: Shape) -> Schema:
         },
         "bad_words": _list(_short_string(limits.max_stop_bytes), limits.max_bad_words),
         "allowed_token_ids": {**_list(_id(shape), limits.max_allowed_token_ids), "minItems": 1},
+        **_resumed(shape),
         "min_tokens": _integer(0, shape.max_model_len, "at most max_tokens"),
         "ignore_eos": _boolean(),
         "stop": {
@@ -154,11 +163,31 @@ def _shared(shape: Shape) -> Schema:
         "cache_salt": _salt(),
         "response_format": {
             "type": ["object", "null"],
-            "properties": {"type": {"const": "text"}},
+            "properties": {"type": {"enum": list(FORMATS)}, "json_schema": {"type": ["object", "null"]}},
             "required": ["type"],
         },
+        "structured_outputs": {
+            "type": ["object", "null"],
+            "description": f"exactly one of {', '.join(FORMS)}; at most {MAX_GRAMMAR_BYTES} bytes",
+        },
+        **{name: {"description": f"older name of structured_outputs.{form}"} for name, form in GUIDED.items()},
+        **_unused(shape),
+    }
+
+
+def _unused(shape: Shape) -> Schema:
+    """What changes nothing, in whatever body it stands."""
+    return {
         **{name: _label(shape, kind) for name, kind in UNUSED.items()},
         **{name: {"enum": [*harmless, None], "description": UNUSABLE} for name, harmless in UNSUPPORTED.items()},
+    }
+
+
+def _resumed(shape: Shape) -> Schema:
+    """What the caller has of the answer already."""
+    return {
+        EMITTED: {**_list(_id(shape), shape.max_model_len), "description": "go on behind these"},
+        FORBIDDEN: {**_list(_id(shape), shape.limits.max_bad_words), "description": "may not come right behind them"},
     }
 
 
@@ -173,10 +202,46 @@ def _template(shape: Shape) -> Schema:
         "chat_template_kwargs": {
             "type": ["object", "null"],
             "maxProperties": MAX_VARIABLES,
-            "propertyNames": {"pattern": "^[A-Za-z_][A-Za-z0-9_]*$", "not": {"enum": sorted(RESERVED)}},
+            "propertyNames": {
+                "pattern": f"^[A-Za-z_][A-Za-z0-9_]{{0,{MAX_NAME_CHARS - 1}}}$",
+                "not": {"enum": sorted(RESERVED)},
+            },
             "additionalProperties": scalar,
         },
     }
+
+
+def _tools(shape: Shape) -> Schema:
+    name = {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"}
+    parameters = {
+        "type": ["object", "null"],
+        "properties": {"type": {"enum": ["object"]}},
+        "description": "a JSON schema; absent: the function takes no arguments",
+    }
+    function = {
+        "type": "object",
+        "properties": {"name": name, "description": _string(), "parameters": parameters, "strict": _boolean()},
+        "required": ["name"],
+    }
+    named = {"type": "object", "properties": {"name": {"type": "string", "minLength": 1}}, "required": ["name"]}
+    return {
+        "tools": {
+            "type": ["array", "null"],
+            "items": _function(function),
+            "maxItems": shape.limits.max_tools,
+            "description": f"names may not repeat; at most {shape.limits.max_tool_bytes} bytes of JSON",
+        },
+        "tool_choice": {
+            "anyOf": [{"enum": [*CHOICES, None]}, _function(named)],
+            "description": "only with tools, of which it may name one",
+        },
+        "parallel_tool_calls": _boolean(),
+    }
+
+
+def _function(schema: Schema) -> Schema:
+    kind = {"const": "function"}
+    return {"type": "object", "properties": {"type": kind, "function": schema}, "required": ["type", "function"]}
 
 
 def _messages(shape: Shape, nullable: bool = False) -> Schema:
@@ -186,16 +251,33 @@ def _messages(shape: Shape, nullable: bool = False) -> Schema:
         "required": ["type", "text"],
     }
     content = [{"type": "string"}, {"type": "array", "items": part, "minItems": 1}]
+    call = {
+        "type": "object",
+        "properties": {
+            "id": _string(),
+            "type": {"enum": ["function", None]},
+            "function": {
+                "type": "object",
+                "properties": {
+                    "name": {"type": "string", "minLength": 1},
+                    "arguments": {"type": ["string", "null"], "description": "the text of a JSON object"},
+                },
+                "required": ["name"],
+            },
+        },
+        "required": ["function"],
+    }
     message = {
         "type": "object",
         "properties": {
             "role": {"type": "string", "minLength": 1, "maxLength": 64},
-            "content": {"anyOf": content},
+            "content": {"anyOf": [*content, {"type": "null"}], "description": "null only of the assistant"},
             "name": _string(),
             "reasoning_content": _string(),
             "tool_call_id": _string(),
+            "tool_calls": {"type": ["array", "null"], "items": call, "maxItems": MAX_CALLS},
         },
-        "required": ["role", "content"],
+        "required": ["role"],
     }
     kind = ["array", "null"] if nullable else "array"
     return {"type": kind, "items": message, "minItems": 1, "maxItems": shape.limits.max_messages}

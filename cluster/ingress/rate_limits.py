@@ -46,16 +46,18 @@ class TokenBucket:
 
 
 class Account:
-    """The use one key makes of this process. `share`: this process's part of the limits, 1 / number of ingresses."""
+    """The use one key makes of this process. `share`: this process's part of the limits, 1 / number of ingresses;
+    `most_open`: open requests that the process grants one key, whatever the key's own limit."""
 
     __slots__ = ("_clock", "_max_open", "_open", "_requests", "_tokens")
 
-    def __init__(self, entry: KeyEntry, clock: Clock, share: float = 1.0) -> None:
+    def __init__(self, entry: KeyEntry, clock: Clock, share: float = 1.0, most_open: int | None = None) -> None:
         now = clock()
         self._clock = clock
         self._open = 0
         stated = entry.max_open_requests
-        self._max_open = None if stated is None else max(1, round(stated * share))
+        own = None if stated is None else max(1, round(stated * share))
+        self._max_open = min((each for each in (own, most_open) if each is not None), default=None)
         self._requests = _bucket(entry.requests_per_minute, share, now)
         self._tokens = _bucket(entry.tokens_per_minute, share, now)
 

@@ -15,12 +15,22 @@ from penstock.router.emission import TokenLogprob
 
 
 @dataclass(slots=True)
+class CallResult:
+    """One tool call of a choice, and the text of its arguments in pieces."""
+
+    id: str
+    name: str
+    arguments: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class ChoiceResult:
     """One choice. `logprobs` is empty where nobody asked."""
 
     text: list[str] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    calls: list[CallResult] = field(default_factory=list)
     finish_reason: str | None = None
 
     def add(self, piece: Piece) -> None:
@@ -28,6 +38,13 @@ class ChoiceResult:
         self.text.append(piece.text)
         self.tokens.extend(piece.tokens)
         self.logprobs.extend(piece.logprobs or ())
+        for call in piece.calls:
+            if call.dropped:
+                del self.calls[call.index]
+                continue
+            if call.id:
+                self.calls.append(CallResult(call.id, call.name))
+            self.calls[call.index].arguments.append(call.arguments)
         self.finish_reason = piece.finish_reason
 
     @property

@@ -16,10 +16,12 @@ import secrets
 from penstock.cluster.ingress.call import OutputOptions
 from penstock.cluster.ingress.errors import model_not_found
 from penstock.cluster.ingress.fields import Fields, shown
+from penstock.cluster.ingress.grammar_fields import read_grammar
 from penstock.cluster.ingress.settings import IngressSettings
 from penstock.cluster.ingress.token_edits import read_token_edits, read_token_ids
 from penstock.cluster.text import TextCodec
 from penstock.workers.errors import RequestError
+from penstock.workers.grammar_spec import GrammarSpec
 from penstock.workers.protocol import SamplingParams, Tokens
 
 GREEDY_BELOW = 1e-5
@@ -30,18 +32,17 @@ _SALT = re.compile(r"[A-Za-z0-9_-]{1,256}\Z")
 UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "length_penalty": (1, 1.0),
     "use_beam_search": (False,),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
     "guided_decoding_backend": (),
     "logits_processors": ([],),
     "prompt_embeds": (),
+    "inputs_embeds": (),
+    "multi_modal_data": (),
     "lora_request": (),
     "lora_path": (),
     "custom_logit_processor": (),
     "kv_transfer_params": (),
+    "logprob_token_ids": ([],),
+    "previous_response_id": (),
     "chat_template": (),
 }
 # Fields that are accepted, bounded, and not used.
@@ -69,13 +70,17 @@ def read_model(fields: Fields, settings: IngressSettings) -> str:
     return name
 
 
-def read_sampling(fields: Fields, settings: IngressSettings, text: TextCodec) -> SamplingParams:
-    """Sampling of choice 0, without `max_tokens` (1 stands there) and logprobs."""
+def read_sampling(
+    fields: Fields, settings: IngressSettings, text: TextCodec, calls: GrammarSpec | None = None
+) -> SamplingParams:
+    """Sampling of choice 0, without `max_tokens` (1 stands there) and logprobs. `calls`: the grammar of a chat's tools,
+    which has taken in what else was asked for."""
     defaults = settings.defaults
     temperature = fields.number("temperature", 0.0, MAX_TEMPERATURE, defaults.temperature)
     top_k = fields.integer("top_k", -1, MAX_TOP_K, defaults.top_k) or 0
     seed = fields.integer("seed", -(1 << 63), (1 << 64) - 1)
-    stop_ids = _stop_token_ids(fields, settings, text)
+    grammar = calls or read_grammar(fields, text)
+    stop_ids = _stop_token_ids(fields, settings, text, grammar)
     edits = read_token_edits(fields, settings, text, stop_ids)
     return SamplingParams(
         max_tokens=1,
@@ -85,6 +90,7 @@ def read_sampling(fields: Fields, settings: IngressSettings, text: TextCodec) ->
         min_p=fields.number("min_p", 0.0, 1.0, defaults.min_p),
         seed=secrets.randbits(64) if seed is None else seed % (1 << 64),
         stop_token_ids=stop_ids,
+        grammar=grammar,
         **{edit.name: getattr(edits, edit.name) for edit in dataclasses.fields(edits)},
     )
 
@@ -123,9 +129,6 @@ def refuse_unsupported(fields: Fields, settings: IngressSettings) -> None:
     """Fields that would change the answer and are not built yet; and the size of those that change nothing."""
     for name, harmless in UNSUPPORTED.items():
         fields.only(name, harmless)
-    response_format = fields.child("response_format")
-    if response_format is not None and response_format.raw("type") != "text":
-        raise fields.refuse("response_format", "only type 'text' is supported by this server", "unsupported_value")
     for name, kind in UNUSED.items():
         fields.sized(name, kind, settings.limits.max_label_bytes)
 
@@ -189,10 +192,11 @@ def check_min_tokens(min_tokens: int, limits: Tokens) -> None:
         )
 
 
-def _stop_token_ids(fields: Fields, settings: IngressSettings, text: TextCodec) -> Tokens:
+def _stop_token_ids(fields: Fields, settings: IngressSettings, text: TextCodec, grammar: GrammarSpec | None) -> Tokens:
     stated = read_token_ids(fields, "stop_token_ids", text, settings.limits.max_stop_token_ids) or ()
     eos = () if fields.boolean("ignore_eos") else text.eos_token_ids
-    return tuple(sorted({*stated, *eos}))
+    ends = () if grammar is None else grammar.end_token_ids
+    return tuple(sorted({*stated, *eos, *ends}))
 
 
 def _stops(fields: Fields, settings: IngressSettings) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from penstock.cluster.ingress.answer_format import AnswerFormat
@@ -34,6 +34,8 @@ from penstock.cluster.ingress.embeddings import EmbeddingAnswer, parse_embedding
 from penstock.cluster.ingress.errors import HttpProblem, model_not_found
 from penstock.cluster.ingress.fields import Fields
 from penstock.cluster.ingress.generator import Generator
+from penstock.cluster.ingress.grammar_check import GrammarCheck, GrammarRefusedError
+from penstock.cluster.ingress.grammar_fields import stated_field
 from penstock.cluster.ingress.json_body import parse_json
 from penstock.cluster.ingress.keys import Access, Caller
 from penstock.cluster.ingress.known_fields import IgnoredFields
@@ -44,8 +46,10 @@ from penstock.cluster.ingress.sampling_fields import read_model
 from penstock.cluster.ingress.settings import IngressSettings
 from penstock.cluster.ingress.stopwatch import Stopwatch
 from penstock.cluster.ingress.tokenize_request import detokenize, tokenize
-from penstock.cluster.metrics import Metrics
+from penstock.cluster.metrics import GrammarVerdict, Metrics
 from penstock.cluster.text import TextCodec
+from penstock.workers.errors import RefusedError
+from penstock.workers.grammar_spec import GrammarSpec
 from penstock.workers.protocol import GenerateRequest
 
 Write = Callable[[bytes], Awaitable[None]]
@@ -99,8 +103,15 @@ class OpenAIService:
         self.settings = settings
         self.text = text
         self.metrics = metrics
-        self.access = Access(settings.keys, settings.api_key, clock=clock, share=settings.limits_share)
+        self.access = Access(
+            settings.keys,
+            settings.api_key,
+            clock=clock,
+            share=settings.limits_share,
+            most_open=settings.limits.max_open_requests,
+        )
         self._generator = generator
+        self._grammars = GrammarCheck(text)
         self._ignored = IgnoredFields()
         self._open = 0
         self._created = int(time.time())
@@ -125,13 +136,24 @@ class OpenAIService:
                 self._open -= 1
                 self.metrics.requests_open.dec()
 
-    async def prepare(self, kind: Kind, body: Body, visit: Visit, watch: Stopwatch) -> Job:
-        """Parse, tokenise and charge a completions, chat or embeddings request; nothing runs yet."""
+    async def prepare(
+        self, kind: Kind, body: Body, visit: Visit, watch: Stopwatch, ttft_target_s: float | None = None
+    ) -> Job:
+        """Parse, tokenise and charge a completions, chat or embeddings request; nothing runs yet.
+
+        Where the cluster is too busy for any request of the tenant, that is said before anything is parsed.
+        `ttft_target_s`: refuse what would wait longer for its first token; it can only lower other targets.
+        """
+        self._generator.check(visit.caller.tenant)
         if isinstance(body, bytes) and len(body) > BESIDE_ABOVE_BYTES:
             call, requests, parsed = await asyncio.to_thread(self._parse, kind, body, visit)
         else:
             call, requests, parsed = self._parse(kind, body, visit)
-        visit.lease.charge_prompt(call.prompt_tokens)
+        targets = [each for each in (ttft_target_s, visit.caller.ttft_target_s) if each is not None]
+        if targets:
+            requests = [replace(each, queue_timeout_s=min(each.queue_timeout_s, *targets)) for each in requests]
+        await self._try_grammars(call, Fields(parsed), visit.caller.tenant)
+        visit.lease.charge_prompt(call.prompt_tokens + len(call.resumption.emitted))
         generator = watch.follow(self._generator, call)
         runner = ChoiceRunner(call, tuple(requests), self.text, generator, Tally(call))
         base64 = call.embed and wants_base64(parsed)
@@ -214,6 +236,8 @@ class OpenAIService:
             "root": self.settings.root or name,
             "parent": None,
             "max_model_len": self.settings.max_model_len,
+            "vocab_size": self.text.vocab_size,
+            "block_size": self.settings.block_size,
         }
 
     def _read(self, body: Body, visit: Visit) -> dict[str, Any]:
@@ -224,8 +248,35 @@ class OpenAIService:
 
     def _parse(self, kind: Kind, body: Body, visit: Visit) -> tuple[Call, Sequence[GenerateRequest], dict[str, Any]]:
         parsed = self._read(body, visit)
-        call = _PARSERS[kind](parsed, self.settings, self.text)
+        stated = any(parsed.get(name) is not None for name in ("max_tokens", "max_completion_tokens"))
+        call = visit.caller.bound(_PARSERS[kind](parsed, self.settings, self.text), stated)
         return call, requests_of(call, _answer_id(kind, visit), self.settings, visit.caller.tenant), parsed
+
+    async def _try_grammars(self, call: Call, fields: Fields, tenant: str) -> None:
+        """Raises RequestError naming the field of a grammar that cannot be followed."""
+        grammar, tools = call.sampling.grammar, call.tools
+        if grammar is not None:
+            await self._try_grammar(grammar, stated_field(fields) if tools.grammar is None else "tools", tenant)
+        if tools.trial is not None:
+            try:
+                await self._try_grammar(tools.trial, "tools", tenant)
+            except GrammarRefusedError as error:
+                if not error.only_unsupported:
+                    raise
+
+    async def _try_grammar(self, grammar: GrammarSpec, field: str, tenant: str) -> None:
+        verdict: GrammarVerdict | None = None  # the caller left
+        try:
+            verdict = await self._grammars.check(grammar, field, tenant)
+        except GrammarRefusedError as error:
+            verdict = error.verdict
+            raise
+        except RefusedError:
+            verdict = GrammarVerdict.SHED
+            raise
+        finally:
+            if verdict is not None:
+                self.metrics.grammar_checks.labels(verdict).inc()
 
     def _transform(self, kind: Kind, body: Body, visit: Visit) -> dict[str, Any]:
         parsed = self._read(body, visit)

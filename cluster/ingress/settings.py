@@ -30,6 +30,8 @@ class IngressSettings:
     keys: tuple[KeyEntry, ...] = field(default=(), repr=False)
     limits_share: float = 1.0  # this process's part of the keys' limits: 1 / number of ingresses
     enable_tokenizer_info: bool = False
+    operators_apart: bool = False  # what operators ask for is on a listener of its own
+    auto_tool_choice: bool = True
     defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
     limits: LimitSettings = field(default_factory=LimitSettings)
 
@@ -53,6 +55,8 @@ def ingress_settings(config: ClusterConfig, model: ModelDescription) -> IngressS
         keys=read_key_file(Path(front.api_keys_file)) if front.api_keys_file else (),
         limits_share=1 / config.ray.ingress_replicas,
         enable_tokenizer_info=front.enable_tokenizer_info,
+        operators_apart=front.admin == "apart",
+        auto_tool_choice=front.enable_auto_tool_choice,
         defaults=model.defaults if config.front.generation_config == "auto" else GenerationDefaults(),
         limits=config.limits,
     )

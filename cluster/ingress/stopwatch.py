@@ -240,6 +240,10 @@ class _Followed:
         self._watch = watch
         self._generator = generator
 
+    def check(self, tenant: str) -> None:
+        """See `Generator.check`."""
+        self._generator.check(tenant)
+
     def submit(self, request: GenerateRequest) -> Generation:
         """See `Generator.submit`."""
         self._watch.observe_parameters(request)

@@ -15,6 +15,7 @@ from penstock.cluster.text import TextCodec
 
 MAX_VARIABLES = 16
 MAX_NUMBER = 1e8
+MAX_NAME_CHARS = 64
 
 
 def read_continuation(fields: Fields) -> tuple[bool, bool]:
@@ -39,7 +40,8 @@ def read_variables(fields: Fields, settings: IngressSettings, text: TextCodec) -
     if len(names) > MAX_VARIABLES:
         raise fields.refuse("chat_template_kwargs", f"holds more than {MAX_VARIABLES} names", "out_of_range")
     for name in names:
-        if not name.isidentifier() or name in RESERVED or name.endswith("_token"):
+        wrong = not name.isidentifier() or len(name) > MAX_NAME_CHARS
+        if wrong or name in RESERVED or name.endswith("_token"):
             raise fields.refuse("chat_template_kwargs", f"the name {shown(name)} cannot be set")
         if stated is not None:
             variables[name] = _scalar(stated, name, settings.limits.max_label_bytes)

@@ -15,11 +15,14 @@ from penstock.cluster.ingress.fields import Fields, shown
 from penstock.cluster.ingress.settings import IngressSettings
 from penstock.cluster.text import TextCodec
 from penstock.workers.protocol import Tokens
+from penstock.workers.request_check import MAX_BAD_WORD_TOKENS
 
 MAX_PENALTY = 2.0
 REPETITION_RANGE = (0.01, 100.0)
 MAX_BIAS = 100.0
 BANNING_BIAS = -MAX_BIAS  # OpenAI: "should result in a ban"
+FORBIDDEN = "forbidden_next_token_ids"  # not right behind what is there already; see `resumption.py`
+FORBIDDEN_TOKENS = 33  # of the bad word that each of them becomes
 _TOKEN_ID = re.compile(r"(?:0|[1-9][0-9]{0,9})\Z")
 Bias = tuple[tuple[int, float], ...]
 
@@ -39,16 +42,17 @@ class TokenEdits:
 
 def read_token_edits(fields: Fields, settings: IngressSettings, text: TextCodec, stop_ids: Tokens) -> TokenEdits:
     """Raises RequestError naming the field. `stop_ids` are banned while `min_tokens` are not reached."""
+    forbidden = read_token_ids(fields, FORBIDDEN, text, settings.limits.max_bad_words) or ()
     edits = TokenEdits(
         presence_penalty=fields.number("presence_penalty", -MAX_PENALTY, MAX_PENALTY, 0.0),
         frequency_penalty=fields.number("frequency_penalty", -MAX_PENALTY, MAX_PENALTY, 0.0),
         repetition_penalty=fields.number("repetition_penalty", *REPETITION_RANGE, settings.defaults.repetition_penalty),
         logit_bias=_logit_bias(fields, settings, text),
-        bad_words=_bad_words(fields, settings, text),
+        bad_words=_bad_words(fields, settings, text, MAX_BAD_WORD_TOKENS - FORBIDDEN_TOKENS * len(forbidden)),
         allowed_token_ids=_allowed(fields, settings, text),
         min_tokens=fields.integer("min_tokens", 0, settings.max_model_len, 0) or 0,
     )
-    _leave_something(edits, fields, text.vocab_size, stop_ids)
+    _leave_something(edits, fields, text.vocab_size, stop_ids, forbidden)
     return edits
 
 
@@ -86,7 +90,8 @@ def _logit_bias(fields: Fields, settings: IngressSettings, text: TextCodec) -> B
     return tuple(sorted(found))
 
 
-def _bad_words(fields: Fields, settings: IngressSettings, text: TextCodec) -> tuple[Tokens, ...]:
+def _bad_words(fields: Fields, settings: IngressSettings, text: TextCodec, most: int) -> tuple[Tokens, ...]:
+    """Of at most `most` tokens in all."""
     limits = settings.limits
     stated = fields.raw("bad_words")
     if stated is None:
@@ -103,6 +108,8 @@ def _bad_words(fields: Fields, settings: IngressSettings, text: TextCodec) -> tu
             tokens = tuple(text.encode(form, "bad_words", add_special_tokens=False))
             if tokens:
                 found[tokens] = None
+    if sum(map(len, found)) > most:
+        raise fields.refuse("bad_words", f"are more than {most} tokens in all, each written in two ways", "too_long")
     return tuple(found)
 
 
@@ -113,12 +120,12 @@ def _allowed(fields: Fields, settings: IngressSettings, text: TextCodec) -> Toke
     return allowed
 
 
-def _leave_something(edits: TokenEdits, fields: Fields, vocab_size: int, stop_ids: Tokens) -> None:
+def _leave_something(edits: TokenEdits, fields: Fields, vocab_size: int, stop_ids: Tokens, forbidden: Tokens) -> None:
     """At every step some token must be left, whatever came before it."""
     banned = {token for token, bias in edits.logit_bias if bias <= BANNING_BIAS}
     ends = {word[-1] for word in edits.bad_words}
     stops = set(stop_ids) if edits.min_tokens else set()
-    bans = {"logit_bias": banned, "bad_words": ends, "min_tokens": stops}
+    bans = {"logit_bias": banned, "bad_words": ends, "min_tokens": stops, FORBIDDEN: set(forbidden)}
     together = set[int]().union(*bans.values())
     if edits.allowed_token_ids is None:
         left = vocab_size > len(together)

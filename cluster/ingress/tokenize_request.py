@@ -11,9 +11,10 @@ from typing import Any
 from penstock.cluster.ingress.fields import Fields, shown
 from penstock.cluster.ingress.logprob_format import token_text
 from penstock.cluster.ingress.messages import encode_messages
-from penstock.cluster.ingress.sampling_fields import read_model
+from penstock.cluster.ingress.sampling_fields import read_model, refuse_unsupported
 from penstock.cluster.ingress.settings import IngressSettings
 from penstock.cluster.ingress.template_variables import read_continuation, read_variables
+from penstock.cluster.ingress.tool_fields import read_tools
 from penstock.cluster.text import TextCodec
 from penstock.workers.errors import RequestError
 
@@ -22,6 +23,7 @@ def tokenize(body: dict[str, Any], settings: IngressSettings, text: TextCodec) -
     """Ids of `prompt`, or of the prompt that `messages` make. Raises RequestError or HttpProblem."""
     fields = Fields(body)
     read_model(fields, settings)
+    refuse_unsupported(fields, settings)
     ids = _ids(fields, settings, text)
     strings = [token_text(text, token) for token in ids] if fields.boolean("return_token_strs") else None
     return {"tokens": ids, "count": len(ids), "max_model_len": settings.max_model_len, "token_strs": strings}
@@ -31,6 +33,7 @@ def detokenize(body: dict[str, Any], settings: IngressSettings, text: TextCodec)
     """Text of `tokens`. Raises RequestError or HttpProblem."""
     fields = Fields(body)
     read_model(fields, settings)
+    refuse_unsupported(fields, settings)
     tokens = fields.raw("tokens")
     if not isinstance(tokens, list):
         raise fields.refuse("tokens", f"must be a list of token ids, not {shown(tokens)}", "invalid_type")
@@ -52,7 +55,7 @@ def _ids(fields: Fields, settings: IngressSettings, text: TextCodec) -> list[int
     if (prompt is None) == (fields.raw("messages") is None):
         raise RequestError("prompt: give either 'prompt' or 'messages'", field="prompt")
     if prompt is None:
-        return encode_messages(fields, settings, text)
+        return encode_messages(fields, settings, text, read_tools(fields, settings, text).shown)
     if not isinstance(prompt, str):
         raise fields.refuse("prompt", f"must be a string, not {shown(prompt)}", "invalid_type")
     fields.text("prompt", settings.limits.max_tokenize_bytes)

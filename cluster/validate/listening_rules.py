@@ -55,7 +55,14 @@ def _listeners(serve_config: Any, config: ClusterConfig, front_stated: bool) -> 
     disabled = text(serve_config, "proxy_location") == "Disabled"
     proxy = 0 if disabled else whole(serve_config, "http_options", "port") or PROXY_PORT
     front = config.front.port if front_stated else 0
-    by_port = {**RAYS_PORTS, proxy: "Serve's proxies", front: "the ingress", config.front.grpc_port: "gRPC"}
+    apart = config.front.operators_port if config.front.admin == "apart" and (front or config.front.admin_port) else 0
+    by_port = {
+        **RAYS_PORTS,
+        apart: "the listener for operators",
+        proxy: "Serve's proxies",
+        front: "the ingress",
+        config.front.grpc_port: "gRPC",
+    }
     grpc = whole(serve_config, "grpc_options", "port")
     if grpc and at(serve_config, "grpc_options", "grpc_servicer_functions"):
         by_port[grpc] = "Serve's gRPC proxies"
@@ -82,7 +89,8 @@ def _proxies(serve_config: Any, serve_place: Path, spec: dict[str, Any], cluster
 
 
 def _clashes(config: ClusterConfig, listeners: Listeners, places: Mapping[str, Path], args: Path) -> Iterator[Problem]:
-    for key, port in (("front.port", listeners.front), ("front.grpc_port", config.front.grpc_port)):
+    stated = {"front.grpc_port": config.front.grpc_port, "front.admin_port": config.front.admin_port}
+    for key, port in {"front.port": listeners.front, **stated}.items():
         if port in RAYS_PORTS:
             yield Problem(places.get(key, args), f"Ray's own {RAYS_PORTS[port]} uses port {port}; take another")
     if config.front.grpc_port and config.front.grpc_port == listeners.proxy:

@@ -50,3 +50,17 @@ def test_goodbyes_of_strangers_are_nothing() -> None:
     attendance = Attendance(20.0, now=0.0)
     attendance.leave("nobody")
     assert attendance.editions() == set()
+
+
+def test_who_could_not_be_heard_is_excused() -> None:
+    attendance = Attendance(20.0, now=0.0)
+    assert not attendance.overdue(20.0)
+    assert attendance.overdue(20.5)
+    attendance.enter(Attendant("a", "one"), 21.0)
+    attendance.enter(Attendant("b", "two"), 30.0)
+    assert attendance.overdue(41.5)
+    attendance.excuse(41.5)
+    attendance.expire(61.0)
+    assert attendance.editions() == {"one", "two"}
+    attendance.expire(61.6)
+    assert attendance.editions() == set()

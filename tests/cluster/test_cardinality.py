@@ -48,6 +48,7 @@ def hostile(kind: tuple[Any, ...], number: int) -> tuple[dict[str, Any], bytes]:
     body |= {} if fields_known else {name: name}
     scope = {
         "type": "http",
+        "http_version": "2",
         "method": f"M{number}" if method == "M" else method,
         "path": path if path_known else path + name,
         "headers": [(key.encode(), value.encode()) for key, value in headers.items()],

@@ -64,12 +64,17 @@ def test_every_flag_has_a_key() -> None:
         "--mixed",
         "--host",
         "--port",
+        "--admin-host",
+        "--admin-port",
+        "--admin",
         "--grpc-port",
         "--served-model-name",
         "--dtype",
         "--device",
         "--model-impl",
         "--generation-config",
+        "--tool-call-parser",
+        "--enable-auto-tool-choice/--no-enable-auto-tool-choice",
         "--max-model-len",
         "--block-size",
         "--max-num-seqs",
@@ -79,6 +84,9 @@ def test_every_flag_has_a_key() -> None:
         "--gpu-memory-utilization",
         "--num-gpu-blocks-override",
         "--enable-prefix-caching/--no-enable-prefix-caching",
+        "--kv-offloading-size",
+        "--kv-disk-path",
+        "--kv-disk-bytes",
         "--skip-tokenizer-init",
         "--tensor-parallel-size",
         "--prefill-tensor-parallel-size",
@@ -88,6 +96,9 @@ def test_every_flag_has_a_key() -> None:
         "--address",
         "--api-key",
         "--api-keys",
+        "--ssl-certfile",
+        "--ssl-keyfile",
+        "--ssl-ca-certs",
         "--metrics-aliases",
         "--otlp-traces-endpoint",
         "--otlp-traces-sample-ratio",
@@ -214,7 +225,8 @@ def test_bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
 
 def test_flags_that_were_not_typed_leave_no_trace() -> None:
     assert flag_values({"prefill": None, "served_model_name": [], "skip_tokenizer_init": None}) == {}
-    values = flag_values({"enable_prefix_caching": False, "port": "1"})
+    values = flag_values({"enable_prefix_caching": False, "port": "1", "kv_offloading_size": "0.5"})
+    assert values["kv.host_bytes"].value == "0.5G"
     assert values["kv.prefix_caching"].value is False
     assert values["front.port"].source == "--port"
 

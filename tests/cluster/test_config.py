@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fakes.certificates import Authority
 
 from penstock.cluster.config import (
     ClusterIdentity,
@@ -18,7 +19,8 @@ from penstock.cluster.config import (
     worker_settings,
 )
 from penstock.cluster.derived import derive
-from penstock.cluster.settings import ClusterConfig, group_settings, value_of
+from penstock.cluster.settings import ClusterConfig, group_settings, value_of, with_value
+from penstock.cluster.validation import check_whole
 from penstock.workers.errors import ConfigError
 from penstock.workers.protocol import Role
 from penstock.workers.settings import GroupSettings, WorkerSettings
@@ -76,10 +78,12 @@ def test_every_key() -> None:
             "max_num_seqs max_num_batched_tokens long_prefill_token_threshold max_model_len max_waiting "
             "reserve_tokens max_preemptions watermark plan_ahead"
         ).split(),
-        "kv": ["block_size", "num_blocks", "memory_bytes", "gpu_memory_utilization", "prefix_caching"],
+        "kv": (
+            "block_size num_blocks memory_bytes gpu_memory_utilization prefix_caching host_bytes disk_path disk_bytes"
+        ).split(),
         "transfer": "transport host lease_s digest digest_sample max_frame_bytes socket_buffer_bytes".split(),
         "weights": ("source config_from_peer copy_dir serve max_takers serve_bytes_per_s stall_s patience_s").split(),
-        "health": ["heartbeat_s", "router_lease_s", "drain_s"],
+        "health": ["heartbeat_s", "router_lease_s", "drain_s", "worker_lease_s"],
         "pools": (
             "prefill decode mixed tensor_parallel_size prefill_tensor_parallel_size decode_tensor_parallel_size "
             "expert_parallel_size context_parallel_size"
@@ -89,10 +93,13 @@ def test_every_key() -> None:
             "start_timeout_s heartbeat_s silence_s slow_factor"
         ).split(),
         "front": (
-            "host port grpc_port served_model_name api_key "
-            "api_keys_file enable_tokenizer_info skip_tokenizer_init metrics_aliases generation_config"
+            "host port grpc_port admin admin_host admin_port served_model_name api_key "
+            "api_keys_file enable_tokenizer_info skip_tokenizer_init metrics_aliases tool_call_parser "
+            "enable_auto_tool_choice generation_config"
         ).split(),
         "tracing": ["endpoint", "sample_ratio", "service_name", "max_queue", "export_interval_s"],
+        "ledger": ["share"],
+        "tls": ["cert_file", "key_file", "ca_file", "internal"],
         "logs": ["format", "level", "access"],
         "ray": (
             "address cluster_name worker_num_cpus worker_num_gpus worker_accelerator_type worker_label_selector "
@@ -101,7 +108,7 @@ def test_every_key() -> None:
         ).split(),
     }
     assert all(name.startswith("max_") or name.endswith("_timeout_s") for name in limits)
-    assert {name.split(".")[0] for name in router} == {"placement", "admission", "health", "retry", "index"}
+    assert {name.split(".")[0] for name in router} == {"placement", "admission", "health", "retry", "index", "moves"}
 
 
 def test_later_layers_win_and_say_so(tmp_path: Path) -> None:
@@ -316,3 +323,67 @@ def test_whatever_a_group_is_told_can_be_stated() -> None:
     keys = {key.partition(".")[2] for key in known_keys() if key.startswith(("pools.", "ranks."))}
     assert fields <= keys
     assert group_settings(ClusterConfig(), Role.MIXED) == GroupSettings(), "the same defaults"
+
+
+@pytest.mark.parametrize(
+    ("keys", "key", "reason"),
+    [
+        ({"kv__host_bytes": "1G", "kv__prefix_caching": False}, "kv.prefix_caching", "must be on"),
+        ({"kv__disk_path": "/kv", "kv__disk_bytes": "1G"}, "kv.host_bytes", "host memory"),
+        ({"kv__host_bytes": "1G", "kv__disk_path": "kv", "kv__disk_bytes": "1G"}, "kv.disk_path", "absolute"),
+        ({"kv__host_bytes": "1G", "kv__disk_path": "/kv"}, "kv.disk_bytes", "go together"),
+        ({"kv__host_bytes": "1G", "kv__disk_bytes": "1G"}, "kv.disk_bytes", "go together"),
+        ({"kv__host_bytes": "1G", "pools__decode_tensor_parallel_size": 2}, "kv.host_bytes", "workers of one rank"),
+    ],
+)
+def test_tiers_that_cannot_be(keys: dict[str, object], key: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason) as raised:
+        load(**keys)
+    assert raised.value.key == key
+
+
+@pytest.mark.parametrize(
+    ("keys", "key", "reason"),
+    [
+        ({"tls.cert_file": "/c"}, "tls.key_file", "no use without tls.key_file"),
+        ({"tls.key_file": "/k"}, "tls.cert_file", "no use without tls.cert_file"),
+        ({"tls.ca_file": "/a"}, "tls.cert_file", "no use without tls.cert_file"),
+        ({"tls.internal": True}, "tls.ca_file", "needs tls.cert_file, tls.key_file and tls.ca_file"),
+        ({"tls.cert_file": "/no/c", "tls.key_file": "/no/k"}, "tls.cert_file", "/no/c: cannot be read: No such file"),
+    ],
+)
+def test_certificates_that_cannot_be(keys: dict[str, object], key: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason) as error:
+        load_config(environment={}, values={**ORACLE, **keys})
+    assert error.value.key == key
+
+
+def test_certificates_of_a_cluster_elsewhere_are_read_there(tmp_path: Path) -> None:
+    files = {"tls.cert_file": "/no/c", "tls.key_file": "/no/k", "ray.address": "10.0.0.1:6379"}
+    config = load_config(environment={}, values={**ORACLE, **files})
+    assert config.scheme == "https"
+    assert worker_settings(config, Role.DECODE, 0, ClusterIdentity("c", "00")).tls == config.tls
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"pools.tensor_parallel_size": 2, "runner.oracle_kv_heads": 2}, "ranks of one worker talk in the clear"),
+        ({"transfer.transport": "nccl", "runner.kind": "model", "runner.device": "cuda"}, "sends KV in the clear"),
+    ],
+)
+def test_nothing_goes_in_the_clear_where_encryption_was_asked_for(
+    tmp_path: Path, more: dict[str, object], reason: str
+) -> None:
+    tls = Authority(tmp_path).settings()
+    files = {"tls.cert_file": tls.cert_file, "tls.key_file": tls.key_file, "tls.ca_file": tls.ca_file}
+    tree = build({key: Sourced(value, "Python") for key, value in {**ORACLE, **files, **more}.items()})
+    check_whole(tree)
+    with pytest.raises(ConfigError, match=reason) as error:
+        check_whole(with_value(tree, "tls.internal", True))
+    assert error.value.key == "tls.internal"
+
+
+def test_tiers_below_the_pool() -> None:
+    kv = load(kv__host_bytes="1.5G", kv__disk_path="/kv", kv__disk_bytes="10G").kv
+    assert (kv.host_bytes, kv.disk_path, kv.disk_bytes) == (3 << 29, "/kv", 10 << 30)

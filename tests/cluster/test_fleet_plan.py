@@ -163,3 +163,45 @@ def test_any_history_ends_at_its_targets_and_survives_a_restart(history: list[tu
             members = [m for m in plan.members.values() if m.edition == key and m.role is role]
             assert len(members) == target.counts[role]
     assert {member.edition for member in plan.members.values()} <= set(plan.targets)
+
+
+def rolled(plan: FleetPlan, room: int | None = None) -> tuple[int, int]:
+    """Play a roll to its end; the fewest ready workers and the most workers at any time. `room`: most that fit."""
+    ready, stopping = set(plan.members), {}
+    fewest, most = len(ready), len(ready)
+    for _ in range(200):
+        started = set(plan.members) - ready
+        fits = started if room is None or len(ready | set(stopping)) < room else set()
+        steps = plan.steps(roster(plan, started, stopping.items()), {"old"}, started - fits)
+        assert len(steps.start) + len(steps.stop) <= 1, "one by one"
+        stopping = {}
+        ready |= fits
+        ready -= {member.worker_id for member in steps.stop}
+        stopping.update({member.worker_id: member.role for member in steps.stop})
+        fewest, most = min(fewest, len(ready)), max(most, len(ready) + len(stopping))
+        if not plan.rolling and not stopping and ready == set(plan.members):
+            return fewest, most
+    raise AssertionError("the roll does not end")
+
+
+def test_a_roll_replaces_everybody_one_by_one_and_starts_the_new_one_first() -> None:
+    plan = FleetPlan()
+    plan.apply(OLD, counts(2, 3))
+    step(plan)
+    before = set(plan.members)
+    assert plan.roll() == 5
+    plan = FleetPlan.from_json(json.loads(json.dumps(plan.to_json())))
+    assert rolled(plan) == (5, 6)
+    assert not before & set(plan.members)
+    assert step(plan) == Steps()
+
+
+def test_a_roll_without_room_lets_the_old_one_go_first() -> None:
+    plan = FleetPlan()
+    plan.apply(OLD, counts(1, 2))
+    step(plan)
+    before = set(plan.members)
+    plan.roll()
+    assert rolled(plan, room=3) == (2, 3)
+    assert not before & set(plan.members)
+    assert len(plan.members) == 3

@@ -119,6 +119,7 @@ def test_ranks_are_spread_over_nodes_where_none_holds_them_all_and_it_is_said(tm
             "ray: {mixed_resources: {part: 1}}\n"
         )
         serve = ("serve", "--config", str(file), "--address", ray.address, "--port", str(ray.direct_port))
+        serve += ("--admin", "shared")
         with pytest.raises(RuntimeError, match="3 part are needed, the nodes have 2; 2 such ranks would fit"):
             ray.penstock(*serve, "--tensor-parallel-size", "3", timeout_s=90.0)
         served = ray.begin_penstock(*serve, "--tensor-parallel-size", "2")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from fakes.launched_cluster import LaunchedCluster, tokens_of
+from fakes.launched_cluster import LaunchedCluster, free_port, tokens_of
 
 from penstock.workers.oracle import expected_tokens
 from penstock.workers.protocol import SamplingParams
@@ -24,6 +24,8 @@ VALUES = {
     "pools.decode": 2,
     "kv.num_blocks": 512,
     "scheduler.max_model_len": 2048,
+    "front.admin": "apart",
+    "front.admin_port": free_port(),
 }
 PROMPT = list(range(1, 60))
 
@@ -57,7 +59,13 @@ def test_it_answers_exactly_and_says_what_it_is(cluster: LaunchedCluster) -> Non
         ("decode-1", "decode", "ready", 1),
     }
     assert {w["pids"][0] for w in workers.values()} <= {process.pid for process in cluster.see()}
+    for path in ("/status", "/metrics"):
+        assert cluster.http.get(path).status_code == 404
+        assert cluster.http.get(f"{cluster.admin_url}{path}").status_code == 200
+        assert cluster.http.get(f"{cluster.admin_url}{path}", headers={"host": "evil.example"}).status_code == 403
+    assert cluster.http.get(f"{cluster.admin_url}/v1/models").status_code == 404
     cluster.until(lambda: "Ready:" in cluster.log.read_text(), 5.0)
+    assert f"/status: {cluster.admin_url}" in cluster.log.read_text()
     report = cluster.log.read_text()
     for expected_words in (
         "pools.decode",
@@ -146,17 +154,18 @@ def test_a_worker_that_cannot_start_ends_the_launch_with_its_reason(tmp_path: Pa
         assert cluster.process.returncode == 2
         assert re.search("(prefill|decode)-0 did not start: the KV pool needs", cluster.log.read_text())
         # Ray's own children look for their parent every few seconds only.
-        assert cluster.survivors(15.0) == []
+        assert cluster.survivors(40.0) == []
     finally:
         cluster.end()
 
 
+@pytest.mark.slow  # test_reaper.py has the quick edition
 def test_a_killed_launcher_leaves_nothing(tmp_path: Path) -> None:
     cluster = LaunchedCluster(tmp_path, {**VALUES, "pools.decode": 1})
     try:
         cluster.wait_ready()
         cluster.process.kill()
         cluster.process.wait(5)
-        assert cluster.survivors(15.0) == []
+        assert cluster.survivors(40.0) == []
     finally:
         cluster.end()

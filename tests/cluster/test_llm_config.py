@@ -22,7 +22,12 @@ def test_one_model() -> None:
                     "model_loading_config": LOADING,
                     "llm_engine": "vLLM",
                     "accelerator_type": "L4",
-                    "engine_kwargs": {"max_model_len": 4096, "dtype": "bfloat16", "enable_prefix_caching": True},
+                    "engine_kwargs": {
+                        "max_model_len": 4096,
+                        "dtype": "bfloat16",
+                        "enable_prefix_caching": True,
+                        "kv_offloading_size": 4,
+                    },
                     "deployment_config": {
                         "num_replicas": 2,
                         "max_ongoing_requests": 64,
@@ -41,6 +46,7 @@ def test_one_model() -> None:
         "scheduler.max_model_len": 4096,
         "runner.dtype": "bfloat16",
         "kv.prefix_caching": True,
+        "kv.host_bytes": "4G",
         "pools.mixed": 2,
         "limits.max_open_requests": 64,
         "ray.worker_num_cpus": 4,

@@ -2,10 +2,10 @@
 
 import asyncio
 import dataclasses
-import os
 from pathlib import Path
 
 import pytest
+from fakes.liveness import alive
 from fakes.oracle_cluster import VOCAB, Pace, oracle_request, oracle_workers
 
 from penstock.cluster.local import LocalCluster
@@ -13,14 +13,6 @@ from penstock.cluster.supervision import Backoff, StartError
 from penstock.workers.oracle import expected_tokens
 
 PACE = Pace(step_s=0.001)
-
-
-def gone(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    return False
 
 
 @pytest.mark.timeout(60)
@@ -34,7 +26,7 @@ def test_it_serves_restarts_and_leaves_nothing(tmp_path: Path) -> None:
             killed = cluster.kill("decode-0")
             async with asyncio.timeout(20.0):
                 # a process that ends sets no event of ours
-                while not gone(killed) or cluster.fleet.workers()[1].restarts == 0:  # noqa: ASYNC110
+                while alive(killed) or cluster.fleet.workers()[1].restarts == 0:  # noqa: ASYNC110
                     await asyncio.sleep(0.02)
             assert await cluster.wait_ready(20.0)
             status = {worker.id: worker for worker in cluster.fleet.workers()}["decode-0"]
@@ -43,7 +35,7 @@ def test_it_serves_restarts_and_leaves_nothing(tmp_path: Path) -> None:
             pids = [pid for worker in cluster.fleet.workers() for pid in worker.pids]
             with pytest.raises(KeyError):
                 cluster.process("nobody")
-        assert all(gone(pid) for pid in [killed, *pids])
+        assert all(not alive(pid) for pid in [killed, *pids])
 
     asyncio.run(scenario())
 

@@ -10,9 +10,16 @@ from fakes.fake_generator import FakeFleet
 from penstock.cluster.metrics import Metrics
 from penstock.cluster.status import WorkerStatus
 from penstock.router.journey import RequestReport
-from penstock.router.trail import AttemptTrail, Trail
+from penstock.router.trail import LIVE, MOVED_LIVE, AttemptTrail, Trail
 from penstock.workers.protocol import EndReason, Role
-from penstock.workers.totals import STEP_TOKENS_UP_TO, TRANSFER_S_UP_TO, TransferCause, WorkerTotals
+from penstock.workers.totals import (
+    STEP_TOKENS_UP_TO,
+    TRANSFER_S_UP_TO,
+    TierFigures,
+    TierTotals,
+    TransferCause,
+    WorkerTotals,
+)
 
 
 def report(trail: Trail | None = None, **changed: object) -> RequestReport:
@@ -50,19 +57,23 @@ def test_reports_and_workers() -> None:
     lost = AttemptTrail(1, "prefill-0", "decode-0", "split", 0.1, 0.002, 1.0, "worker_lost", {"first_token": 0.5})
     refused = AttemptTrail(2, "prefill-0", "decode-1", "split_cached", 1.0, 0.002, 1.1, "queue_full")
     times = {"started": 1.3, "first_token": 1.5, "handed_over": 1.625, "ended": 2.0}
-    last = AttemptTrail(3, "prefill-0", "decode-2", "split_cached", 1.2, 0.002, 2.0, "completed", times)
-    trail = Trail(10.0, {"started": 0.25, "first_token": 0.5, "ended": 2.0}, [lost, refused, last])
-    metrics.report(report(trail))
+    left = AttemptTrail(3, None, "decode-1", LIVE, 1.1, 0.002, 1.2, MOVED_LIVE)
+    last = AttemptTrail(4, "prefill-0", "decode-2", "split_cached", 1.2, 0.002, 2.0, "completed", times)
+    trail = Trail(10.0, {"started": 0.25, "first_token": 0.5, "ended": 2.0}, [lost, refused, left, last])
+    metrics.report(report(trail, live_moves=1, moves_stayed=2))
     page = page_of(metrics)
     assert page['penstock_request_terminal_total{state="completed"}'] == 1
     assert page['penstock_request_terminal_total{state="internal"}'] == 0
     assert page['penstock_request_migrated_total{phase="transfer"}'] == 1
     assert page['penstock_request_migrated_total{phase="prefill"}'] == 0  # a refusal is none
+    assert page['penstock_request_migrated_total{phase="decode"}'] == 0  # nor is one that went on with its KV
+    moves = [page[f'penstock_live_moves_total{{outcome="{outcome}"}}'] for outcome in ("moved", "stayed", "failed")]
+    assert moves == [1, 2, 0]
     assert page["penstock_recomputed_tokens_total"] == 7
     assert page["penstock_kv_hit_tokens_predicted_total"] == 48
     assert page["penstock_kv_hit_tokens_actual_total"] == 32
     assert page['penstock_router_choice_total{policy="prefix_load",reason="split_cached"}'] == 2
-    assert page["penstock_router_decision_seconds_count"] == 3
+    assert page["penstock_router_decision_seconds_count"] == 4
     assert page["penstock_pd_handoff_seconds_sum"] == 0.125
     assert page['penstock_framework_overhead_seconds_count{stage="place"}'] == 1
     assert page["penstock_request_queue_time_seconds_sum"] == 0.25
@@ -74,6 +85,19 @@ def test_reports_and_workers() -> None:
     page = page_of(metrics)
     assert page['penstock_worker_up{role="decode",worker="decode-7"}'] == 0
     assert not any("prefill-0" in name for name in page)
+
+
+def test_dropped_spans() -> None:
+    metrics, fleet = Metrics("m"), FakeFleet()
+    metrics.watch(fleet)
+    fleet.statuses = [WorkerStatus("d", Role.DECODE, 1, (), "ready", totals=WorkerTotals(spans_dropped=7))]
+    dropped = [3]
+    metrics.watch_spans(lambda: dropped[0])
+    assert page_of(metrics)["penstock_spans_dropped_total"] == 3
+    dropped[0] = 4
+    page = page_of(metrics)
+    assert page["penstock_spans_dropped_total"] == 4
+    assert page['penstock_worker_spans_dropped_total{role="decode",worker="d"}'] == 7
 
 
 def test_a_request_that_was_cancelled_early_has_no_stages() -> None:
@@ -142,6 +166,20 @@ def test_what_workers_counted() -> None:
     assert page[f"penstock_weights_served_bytes_total{{{own}}}"] == 11
     assert page['vllm:num_requests_waiting_by_reason{engine="d",reason="capacity"}'] == 6
     assert page['vllm:cache_config_info{block_size="16",engine="d",num_gpu_blocks="9"}'] == 1
+
+
+def test_what_tiers_counted() -> None:
+    metrics, fleet = Metrics("m"), FakeFleet()
+    metrics.watch(fleet)
+    tiers = TierTotals(TierFigures(9, 8, 7, 6, 5, 4, 3, 2), TierFigures(errors=1), slow=12)
+    fleet.statuses = [WorkerStatus("d", Role.DECODE, 1, (7,), "ready", totals=WorkerTotals(tiers=tiers))]
+    page = page_of(metrics)
+    host = '{role="decode",tier="host",worker="d"}'
+    counters = ("hits", "misses", "loaded_bytes", "stored_bytes", "evictions", "dropped", "errors")
+    assert [page[f"penstock_kv_tier_{name}_total{host}"] for name in counters] == [8, 7, 6, 5, 4, 3, 2]
+    assert page[f"penstock_kv_tier_blocks{host}"] == 9
+    assert page['penstock_kv_tier_errors_total{role="decode",tier="disk",worker="d"}'] == 1
+    assert page['penstock_kv_tier_loads_given_up_total{role="decode",worker="d"}'] == 12
 
 
 def test_aliases_can_be_left_out() -> None:

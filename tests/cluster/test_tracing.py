@@ -25,6 +25,7 @@ class Kept:
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
+        self.dropped = 0
 
     def take(self, span: Span) -> None:
         self.spans.append(span)

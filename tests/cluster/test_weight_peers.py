@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from fakes.exactness import CheckpointSpec, Reference, make_checkpoint
 from fakes.launched_cluster import LaunchedCluster, tokens_of
+from fakes.liveness import alive
 from fakes.weight_sources import KEY
 
 from penstock.cluster.local import LocalCluster
@@ -40,14 +41,6 @@ def worker(index: int, model_dir: Path, width: int = 1) -> WorkerSettings:
         weights=WeightSettings(source="peer"),
         group=GroupSettings(width, start_timeout_s=60.0),
     )
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 @pytest.mark.timeout(120)

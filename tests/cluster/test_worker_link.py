@@ -3,18 +3,23 @@
 import asyncio
 import dataclasses
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from fakes.scripted_worker import KEY, ScriptedWorker, frame, until
+from fakes.worker_process import CLUSTER_KEY, WorkerProcess, oracle_settings
 
 from penstock.cluster.channel import RequestChannel
+from penstock.cluster.roster import RosterEntry, WorkerState
 from penstock.cluster.worker_link import LinkIdentity, WorkerLink, token_logprobs
 from penstock.router.emission import Emission, TokenLogprob
 from penstock.router.port import Ended, Lost
 from penstock.router.router import Router
 from penstock.router.settings import RouterSettings
 from penstock.workers.protocol import (
+    OLDEST_WIRE_VERSION,
     Cancel,
     Embedding,
     EndReason,
@@ -26,10 +31,12 @@ from penstock.workers.protocol import (
     KVSnapshot,
     Load,
     PromptLogprobs,
+    Role,
     SamplingParams,
     Started,
 )
 
+OLDER = Path(__file__).parents[1] / "fakes" / "older_worker.py"
 REQUEST = GenerateRequest("r", (1, 2, 3), SamplingParams(max_tokens=8, logprobs=1))
 LOAD = Load(1, 0.0, 0.01, 1, 0, 0, 900, 10, 0, 0, 0, False)
 
@@ -153,8 +160,9 @@ def test_a_stranger_at_the_address_and_a_wrong_key_are_not_linked() -> None:
         async with ScriptedWorker("other") as worker:
             entry = dataclasses.replace(worker.entry(), worker_id="w")
             link = WorkerLink(entry, LinkIdentity("router", 1, KEY, 1.0), Router(RouterSettings()))
-            await until(lambda: len(worker.hellos) >= 2)
+            await asyncio.sleep(0.2)
             assert not link.attached
+            assert worker.hellos == []  # it proved to be another one before anything was said
             await link.close()
         async with ScriptedWorker() as worker:
             wrong = WorkerLink(worker.entry(), LinkIdentity("router", 1, "ee" * 32, 1.0), Router(RouterSettings()))
@@ -209,5 +217,19 @@ def test_what_is_said_of_the_prompt_reaches_the_emission_of_its_attempt() -> Non
             assert channel.emission.embedding is not None
             assert channel.emission.embedding.tolist() == [-1.0, -1.5]
             channel.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_of_the_version_before_is_spoken_to_in_its_own_words() -> None:
+    async def scenario() -> None:
+        code = f"import runpy; runpy.run_path({str(OLDER)!r}, run_name='__main__')"
+        with WorkerProcess(oracle_settings(), command=(sys.executable, "-c", code)) as old:
+            router = Router(RouterSettings())
+            entry = RosterEntry("w", Role.MIXED, 1, 1, WorkerState.READY, old.address)
+            link = WorkerLink(entry, LinkIdentity("router", 1, CLUSTER_KEY, 5.0), router)
+            await until(lambda: link.attached)
+            assert router.fleet.workers["w"].welcome.wire_version == OLDEST_WIRE_VERSION
+            await link.close()
 
     asyncio.run(scenario())

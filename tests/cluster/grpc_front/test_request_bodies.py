@@ -15,6 +15,7 @@ from penstock.cluster.grpc_front.penstock_pb2 import (
     Output,
     Prompt,
     Sampling,
+    StructuredOutputs,
     TokenIds,
     TokenizeRequest,
 )
@@ -42,7 +43,23 @@ SAMPLING = Sampling(
     ignore_eos=True,
     n=2,
     best_of=3,
+    structured_outputs=StructuredOutputs(choice=["yes", "no"]),
 )
+
+
+@pytest.mark.parametrize(
+    ("stated", "body"),
+    [
+        (StructuredOutputs(json="{}"), {"json": "{}"}),
+        (StructuredOutputs(regex="a"), {"regex": "a"}),
+        (StructuredOutputs(choice=["a"]), {"choice": ["a"]}),
+        (StructuredOutputs(grammar='start: "a"'), {"grammar": 'start: "a"'}),
+        (StructuredOutputs(json_object=True), {"json_object": True}),
+    ],
+)
+def test_structured_outputs(stated: StructuredOutputs, body: dict[str, object]) -> None:
+    asked = GenerateRequest(prompt=Prompt(text="x"), sampling=Sampling(structured_outputs=stated))
+    assert bodies.generate_body(asked, stream=False)[0]["structured_outputs"] == body
 
 
 def test_every_sampling_field_arrives_under_its_http_name() -> None:
@@ -68,6 +85,7 @@ def test_every_sampling_field_arrives_under_its_http_name() -> None:
         "ignore_eos": True,
         "n": 2,
         "best_of": 3,
+        "structured_outputs": {"choice": ["yes", "no"]},
     }
 
 

@@ -6,11 +6,13 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from types import SimpleNamespace
 
 import grpc
 import numpy as np
 import pytest
+from fakes.certificates import Authority
 from fakes.fake_generator import FakeFleet, FakeGenerator, deltas
 from fakes.grpc_server import FakeGrpcServer
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -93,6 +95,44 @@ def test_stream(start: Start, codec: TextCodec) -> None:
         assert messages[-1].usage.completion_tokens == len(tokens)
         assert messages[0].model == "tiny"
         assert len({message.id for message in messages}) == 1
+
+
+def test_tools(start: Start, codec: TextCodec) -> None:
+    text = 'Hm. <tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
+    tokens = (*codec.encode(text, "prompt"), codec.eos_token_ids[0])
+    generator = FakeGenerator(lambda request: deltas(tokens, EndReason.STOP))
+    stub = start(generator)
+    tools = [pb.Tool(name="f", description="F.", parameters='{"type": "object"}'), pb.Tool(name="g", strict=False)]
+    earlier = pb.ToolCall(id="call_1", name="f", arguments='{"a": 0}')
+    messages = [
+        pb.ChatMessage(role="user", content="x"),
+        pb.ChatMessage(role="assistant", tool_calls=[earlier]),
+        pb.ChatMessage(role="tool", content="0", tool_call_id="call_1"),
+    ]
+    request = pb.GenerateRequest(prompt=pb.Prompt(chat=pb.Conversation(messages=messages, tools=tools)))
+    (choice,) = stub.Generate(request).choices
+    assert (choice.text, choice.finish_reason) == ("Hm.", pb.FINISH_REASON_TOOL_CALLS)
+    assert [(call.name, call.arguments) for call in choice.tool_calls] == [("f", '{"a": 1}')]
+    pieces = [choice for message in stub.Stream(request) for choice in message.choices]
+    calls = [call for piece in pieces for call in piece.tool_calls]
+    assert [(call.name, call.arguments) for call in calls[:1]] == [("f", "")]
+    assert "".join(call.arguments for call in calls) == '{"a": 1}'
+    assert pieces[-1].finish_reason == pb.FINISH_REASON_TOOL_CALLS
+    prompt = codec.decode(generator.submitted[0].prompt)
+    assert '<tool_call>{"type": "function", "function": {"name": "f", "description": "F."' in prompt
+    named = pb.Conversation(messages=messages, tools=tools, named_tool="g", parallel_tool_calls=False)
+    stub.Generate(pb.GenerateRequest(prompt=pb.Prompt(chat=named)))
+    assert '\\"name\\": \\"g\\"' in generator.submitted[-1].sampling.grammar.text
+    for bad, field in (
+        ({"tools": [pb.Tool(name="f", parameters="{")]}, "tools[0].function.parameters"),
+        ({"tools": [pb.Tool(name="a b")]}, "tools[0].function.name"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": tools, "named_tool": "h"}, "tool_choice"),
+    ):
+        chat = pb.Conversation(messages=messages[:1], **bad)
+        asked = pb.GenerateRequest(prompt=pb.Prompt(chat=chat))
+        _, detail, _ = refused(lambda asked=asked: stub.Generate(asked))
+        assert detail.param == field
 
 
 def test_echo_begins_the_text_once(start: Start, codec: TextCodec) -> None:
@@ -292,3 +332,16 @@ def test_calls_are_counted_by_rpc_and_status(codec: TextCodec) -> None:
         labels = 'handler="/penstock.v1.Generation/Generate",method="POST",status='
         for status in (200, 400):
             assert f'penstock_http_requests_total{{{labels}"{status}"}} 1.0' in page
+
+
+def test_over_tls_only(codec: TextCodec, tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    with FakeGrpcServer(codec, FakeGenerator(), tls=authority.settings(internal=False)) as server:
+        known = grpc.ssl_channel_credentials(authority.file.read_bytes())
+        foreign = grpc.ssl_channel_credentials(Authority(tmp_path, "foreign").file.read_bytes())
+        with grpc.secure_channel(server.address, known) as channel:
+            assert GenerationStub(channel).ListModels(pb.ListModelsRequest(), timeout=10).models
+        for stranger in (grpc.secure_channel(server.address, foreign), grpc.insecure_channel(server.address)):
+            with stranger, pytest.raises(grpc.RpcError) as caught:
+                GenerationStub(stranger).ListModels(pb.ListModelsRequest(), timeout=10)
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from fakes.embedded_app import EmbeddedApp, embedded_codec
 from fakes.fake_generator import FakeFleet, FakeGenerator
 from fakes.http_server import HttpServer
 from fakes.tiny_model import CONTEXT
@@ -32,6 +33,24 @@ def settings() -> IngressSettings:
         defaults=GenerationDefaults(temperature=0.7),
         limits=LIMITS,
     )
+
+
+@pytest.fixture(scope="module")
+def embedded() -> TextCodec:
+    """The trained model's, for a module that overrides `codec` with it."""
+    return embedded_codec()
+
+
+@pytest.fixture(scope="module")
+def app(embedded: TextCodec) -> EmbeddedApp:
+    return EmbeddedApp(embedded)
+
+
+@pytest.fixture(scope="module")
+def server(app: EmbeddedApp) -> Iterator[HttpServer]:
+    """The trained model on two workers of this process, over HTTP."""
+    with HttpServer(app, graceful=True) as running:
+        yield running
 
 
 Serve = Callable[..., HttpServer]

@@ -237,6 +237,14 @@ def test_embeddings(serve: Any, codec: TextCodec) -> None:
     np.testing.assert_allclose(np.frombuffer(base64.b64decode(packed), "<f4"), wanted, rtol=1e-6)
 
 
+def test_a_model_without_embeddings_refuses_them(serve: Any) -> None:
+    """Row 89 of the list of bad inputs."""
+    server = serve(FakeGenerator(embeds=False))
+    status, found = post(server, "/v1/embeddings", input="hello")
+    assert (status, found["error"]["code"]) == (400, "bad_request")
+    assert "no embeddings" in found["error"]["message"]
+
+
 def test_tokenize_and_back(serve: Any, codec: TextCodec) -> None:
     server = serve(FakeGenerator())
     text = "naïve ☃ fox"
@@ -304,6 +312,28 @@ def test_limits_of_a_key_over_http(serve: Any) -> None:
     one, two = generator.submitted
     assert (one.tenant, two.tenant) == ("research", "other")
     assert one.prefix_root != two.prefix_root
+
+
+def test_most_tokens_of_a_key(serve: Any) -> None:
+    """A stated number beyond it is refused; who states none gets no more."""
+    generator = FakeGenerator()
+    server = serve(generator, keys=(KeyEntry("a", key_digest("sk-a"), max_tokens=6),))
+    headers = {**JSON, "authorization": "Bearer sk-a"}
+    chat = {"messages": [{"role": "user", "content": "x"}]}
+    for path, body, status in (
+        ("/v1/completions", {"prompt": "x"}, 200),
+        ("/v1/completions", {"prompt": "x", "max_tokens": 6}, 200),
+        ("/v1/completions", {"prompt": "x", "max_tokens": 7}, 403),
+        ("/v1/completions", {"prompt": "x", "min_tokens": 7}, 403),
+        ("/v1/chat/completions", {**chat, "max_completion_tokens": 7}, 403),
+        ("/v1/chat/completions", chat, 200),
+        ("/v1/embeddings", {"input": "x"}, 200),
+    ):
+        found, _, answer = server.request("POST", path, json.dumps(body).encode(), headers)
+        assert found == status, answer
+        if status == 403:
+            assert json.loads(answer)["error"]["code"] == "max_tokens_not_allowed"
+    assert [request.sampling.max_tokens for request in generator.submitted] == [6, 6, 6, 1]
 
 
 def test_open_requests_of_a_key(serve: Any) -> None:

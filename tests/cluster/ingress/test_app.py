@@ -16,6 +16,7 @@ from fakes.tiny_model import CONTEXT
 
 from penstock.cluster.ingress.app import build_app
 from penstock.cluster.ingress.settings import IngressSettings
+from penstock.cluster.key_file import KeyEntry, key_digest
 from penstock.cluster.metrics import Metrics
 from penstock.cluster.settings import LimitSettings
 from penstock.cluster.text import TextCodec
@@ -33,7 +34,7 @@ def endless(request: GenerateRequest) -> list[Step]:
     return steps
 
 
-def wait_for(condition: Any, seconds: float = 5.0) -> None:
+def wait_for(condition: Any, seconds: float = 20.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "did not happen in time"
@@ -200,8 +201,9 @@ async def _call(app: Any, body: dict[str, Any]) -> list[dict[str, Any]]:
     async def send(message: dict[str, Any]) -> None:
         messages.append(message)
 
-    headers = [(b"content-type", b"application/json")]
-    await app({"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}, receive, send)
+    headers = [(b"host", b"x"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "http_version": "1.1", "method": "POST", "path": "/v1/completions", "headers": headers}
+    await app(scope, receive, send)
     return messages
 
 
@@ -292,3 +294,39 @@ def test_lifespan_and_websockets(codec: TextCodec) -> None:
     asyncio.run(app({"type": "lifespan"}, receive, send))
     asyncio.run(app({"type": "websocket"}, receive, send))
     assert [m["type"] for m in sent] == ["lifespan.startup.complete", "lifespan.shutdown.complete", "websocket.close"]
+
+
+def test_a_busy_cluster_says_so_before_anything_is_parsed(serve: Any) -> None:
+    generator = FakeGenerator(full_for=frozenset({"default"}))
+    server = serve(generator)
+    headers = {"content-type": "application/json"}
+    status, told, body = server.request("POST", "/v1/completions", b"this is no JSON", headers)
+    assert (status, told["retry-after"]) == (503, "3")
+    assert json.loads(body)["error"]["code"] == "overloaded"
+    assert generator.submitted == []
+
+
+@pytest.mark.parametrize(
+    ("stated", "status", "patience_s"),
+    [(None, 200, 60.0), ("1.5", 200, 1.5), ("900", 200, 60.0), ("0", 400, None), ("-1", 400, None), ("inf", 400, None)],
+)
+def test_callers_may_ask_for_less_patience(
+    serve: Any, stated: str | None, status: int, patience_s: float | None
+) -> None:
+    generator = FakeGenerator()
+    headers = {"content-type": "application/json"} | ({} if stated is None else {"x-penstock-ttft-target": stated})
+    body = json.dumps({"model": "tiny", "prompt": [5] * 4, "max_tokens": 2}).encode()
+    answered, _, _ = serve(generator).request("POST", "/v1/completions", body, headers)
+    assert answered == status
+    assert [each.queue_timeout_s for each in generator.submitted] == ([] if patience_s is None else [patience_s])
+
+
+def test_a_key_may_have_a_target_of_its_own(serve: Any) -> None:
+    generator = FakeGenerator()
+    key = KeyEntry("quick", key_digest("sk-quick"), ttft_target_s=3)
+    server = serve(generator, keys=(key,))
+    headers = {"content-type": "application/json", "authorization": "Bearer sk-quick"}
+    body = json.dumps({"model": "tiny", "prompt": [5] * 4, "max_tokens": 2}).encode()
+    for stated in ({}, {"x-penstock-ttft-target": "8"}):
+        assert server.request("POST", "/v1/completions", body, headers | stated)[0] == 200
+    assert [each.queue_timeout_s for each in generator.submitted] == [3, 3]

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from fakes.fake_generator import FakeFleet, FakeGenerator
 from fakes.http_server import HttpServer
 
+from penstock.cluster.ingress.app import Ingress, build_app
 from penstock.cluster.ingress.gate import ONE_MODEL, ROUTES, UNKNOWN, Door, labels_of, route_of
 from penstock.cluster.key_file import KeyEntry, key_digest
+from penstock.cluster.metrics import Metrics
 
 pytestmark = pytest.mark.timeout(60)
 KEYS = (
@@ -65,6 +69,48 @@ def test_a_walk_over_the_table(server: HttpServer) -> None:
                     assert status == (400 if method == "POST" else 200), (method, path)
 
 
+@pytest.fixture
+def sides(serve: Any, codec: Any, settings: Any) -> Iterator[tuple[HttpServer, HttpServer]]:
+    """One application on its public listener and on that of the operators."""
+    apart = replace(settings, keys=KEYS, operators_apart=True, enable_tokenizer_info=True)
+    app = build_app(apart, codec, FakeGenerator(), Metrics(), FakeFleet())
+    with HttpServer(app) as public, HttpServer(Operators(app)) as operators:
+        yield public, operators
+
+
+class Operators:
+    """What the listener for operators serves, as the object that the test's server asks for."""
+
+    def __init__(self, app: Ingress) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self._app.operators(scope, receive, send)
+
+
+def test_each_side_has_its_own_routes_and_nothing_else(sides: tuple[HttpServer, HttpServer]) -> None:
+    """A walk over both listeners: what operators ask for is not on the public one, the API not on the other."""
+    public, operators = sides
+    callers = ((JSON, None), ({"authorization": "Bearer guess"}, None), (USER, False), (BOSS, True))
+    for path, route in [*ROUTES.items(), ("/v1/models/tiny", ONE_MODEL)]:
+        method, body = route.methods[0], b"{}" if route.methods[0] == "POST" else None
+        for server, here in ((public, route.door is not Door.OPERATOR), (operators, route.door is not Door.KEY)):
+            for headers, operator in callers:
+                status = server.request(method, path, body, headers)[0]
+                if route.door is Door.OPEN:
+                    assert status == 200, path
+                elif operator is None:
+                    assert status == 401, path
+                elif not here:
+                    assert status == 404, path
+                elif route.door is Door.OPERATOR and not operator:
+                    assert status == 403, path
+                else:
+                    assert status == (400 if method == "POST" else 200), path
+    described = json.loads(public.request("GET", "/openapi.json", headers=BOSS)[2])["paths"]
+    assert not {"/metrics", "/status"} & set(described)
+
+
 @pytest.mark.parametrize(
     "path",
     [
@@ -94,7 +140,15 @@ def test_a_walk_over_the_table(server: HttpServer) -> None:
         "/admin",
         "/docs",
         "/v1/load_lora_adapter",
+        "/v1/unload_lora_adapter",
         "/v1/responses",
+        "/v1/responses/resp_1",
+        "/v1/score",
+        "/rerank",
+        "/v1\\models",
+        "/v1/..;/metrics",
+        "/%c0%ae%c0%ae/metrics",
+        "/v1/%252e%252e/metrics",
         "/.env",
     ],
 )
@@ -136,12 +190,17 @@ def test_switched_off_is_unknown(serve: Any) -> None:
         ({"host": "evil.com."}, 403),
         ({"host": "evil.com#x.local"}, 403),
         ({"host": "evil.com@localhost"}, 403),
+        ({"host": "evil.com:.local"}, 403),
+        ({"host": "[::1].evil.local"}, 403),
+        ({"host": "localhost:80:80"}, 403),
+        ({"host": "evil.com:"}, 403),
+        ({"host": "2130706433.evil.com"}, 403),
         ({"origin": "http://evil.example.com"}, 403),
         ({"origin": "null"}, 403),
     ],
 )
 def test_pages_of_other_sites(serve: Any, headers: dict[str, str], status: int) -> None:
-    """Row 16: without keys, operator routes are not for browsers; health is, and with keys the key decides."""
+    """Row 16: without keys, operator routes are not for browsers; health is."""
     server = serve(FakeGenerator(), FakeFleet())
     for path in ("/metrics", "/status"):
         for method in ("GET", "HEAD", "POST", "OPTIONS"):
@@ -152,6 +211,14 @@ def test_pages_of_other_sites(serve: Any, headers: dict[str, str], status: int) 
 
 def test_with_keys_the_key_decides(server: HttpServer) -> None:
     assert server.request("GET", "/metrics", headers={**BOSS, "host": "metrics.example.com"})[0] == 200
+
+
+@pytest.mark.parametrize("origin", ["http://evil.example.com", "http://127.0.0.1", "null"])
+def test_a_page_with_an_operators_key_is_refused_whatever_it_does(server: HttpServer, origin: str) -> None:
+    for path in ("/metrics", "/status"):
+        for method in ("GET", "HEAD", "POST", "OPTIONS", "PUT", "DELETE"):
+            assert server.request(method, path, headers={**BOSS, "origin": origin})[0] == 403, method
+    assert server.request("GET", "/v1/models", headers={**BOSS, "origin": origin})[0] == 200
 
 
 def test_models_of_a_key(server: HttpServer) -> None:

@@ -156,14 +156,20 @@ RAW: list[tuple[str, bytes, set[int]]] = [
     ("8: a negative length", HEAD + b"content-length: -5\r\n\r\n", {400}),
     ("8: a length in hex", HEAD + b"content-length: 0x5\r\n\r\n", {400}),
     ("8: two lengths", HEAD + b"content-length: 5\r\ncontent-length: 6\r\n\r\n{}{}{}", {400}),
+    ("8: a length of 2^63", HEAD + b"content-length: 9223372036854775808\r\n\r\n", {413}),
+    ("8: a length with a sign", HEAD + b"content-length: +29\r\n\r\n" + GOOD, {400}),
     ("9: endless tiny chunks", HEAD + CHUNKED + b"1\r\nx\r\n" * 10, {408}),
     ("9: endless large chunks", HEAD + CHUNKED + FLOOD * 3, {413}),
     ("9: a chunk size of 40 digits", HEAD + CHUNKED + b"f" * 40 + b"\r\n", {400, 413, 408}),
+    ("9: a negative chunk size", HEAD + CHUNKED + b"-1\r\nx", {400, 0}),
+    ("9: a chunk longer than it says", HEAD + CHUNKED + b"5\r\n" + GOOD + b"\r\n0\r\n\r\n", {400, 0}),
     ("9: a bad chunk size", HEAD + CHUNKED + b"zz\r\n", {400, 0}),
     ("18: length and chunks", HEAD + b"content-length: 4\r\n" + CHUNKED + b"0\r\n\r\n", {400}),
     ("18: chunks and length", HEAD + b"transfer-encoding: chunked\r\ncontent-length: 4\r\n\r\n0\r\n\r\n", {400}),
     ("18: chunked twice", HEAD + b"transfer-encoding: chunked, identity\r\n\r\n0\r\n\r\n", {400, 501}),
     ("18: gzip in chunks", HEAD + b"transfer-encoding: gzip, " + CHUNKED[19:] + b"2\r\n{}\r\n0\r\n\r\n", {400, 501}),
+    ("18: chunked behind a vertical tab", HEAD + b"transfer-encoding:\x0bchunked\r\n\r\n1d\r\n", {400, 501}),
+    ("16: no host", HEAD.replace(b"host: x\r\n", b"") + LENGTH + GOOD, {400}),
     ("16: two hosts", HEAD + b"host: y\r\n" + LENGTH + GOOD, {400}),
     ("9: extensions of chunks without end", HEAD + CHUNKED + b"1;" + b"a" * 900_000, {431, 413, 408, 400, 0}),
     ("9: a trailer", HEAD + CLOSE + CHUNKED + b"1d\r\n" + GOOD + b"\r\n0\r\ncontent-type: x\r\n\r\n", {200}),
@@ -171,8 +177,14 @@ RAW: list[tuple[str, bytes, set[int]]] = [
     ("18: space before the colon", HEAD + b"content-length : 4\r\n\r\n{}{}", {400}),
     ("19: two keys", HEAD + b"authorization: Bearer x\r\n" + LENGTH + GOOD, {401}),
     ("19: the right key twice", HEAD + f"authorization: Bearer {KEY}\r\n".encode() + LENGTH + GOOD, {401}),
+    ("19: two keys in one header", HEAD.replace(b"Bearer", b"Bearer x, Bearer") + LENGTH + GOOD, {401}),
+    ("19: the scheme in capitals", HEAD.replace(b"Bearer", b"BEARER") + LENGTH + GOOD, {401}),
+    ("19: the key as a cookie", HEAD.replace(b"authorization: ", b"cookie: authorization=") + LENGTH + GOOD, {401}),
     ("19: a key with bytes", HEAD.replace(KEY.encode(), b"\xff\xfe") + LENGTH + GOOD, {400, 401}),
     ("13: two content types", HEAD + b"content-type: text/plain\r\n" + LENGTH + GOOD, {415}),
+    ("13: two content types in one", HEAD.replace(b"/json", b"/json, text/plain") + LENGTH + GOOD, {415}),
+    ("21: NUL in a request id", HEAD + b"x-request-id: a\0b\r\n" + LENGTH + GOOD, {400}),
+    ("12: a path of 1 MB", b"GET /" + b"a" * 1_000_000 + b" HTTP/1.1\r\nhost: x\r\n\r\n", {400, 414, 431}),
     ("not HTTP", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 20 + b"\r\n\r\n", {400}),
     ("HTTP/2 preface", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", {400, 401}),
     ("HTTP/9.9", b"GET /nope HTTP/9.9\r\n\r\n", {400, 401, 505}),
@@ -303,14 +315,22 @@ def test_request_ids(server: HttpServer) -> None:
     assert b"set-cookie" not in split.lower()
 
 
-def test_callers_who_leave_during_the_upload(server: HttpServer, canary: Canary) -> None:
+def test_callers_who_leave_during_the_upload(
+    server: HttpServer, canary: Canary, caplog: pytest.LogCaptureFixture
+) -> None:
     """Row 24, politely and by reset."""
+    caplog.set_level("INFO", logger="penstock.access")
     for number in range(20):
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
             connection.sendall(HEAD + b"content-length: 1000\r\n\r\n{")
             if number % 2:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     canary.sang()
+    deadline, logged = time.monotonic() + 20, 0
+    while logged < 20 and time.monotonic() < deadline:
+        time.sleep(0.02)
+        logged = sum(getattr(record, "fields", {}).get("status") == 499 for record in caplog.records)
+    assert logged == 20
 
 
 def test_internal_headers_from_outside_change_nothing(server: HttpServer) -> None:
