@@ -13,6 +13,7 @@ import pytest
 import torch
 from fakes.exactness import CheckpointSpec
 from fakes.expert_rank_threads import SpreadRunner
+from fakes.in_ci import every
 from fakes.in_process import InProcessWorker, Output
 from fakes.sharded_specs import sharded_specs
 
@@ -152,7 +153,7 @@ def require_exact(model: Any, way: Way, shared: Seen) -> None:
 
 @pytest.mark.parametrize(
     ("spec", "way"),
-    [(spec, way_of(number, spec, WAYS)) for number, spec in enumerate(SPECS)],
+    every(2, [(spec, way_of(number, spec, WAYS)) for number, spec in enumerate(SPECS)]),
     ids=lambda value: value.name if isinstance(value, CheckpointSpec) else str(value),
 )
 def test_every_family(checkpoint: Checkpoints, shared: Seen, spec: CheckpointSpec, way: Way) -> None:

@@ -6,17 +6,20 @@ Every rank is a process of its own, as in production; KV travels rank to rank, c
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 from fakes.exactness import CheckpointSpec, mixed_prompts
+from fakes.roaming import while_roaming
 from fakes.sharded_specs import sharded_specs
 from fakes.variants import BLOCK_SIZE, KEY, MAX_MODEL_LEN, ROOT
 
 from penstock.cluster.local import LocalCluster
-from penstock.router.settings import PlacementSettings, RouterSettings
+from penstock.router.journey import RequestReport
+from penstock.router.settings import AdmissionSettings, PlacementSettings, RouterSettings
 from penstock.workers.kv.prefix_cache import chain_digests
 from penstock.workers.protocol import GenerateRequest, Role, SamplingParams, Tokens
 from penstock.workers.settings import (
@@ -135,7 +138,7 @@ async def answers(
     plant: Plant, model_dir: Any, prompts: Sequence[Tokens], log_file: Any, more: int = 0
 ) -> list[list[list[int]]]:
     """Of two rounds; the second finds the first one's prefixes, and goes on with `more` tokens where there are some."""
-    router = RouterSettings(PlacementSettings(local_prefill_tokens=0))
+    router = RouterSettings(PlacementSettings(local_prefill_tokens=0), AdmissionSettings(ttft_target_s=120.0))
     async with LocalCluster(plant.workers(model_dir), router, log_file=log_file, restart=False) as cluster:
 
         async def ask(name: str, prompt: Tokens) -> list[int]:
@@ -178,6 +181,41 @@ def test_a_group_is_exact(plant: Plant, checkpoint: Any, tmp_path: Any) -> None:
 def test_conversations_go_on_over_context_ranks(checkpoint: Any, tmp_path: Any) -> None:
     """Whole prompts, and then what is new behind a beginning that one rank has in its cache, over both ranks."""
     run(Plant("llama", mixed=(1, 2), chunk=0), checkpoint, tmp_path / "log", count=6, more=60)
+
+
+def test_running_sequences_move_between_groups_of_one_and_two_ranks(checkpoint: Any, tmp_path: Any) -> None:
+    """Their KV is cut anew on the way, again and again: 1 to 2 ranks, 2 to 1, and 2 to 2."""
+    model = checkpoint(SPECS["llama"])
+    prompts = mixed_prompts(model.spec.vocab, 8)
+    widths = (1, 2, 2)
+    plants = [Plant("llama", mixed=(width, 1), transport="tcp") for width in widths]
+    workers = [
+        replace(plant.worker(model.directory, Role.MIXED, *plant.mixed), worker_id=f"mixed-{n}")
+        for n, plant in enumerate(plants)
+    ]
+    reports: list[RequestReport] = []
+    router = RouterSettings(admission=AdmissionSettings(ttft_target_s=120.0))
+    log_file = tmp_path / "log"
+    ways: set[tuple[int, int]] = set()
+
+    async def scenario() -> list[list[int]]:
+        async with LocalCluster(workers, router, log_file=log_file, restart=False, observe=reports.append) as cluster:
+
+            async def ask(number: int, prompt: Tokens) -> list[int]:
+                asked = replace(request(str(number), prompt), sampling=SamplingParams(max_tokens=64))
+                return [token async for delta in cluster.generator.submit(asked) for token in delta.tokens]
+
+            running = asyncio.gather(*(ask(n, prompt) for n, prompt in enumerate(prompts)))
+            return list(await while_roaming(cluster.generator.router, running))
+
+    outputs = asyncio.run(asyncio.wait_for(scenario(), 120.0))
+    for report in reports:
+        passed = [widths[int(str(attempt.decode)[-1])] for attempt in report.trail.attempts]
+        ways |= set(itertools.pairwise(passed))
+    print(f"{sum(report.live_moves for report in reports)} moves, {sorted(ways)}")
+    model.require_exact(prompts, outputs)
+    assert ways == {(1, 2), (2, 1), (2, 2)}
+    assert sum(report.recomputed_tokens + report.migrations for report in reports) == 0
 
 
 @pytest.mark.slow

@@ -39,7 +39,9 @@ STATUS_AGE_S = 1.0  # a heartbeat comes every half second
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
 
-@pytest.mark.parametrize(("spec", "variant"), ROWS[:2], ids=lambda value: _id(value))
+@pytest.mark.parametrize(
+    ("spec", "variant"), [ROWS[0], pytest.param(*ROWS[1], marks=pytest.mark.slow)], ids=lambda value: _id(value)
+)
 def test_two_opposite_clusters(
     checkpoint: Callable[..., Any], tmp_path: Path, spec: CheckpointSpec, variant: Variant
 ) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from fakes.exactness import CheckpointSpec, covering_specs, expert_specs, family_specs, mixed_prompts
+from fakes.in_ci import every
 from fakes.latent_specs import latent_specs
 from fakes.threaded_cluster import Answer, HostedWorker, ThreadedCluster
 from fakes.variants import (
@@ -41,7 +42,7 @@ def test_every_checkpoint_in_one_variant(
     require_exact(checkpoint(spec), variant)
 
 
-@pytest.mark.parametrize("spec", ONE_OF_EACH, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", every(2, ONE_OF_EACH), ids=lambda spec: spec.name)
 def test_newer_families_split_in_small_chunks_with_preemption(
     checkpoint: Callable[[CheckpointSpec], Any], spec: CheckpointSpec
 ) -> None:

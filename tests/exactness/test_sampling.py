@@ -40,7 +40,7 @@ MIXED = Variant(split=False, chunk=0, caching=False, preempt=True)
 AHEAD = Variant(split=True, chunk=16, caching=True, preempt=True, ahead=True)
 
 
-@pytest.mark.parametrize("variant", [SPLIT, MIXED, AHEAD], ids=str)
+@pytest.mark.parametrize("variant", [SPLIT, MIXED, pytest.param(AHEAD, marks=pytest.mark.slow)], ids=str)
 def test_alone_or_among_32_others_is_the_same(sampled: Any, checkpoint: Callable[..., Any], variant: Variant) -> None:
     """And the same as in one mixed worker inside this process."""
     found = sampled(variant)

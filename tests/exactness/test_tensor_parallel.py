@@ -137,6 +137,8 @@ def test_a_block_that_is_altered_on_any_rank_is_noticed(checkpoint: Checkpoints,
     assert model.reference.judge(prompts, outputs).wrong
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(120)
 def test_ranks_that_are_processes(checkpoint: Checkpoints) -> None:
     """The benchmark's processes, one thread each, fed the same plans: as one rank alone."""
     model, script = checkpoint(dataclasses.replace(DENSE, seed=5)), Path(__file__).parents[1] / "benchmarks"

@@ -10,11 +10,13 @@ import asyncio
 import dataclasses
 import functools
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
 from fakes.exactness import mixed_prompts
 from fakes.foreign_checkpoints import MORE, NAMED, ForeignReference, ForeignSpec, make_foreign
+from fakes.in_ci import every
 from fakes.threaded_cluster import Answer, HostedWorker, ThreadedCluster
 from fakes.variants import Variant, all_variants, greedy
 
@@ -46,8 +48,13 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Callable[[ForeignSpec],
     return make
 
 
-@pytest.mark.parametrize("split", [True, False], ids=["split", "mixed"])
-@pytest.mark.parametrize("spec", OFTEN, ids=lambda spec: spec.name)
+def _id(value: ForeignSpec | bool) -> str:
+    if isinstance(value, ForeignSpec):
+        return value.name
+    return "split" if value else "mixed"
+
+
+@pytest.mark.parametrize(("spec", "split"), every(3, product(OFTEN, (True, False))), ids=lambda value: _id(value))
 def test_greedy_output_is_that_of_transformers(
     foreign: Callable[[ForeignSpec], Foreign], spec: ForeignSpec, split: bool
 ) -> None:

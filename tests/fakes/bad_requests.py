@@ -17,6 +17,7 @@ X = 90  # the token "x"
 LONG = "a" * 300_000
 INF = float("inf")
 NAN = float("nan")
+EMITTED, FORBIDDEN = "emitted_token_ids", "forbidden_next_token_ids"
 PATHS = {
     "completions": "/v1/completions",
     "chat": "/v1/chat/completions",
@@ -65,6 +66,22 @@ def _image(url: str) -> dict[str, Any]:
     return _user([{"type": "image_url", "image_url": {"url": url}}])
 
 
+def _tool(name: Any, **more: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, **more}}
+
+
+def _of(schema: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": {"a": schema}, "required": ["a"]}
+
+
+def _called(calls: Any, role: str = "assistant") -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": "", "tool_calls": calls}]}
+
+
+ARGUMENTS = "messages[0].tool_calls[0].function.arguments"
+CALLED: dict[str, Any] = {"tool_choice": "required"}
+UNSATISFIABLE = _of({"type": "string", "minLength": 5, "maxLength": 1})
+WIDE = {"type": "object", "properties": {f"property_{i}": {"enum": ["x" * 60]} for i in range(1000)}}
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": 5}}}
 PART = "messages[0].content[0].type"
 NESTED: Any = "x"
@@ -113,6 +130,58 @@ PROMPTS: list[tuple[Any, ...]] = [
     (51, "logprobs 10^6", {"logprobs": 10**6}, "logprobs"),
     (51, "logprobs bool", {"logprobs": True}, "logprobs"),
 ]
+FUNCTION = "tools[0].function"
+TOOLS: list[tuple[Any, ...]] = [
+    (74, "tools an object", {"tools": {"f": {}}}, "tools"),
+    (74, "a tool that is none", {"tools": ["f"]}, "tools[0]"),
+    (74, "a tool without a function", {"tools": [{"type": "function"}]}, FUNCTION),
+    (74, "a tool of another type", {"tools": [{"type": "web_search"}]}, "tools[0].type"),
+    (74, "10,000 tools", {"tools": [_tool(f"f{i}") for i in range(10_000)]}, "tools"),
+    (74, "1 MB of tools", {"tools": [_tool("f", description="x" * 1_000_000)]}, "tools"),
+    (74, "no name", {"tools": [_tool(None)]}, f"{FUNCTION}.name"),
+    (74, "empty name", {"tools": [_tool("")]}, f"{FUNCTION}.name"),
+    (74, "name with quotes", {"tools": [_tool('a "b')]}, f"{FUNCTION}.name"),
+    (74, "name with a newline", {"tools": [_tool("ab\n")]}, f"{FUNCTION}.name"),
+    (74, "name of 65", {"tools": [_tool("f" * 65)]}, f"{FUNCTION}.name"),
+    (74, "name a number", {"tools": [_tool(5)]}, f"{FUNCTION}.name"),
+    (74, "one name twice", {"tools": [_tool("f"), _tool("f")]}, "tools[1].function.name"),
+    (74, "description a list", {"tools": [_tool("f", description=[])]}, f"{FUNCTION}.description"),
+    (74, "strict a string", {"tools": [_tool("f", strict="yes")]}, f"{FUNCTION}.strict"),
+    (74, "parameters a string", {"tools": [_tool("f", parameters="{}")]}, f"{FUNCTION}.parameters"),
+    (74, "parameters of a number", {"tools": [_tool("f", parameters={"type": "integer"})]}, f"{FUNCTION}.parameters"),
+    (64, "type 5 in parameters", {"tools": [_tool("f", parameters=_of({"type": 5}))]}, "tools"),
+    (74, "pattern invalid", {"tools": [_tool("f", parameters=_of({"type": "string", "pattern": "["}))]}, "tools"),
+    (66, "$ref in parameters", {"tools": [_tool("f", parameters=_of({"$ref": "file:///etc/passwd"}))]}, "tools"),
+    (69, "unsatisfiable call", {**CALLED, "tools": [_tool("f", parameters=UNSATISFIABLE)]}, "tools"),
+    (67, "1,000 properties", {**CALLED, "tools": [_tool("f", parameters=WIDE)]}, "tools"),
+    (74, "choice without tools", {"tool_choice": "required"}, "tool_choice"),
+    (74, "choice of no tools", {"tool_choice": "required", "tools": []}, "tool_choice"),
+    (74, "auto without tools", {"tool_choice": "auto"}, "tool_choice"),
+    (74, "named without tools", {"tool_choice": _tool("f")}, "tool_choice"),
+    (74, "named as nobody is", {"tool_choice": _tool("g"), "tools": [_tool("f")]}, "tool_choice"),
+    (74, "named without a name", {"tool_choice": {"type": "function"}, "tools": [_tool("f")]}, "tool_choice"),
+    (74, "choice unknown", {"tool_choice": "always", "tools": [_tool("f")]}, "tool_choice"),
+    (74, "choice a number", {"tool_choice": 3, "tools": [_tool("f")]}, "tool_choice"),
+    (74, "choice of allowed tools", {"tool_choice": {"type": "allowed_tools"}, "tools": [_tool("f")]}, "tool_choice"),
+    (74, "parallel a string", {"parallel_tool_calls": "no"}, "parallel_tool_calls"),
+    (
+        71,
+        "calls and JSON",
+        {**CALLED, "tools": [_tool("f")], "response_format": {"type": "json_object"}},
+        "tool_choice",
+    ),
+    (71, "tools and a regex", {"tools": [_tool("f")], "guided_regex": "a"}, "tools"),
+    (74, "no function in a call", _called([{"id": "1"}]), "messages[0].tool_calls[0].function"),
+    (74, "a call a string", _called(["f"]), "messages[0].tool_calls[0]"),
+    (74, "calls a number", _called(5), "messages[0].tool_calls"),
+    (74, "10,000 calls", _called([{"function": {"name": "f"}}] * 10_000), "messages[0].tool_calls"),
+    (74, "arguments a list", _called([{"function": {"name": "f", "arguments": "[]"}}]), ARGUMENTS),
+    (74, "arguments cut", _called([{"function": {"name": "f", "arguments": '{"a": '}}]), ARGUMENTS),
+    (74, "arguments 1,000 deep", _called([{"function": {"name": "f", "arguments": "[" * 1000}}]), ARGUMENTS),
+    (74, "arguments 10^5 deep", _called([{"function": {"name": "f", "arguments": '{"a":' * 100_000}}]), ARGUMENTS),
+    (74, "arguments with NaN", _called([{"function": {"name": "f", "arguments": '{"a": NaN}'}}]), ARGUMENTS),
+    (74, "call by a user", _called([{"function": {"name": "f"}}], "user"), "messages[0].tool_calls"),
+]
 CHATS: list[tuple[Any, ...]] = [
     (28, "missing", {"messages": None}, "messages"),
     (28, "empty", {"messages": []}, "messages"),
@@ -139,18 +208,8 @@ CHATS: list[tuple[Any, ...]] = [
     (51, "top_logprobs 21", {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     (51, "top_logprobs -1", {"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
     (51, "logprobs a number", {"logprobs": 3}, "logprobs"),
-    (74, "tools", {"tools": [{"type": "function"}]}, "tools"),
-    (74, "10,000 tools", {"tools": [{"type": "function", "function": {"name": "f"}}] * 10_000}, "tools"),
-    (74, "tool with quotes", {"tools": [{"type": "function", "function": {"name": 'a "b'}}]}, "tools"),
-    (74, "tool_choice", {"tool_choice": "required"}, "tool_choice"),
-    (74, "named tool", {"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+    *TOOLS,
     (74, "functions", {"functions": [{"name": "f"}]}, "functions"),
-    (
-        74,
-        "tool calls in a message",
-        {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]},
-        "messages[0].tool_calls",
-    ),
     (77, "template", {"chat_template": "{{ ''.__class__ }}"}, "chat_template"),
     (78, "tokenize", {"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
     (78, "messages", {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
@@ -158,6 +217,7 @@ CHATS: list[tuple[Any, ...]] = [
     (78, "special token", {"chat_template_kwargs": {"bos_token": "x"}}, "chat_template_kwargs"),
     (78, "nested", {"chat_template_kwargs": {"a": {"b": 1}}}, "chat_template_kwargs.a"),
     (78, "no name", {"chat_template_kwargs": {"a-b": 1}}, "chat_template_kwargs"),
+    (78, "name of 65", {"chat_template_kwargs": {"a" * 65: 1}}, "chat_template_kwargs"),
     (78, "100 names", {"chat_template_kwargs": {f"a{i}": 1 for i in range(100)}}, "chat_template_kwargs"),
     (78, "huge number", {"chat_template_kwargs": {"a": 10**30}}, "chat_template_kwargs.a"),
     (78, "long text", {"chat_template_kwargs": {"a": "x" * 10_000}}, "chat_template_kwargs.a"),
@@ -244,6 +304,14 @@ SHARED: list[tuple[Any, ...]] = [
     (49, "bad word empty", {"bad_words": [""]}, "bad_words"),
     (49, "bad word a number", {"bad_words": [5]}, "bad_words"),
     (49, "bad word of 1 MB", {"bad_words": ["x" * 1_000_000]}, "bad_words"),
+    (49, "bad words of too many tokens", {"bad_words": [f"{i:02}" + "q" * 1000 for i in range(30)]}, "bad_words"),
+    (49, "the allowed one may not come next", {"allowed_token_ids": [7], FORBIDDEN: [7]}, FORBIDDEN),
+    (49, "300 may not come next", {FORBIDDEN: [7] * 300}, FORBIDDEN),
+    (33, "emitted ids with a bool", {EMITTED: [True]}, EMITTED),
+    (33, "emitted id 2^63", {EMITTED: [2**63]}, EMITTED),
+    (33, "emitted id negative", {EMITTED: [-1]}, EMITTED),
+    (52, "prompt_logprobs behind emitted ids", {EMITTED: [5], "prompt_logprobs": 0}, EMITTED),
+    (53, "logprobs of 10^5 named tokens", {"logprob_token_ids": [1] * 100_000}, "logprob_token_ids"),
     (49, "10,000 bad words", {"bad_words": ["x"] * 10_000}, "bad_words"),
     (52, "prompt_logprobs -1", {"prompt_logprobs": -1}, "prompt_logprobs"),
     (52, "prompt_logprobs 21", {"prompt_logprobs": 21}, "prompt_logprobs"),
@@ -274,17 +342,23 @@ SHARED: list[tuple[Any, ...]] = [
     (63, "allowed id bool", {"allowed_token_ids": [True]}, "allowed_token_ids"),
     (63, "allowed ids a number", {"allowed_token_ids": 5}, "allowed_token_ids"),
     (64, "JSON schema", {"response_format": SCHEMA}, "response_format"),
-    (64, "json_object", {"response_format": {"type": "json_object"}}, "response_format"),
+    (64, "no schema", {"response_format": {"type": "json_schema"}}, "response_format"),
+    (64, "format unknown", {"response_format": {"type": "yaml"}}, "response_format"),
     (64, "response_format a string", {"response_format": "json"}, "response_format"),
     (66, "$ref to a URL", {"structured_outputs": {"json": {"$ref": "http://127.0.0.1:1/s"}}}, "structured_outputs"),
     (66, "$ref to a file", {"guided_json": {"$ref": "file:///etc/passwd"}}, "guided_json"),
     (67, "deep schema", {"guided_json": NESTED}, "guided_json"),
     (67, "large enum", {"structured_outputs": {"choice": ["x"] * 100_000}}, "structured_outputs"),
-    (68, "regex", {"guided_regex": "(a+)+$"}, "guided_regex"),
-    (69, "unsatisfiable", {"structured_outputs": {"json": {"minLength": 5, "maxLength": 1}}}, "structured_outputs"),
+    (68, "regex", {"guided_regex": "(?=a)"}, "guided_regex"),
+    (68, "regex of repeated repeats", {"guided_regex": "(((.{1,999}){1,999}){1,999}x){99}(?!a)"}, "guided_regex"),
+    (69, "unsatisfiable", {"structured_outputs": {"json": {"enum": []}}}, "structured_outputs"),
     (71, "JSON and regex", {"structured_outputs": {"json": {}, "regex": "a"}}, "structured_outputs"),
-    (72, "grammar", {"guided_grammar": 'root ::= "a"'}, "guided_grammar"),
+    (72, "grammar", {"guided_grammar": 'root ::= nobody'}, "guided_grammar"),
+    (68, "regex that ends within an escape", {"guided_regex": "a\\"}, "guided_regex"),
     (83, "prompt_embeds", {"prompt_embeds": "AAAA"}, "prompt_embeds"),
+    (83, "inputs_embeds", {"inputs_embeds": [[0.5]]}, "inputs_embeds"),
+    (83, "multi_modal_data", {"multi_modal_data": {"image": "AAAA"}}, "multi_modal_data"),
+    (88, "previous_response_id", {"previous_response_id": "resp_1"}, "previous_response_id"),
     (22, "kv_transfer_params", {"kv_transfer_params": {"peer": "10.0.0.1"}}, "kv_transfer_params"),
     (84, "adapter by path", {"lora_path": "/tmp/x"}, "lora_path"),
     (0, "n 0", {"n": 0}, "n"),
@@ -308,6 +382,13 @@ EMBEDDINGS: list[tuple[Any, ...]] = [
     (34, "mixed", {"input": ["a", 1]}, "input"),
     (36, "too long", {"input": [1] * CONTEXT}, "input"),
     (39, "long text", {"input": LONG}, "input"),
+    (22, "kv_transfer_params", {"kv_transfer_params": {"peer": "10.0.0.1"}}, "kv_transfer_params"),
+    (57, "metadata of 1 MB", {"metadata": {"a": "x" * 1_000_000}}, "metadata"),
+    (58, "priority a text", {"priority": "high"}, "priority"),
+    (59, "salt with slash", {"cache_salt": "a/b"}, "cache_salt"),
+    (81, "image", {"input": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/"}}]}, "input"),
+    (83, "prompt_embeds", {"prompt_embeds": "AAAA"}, "prompt_embeds"),
+    (84, "adapter by path", {"lora_path": "/tmp/x"}, "lora_path"),
     (0, "dimensions", {"dimensions": 8}, "dimensions"),
     (0, "encoding", {"encoding_format": "int8"}, "encoding_format"),
     (0, "encoding a list", {"encoding_format": ["float"]}, "encoding_format"),
@@ -320,6 +401,11 @@ TOKENIZES: list[tuple[Any, ...]] = [
     (34, "prompt and messages", {"messages": [{"role": "user", "content": "x"}]}, "prompt"),
     (28, "messages a string", {"prompt": None, "messages": "x"}, "messages"),
     (77, "role unknown", {"prompt": None, "messages": [{"role": "wizard", "content": "x"}]}, "messages"),
+    (57, "user of 1 MB", {"user": "x" * 1_000_000}, "user"),
+    (77, "template", {"chat_template": "{{ 1 }}"}, "chat_template"),
+    (77, "template for messages", {"prompt": None, **GOOD["chat"], "chat_template": "x"}, "chat_template"),
+    (81, "image", {"prompt": None, **_image("http://127.0.0.1:1/x.png")}, PART),
+    (83, "prompt_embeds", {"prompt_embeds": "AAAA"}, "prompt_embeds"),
     (0, "add_special_tokens a number", {"add_special_tokens": 1}, "add_special_tokens"),
 ]
 DETOKENIZES: list[tuple[Any, ...]] = [
@@ -330,6 +416,7 @@ DETOKENIZES: list[tuple[Any, ...]] = [
     (33, "bool", {"tokens": [True]}, "tokens"),
     (33, "float", {"tokens": [1.5]}, "tokens"),
     (33, "2^64", {"tokens": [2**64]}, "tokens"),
+    (57, "metadata of 1 MB", {"metadata": {"a": "x" * 1_000_000}}, "metadata"),
     (33, "a million and more", {"tokens": [5] * ((1 << 20) + 1)}, "tokens"),
 ]
 BAD_REQUESTS: list[BadRequest] = [
@@ -345,6 +432,8 @@ UNSAYABLE: list[BadRequest] = [
     for row, name, fields, param in [
         (41, "temperature NaN", {"temperature": NAN}, "temperature"),
         (41, "temperature infinite", {"temperature": INF}, "temperature"),
+        (41, "temperature NaN beside much text", {"prompt": "x" * 9000, "temperature": NAN}, "temperature"),
+        (43, "top_p infinite beside much text", {"prompt": "x" * 9000, "top_p": INF}, "top_p"),
         (44, "repetition_penalty NaN", {"repetition_penalty": NAN}, "repetition_penalty"),
         (49, "bias NaN", {"logit_bias": {"5": NAN}}, "logit_bias.5"),
         (6, "lone surrogate", {"prompt": "\ud800"}, "prompt"),

@@ -11,7 +11,8 @@ import numpy as np
 from penstock.cluster.status import WorkerStatus
 from penstock.router.emission import Delta, TokenLogprob
 from penstock.router.trail import Trail
-from penstock.workers.protocol import EndReason, GenerateRequest, Role
+from penstock.workers.errors import RefusedError
+from penstock.workers.protocol import EndReason, FailureCode, GenerateRequest, Role
 
 Step = Delta | Exception | float  # what to hand out, what to raise, how long to sleep
 Script = Callable[[GenerateRequest], Iterable[Step]]  # read lazily, one step per delta
@@ -93,10 +94,21 @@ class FakeGenerator:
     cached: int = 0
     submitted: list[GenerateRequest] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
+    embeds: bool = True
+    full_for: frozenset[str] = frozenset()  # tenants that are refused
+
+    def check(self, tenant: str) -> None:
+        if tenant in self.full_for:
+            raise RefusedError(FailureCode.OVERLOADED, "the request would begin too late", 3.0)
 
     def submit(self, request: GenerateRequest) -> FakeGeneration:
         self.submitted.append(request)
-        return FakeGeneration(request, self.script, lambda: self.cancelled.append(request.request_id), self.cached)
+        generation = FakeGeneration(
+            request, self.script, lambda: self.cancelled.append(request.request_id), self.cached
+        )
+        if not self.embeds:
+            generation.embedding = None
+        return generation
 
 
 @dataclass

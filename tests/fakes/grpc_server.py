@@ -18,12 +18,22 @@ from penstock.cluster.ingress.service import OpenAIService
 from penstock.cluster.ingress.settings import IngressSettings
 from penstock.cluster.metrics import Metrics
 from penstock.cluster.text import TextCodec
+from penstock.workers.settings import TlsSettings
+from penstock.workers.tls import server_pair
 
 
 class FakeGrpcServer:
     """A context manager; `address` is host:port."""
 
-    def __init__(self, codec: TextCodec, generator: FakeGenerator, fleet: FakeFleet | None = None, **settings: Any):
+    def __init__(
+        self,
+        codec: TextCodec,
+        generator: FakeGenerator,
+        fleet: FakeFleet | None = None,
+        tls: TlsSettings | None = None,
+        **settings: Any,
+    ):
+        self._tls = tls or TlsSettings()
         self.settings = IngressSettings(("tiny",), CONTEXT, **settings)
         self.metrics = Metrics()
         self.service = OpenAIService(self.settings, codec, generator, self.metrics)
@@ -43,7 +53,8 @@ class FakeGrpcServer:
         return pending.result(20)
 
     async def _start(self) -> GrpcServer:
-        server = GrpcServer(self.servicer, self.settings.limits, "127.0.0.1", 0, shared=False)
+        pair = server_pair(self._tls)
+        server = GrpcServer(self.servicer, self.settings.limits, "127.0.0.1", 0, shared=False, tls=pair)
         await server.start()
         return server
 

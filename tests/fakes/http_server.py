@@ -15,11 +15,13 @@ import uvicorn
 class HttpServer:
     """A context manager; `url` is where it listens. `graceful`: the application's lifespan ends properly."""
 
-    def __init__(self, app: Any, http: Any = "httptools", graceful: bool = False) -> None:
+    def __init__(self, app: Any, http: Any = "httptools", graceful: bool = False, send_buffer_bytes: int = 0) -> None:
         self._graceful = graceful
         self.http = http
         self._socket = socket.create_server(("127.0.0.1", 0))
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as the real listener
+        if send_buffer_bytes:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
         self.port = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         config = uvicorn.Config(app, log_level="critical", ws="none", lifespan="on", http=http, timeout_keep_alive=5)

@@ -19,6 +19,7 @@ from penstock.workers.model_build import build_model_runner
 from penstock.workers.protocol import EndReason, GenerateRequest, SamplingParams, Tokens
 from penstock.workers.runner import ModelRunner
 from penstock.workers.scheduler.events import RefusedEvent, SequenceKey, StepOutcome, Work
+from penstock.workers.scheduler.grammars import Guides
 from penstock.workers.scheduler.plan import StepPlan
 from penstock.workers.scheduler.scheduler import Scheduler
 from penstock.workers.settings import KVSettings, RunnerSettings, SchedulerSettings
@@ -50,6 +51,7 @@ class InProcessWorker:
         on_plan: Callable[[StepPlan], None] | None = None,
         on_device: bool = False,
         banks: int = 1,
+        grammars: Guides | None = None,
     ) -> None:
         """`on_device`: the storage is a tensor on the runner's device, whatever that is.
 
@@ -65,7 +67,7 @@ class InProcessWorker:
         generations = self.storage.generations if banks == 1 else np.zeros(count, np.uint64)
         self.banks = make_banks(banks, num_blocks, generations, prefix_caching=prefix_caching)
         self.pool, self.cache = self.banks[0]
-        self.scheduler = Scheduler(scheduler, layout, *self.banks)
+        self.scheduler = Scheduler(scheduler, layout, *self.banks, grammars=grammars)
         self.runner = runner
         self.on_plan = on_plan
         self.preemptions = 0

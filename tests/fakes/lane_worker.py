@@ -1,7 +1,7 @@
 """A transfer engine whose blocks travel on lanes, over Gloo: what GPUs do by NCCL, in memory of the host.
 
 `python -m fakes.lane_worker` is a sending one in its own process, to be killed or stopped, with JSON on stdin: `grant`
-(fields of Grant, bytes as hex), `sources` (blocks), `block_bytes`, `key`, `faults` (fields of TransferFaults), `share`
+(fields of Grant, bytes as hex), `sources` (blocks), `block_bytes`, `key`, `plan` (a line), `share`
 and `pieces` as of the engine, `lease_s`. It says "ready" before it reads, "offered" once all is handed over, and then
 how its session ended.
 """
@@ -12,13 +12,14 @@ import json
 import sys
 
 import torch
+from fakes.fault_plan import FaultPlan
 from fakes.transfer_pair import Worker
 
+from penstock.workers import fault_points
 from penstock.workers.device_transfer import CardStorage
 from penstock.workers.kv.device_storage import DeviceKVStorage
 from penstock.workers.protocol import Grant
 from penstock.workers.settings import TransferSettings
-from penstock.workers.transfer.faults import TransferFaults
 from penstock.workers.transfer.head_slices import HeadShare
 from penstock.workers.transfer.lane_frames import Lanes
 from penstock.workers.transfer.port import Tail
@@ -41,6 +42,7 @@ def main() -> None:
     """Send one session and report how it ended."""
     print("ready", flush=True)
     order = json.loads(sys.stdin.readline())
+    fault_points.plan = FaultPlan.from_line(order["plan"])
     fields = order["grant"] | {"session_id": bytes.fromhex(order["grant"]["session_id"])}
     fields |= {name: tuple(fields[name]) for name in ("blocks", "generations", "more_addresses") if name in fields}
     grant = Grant(**fields)
@@ -52,7 +54,6 @@ def main() -> None:
         cluster_key=order["key"],
         share=HeadShare(*order["share"]),
         pieces=order["pieces"],
-        faults=TransferFaults(**order["faults"]),
     )
     # Every byte names its block, its place and this rank.
     numbers = torch.arange(worker.pool.tensor.numel()).view_as(worker.pool.tensor)

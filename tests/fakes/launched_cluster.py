@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -43,14 +44,18 @@ class LaunchedCluster:
 
     def __init__(self, folder: Path, values: Mapping[str, Any]) -> None:
         self.port = int(values.get("front.port") or free_port())
-        self.url = f"http://127.0.0.1:{self.port}"
+        scheme = "https" if values.get("tls.cert_file") else "http"
+        self.url = f"{scheme}://127.0.0.1:{self.port}"
         self.log = folder / "launch.log"
         self._seen: dict[int, psutil.Process] = {}
-        command = [sys.executable, "-c", LAUNCH, json.dumps({**values, "front.port": self.port})]
+        stated = {"front.admin": "shared", **values, "front.port": self.port}
+        self.admin_url = f"{scheme}://127.0.0.1:{stated.get('front.admin_port', self.port)}"
+        command = [sys.executable, "-c", LAUNCH, json.dumps(stated)]
         with self.log.open("wb") as log:
             # A session of its own, so that a Ctrl-C at the test run's terminal does not reach it twice.
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        self.http = httpx.Client(base_url=self.url, trust_env=False, timeout=20.0)
+        known = ssl.create_default_context(cafile=values.get("tls.ca_file"))
+        self.http = httpx.Client(base_url=self.url, trust_env=False, timeout=20.0, verify=known)
 
     def wait_ready(self, timeout_s: float = 60.0) -> None:
         self.until(self.ready, timeout_s)
@@ -74,7 +79,7 @@ class LaunchedCluster:
         return time.monotonic() - began
 
     def workers(self) -> dict[str, dict[str, Any]]:
-        return {worker["id"]: worker for worker in self.http.get("/status").json()["workers"]}
+        return {worker["id"]: worker for worker in self.http.get(f"{self.admin_url}/status").json()["workers"]}
 
     def actor(self, title: str) -> psutil.Process:
         """The one live process of this cluster whose Ray title begins so."""

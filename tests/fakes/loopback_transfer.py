@@ -14,6 +14,7 @@ from penstock.workers.transfer.port import (
     Incoming,
     IncomingClosed,
     IncomingFailed,
+    OutgoingCaughtUp,
     OutgoingDone,
     OutgoingFailed,
     Tail,
@@ -26,6 +27,7 @@ class Outgoing:
     grant: Grant
     fragments: list[tuple[int, int]] = field(default_factory=list)
     tail: Tail | None = None
+    probed: bool = False
 
 
 class LoopbackFabric:
@@ -72,6 +74,10 @@ class LoopbackTransfer:
         if session_id in self.outgoing:
             self.outgoing[session_id].fragments.extend(fragments)
 
+    def probe(self, session_id: bytes) -> None:
+        if session_id in self.outgoing:
+            self.outgoing[session_id].probed = True
+
     def finish(self, session_id: bytes, tail: Tail) -> None:
         if session_id in self.outgoing:
             self.outgoing[session_id].tail = tail
@@ -97,15 +103,20 @@ class LoopbackTransfer:
             if session_id not in peer.incoming:
                 del self.outgoing[session_id]
                 self._events.append(OutgoingFailed(session_id, "refused"))
-            elif sending.tail is not None:
+            elif sending.tail is None:
+                if sending.probed:
+                    sending.probed = False
+                    self._events.append(OutgoingCaughtUp(session_id))
+            else:
                 peer.land(session_id, self._storage, sending)
                 del self.outgoing[session_id]
                 self._events.append(OutgoingDone(session_id))
 
     def land(self, session_id: bytes, source: KVStorage, sending: Outgoing) -> None:
         session = self.incoming.pop(session_id)
-        assert sorted(index for index, _ in sending.fragments) == list(range(len(session.blocks)))
+        assert sending.tail is not None
+        due = len(session.blocks) if sending.tail.fragments is None else sending.tail.fragments
+        assert sorted(index for index, _ in sending.fragments) == list(range(due))
         for index, block in sending.fragments:
             self._storage.data[session.blocks[index]] = source.data[block]
-        assert sending.tail is not None
         self._events.append(Arrived(session_id, sending.tail))

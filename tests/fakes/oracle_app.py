@@ -78,13 +78,15 @@ class OracleApp:
         loads = [worker._engine.load() for worker in self._workers]
         return all(load.running + load.waiting + load.transfers + load.quarantined_blocks == 0 for load in loads)
 
+    def worker_settings(self) -> list[WorkerSettings]:
+        return [oracle_settings(role) for role in (Role.PREFILL, Role.DECODE)]
+
     async def _start(self) -> None:
         entries = []
-        for role in (Role.PREFILL, Role.DECODE):
-            settings = oracle_settings(role)
+        for settings in self.worker_settings():
             worker = build_worker(settings)
             self._workers.append(worker)
-            entries.append(RosterEntry(settings.worker_id, role, 1, 1, WorkerState.READY, worker.start()))
+            entries.append(RosterEntry(settings.worker_id, settings.role, 1, 1, WorkerState.READY, worker.start()))
         self._generator = open_generator(RouterSettings(), CLUSTER_KEY)
         self._generator.links.update(Roster(1, tuple(entries)))
         if not await self._generator.links.wait_attached(20.0):

@@ -12,18 +12,28 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
-from penstock.cluster.generation import Generation
+from penstock.cluster.ledger.recorder import Recorded, Recorder
 from penstock.cluster.local import LocalCluster
+from penstock.router.settings import AdmissionSettings
 from penstock.workers.errors import RefusedError
 from penstock.workers.kv.prefix_cache import chain_digests
 from penstock.workers.oracle import expected_tokens
 from penstock.workers.protocol import EndReason, GenerateRequest, Role, SamplingParams
-from penstock.workers.settings import KVSettings, RunnerSettings, SchedulerSettings, TransferSettings, WorkerSettings
+from penstock.workers.settings import (
+    KVSettings,
+    LedgerSettings,
+    RunnerSettings,
+    SchedulerSettings,
+    TransferSettings,
+    WorkerSettings,
+)
 
 VOCAB = 32000
 KEY = "ab" * 32
 ROOT = b"\1" * 32
+PATIENT = AdmissionSettings(ttft_target_s=120.0)  # on a busy machine nobody is to be refused for being late
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,8 @@ class Pace:
     transport: str = "auto"
     lease_s: float = 10.0
     prefix_caching: bool = True
+    digest: str = "auto"
+    context: int = 2048
 
 
 def oracle_worker(role: Role, index: int, pace: Pace) -> WorkerSettings:
@@ -50,11 +62,12 @@ def oracle_worker(role: Role, index: int, pace: Pace) -> WorkerSettings:
         scheduler=SchedulerSettings(
             max_num_seqs=pace.max_num_seqs,
             max_num_batched_tokens=pace.chunk,
-            max_model_len=2048,
+            max_model_len=pace.context,
             reserve_tokens=pace.reserve_tokens,
         ),
         kv=KVSettings(block_size=pace.block_size, num_blocks=pace.num_blocks, prefix_caching=pace.prefix_caching),
-        transfer=TransferSettings(transport=pace.transport, lease_s=pace.lease_s),
+        transfer=TransferSettings(transport=pace.transport, lease_s=pace.lease_s, digest=pace.digest),
+        ledger=LedgerSettings(share=1.0),
         runner=RunnerSettings(
             kind="oracle", oracle_vocab=VOCAB, oracle_step_s=pace.step_s, oracle_token_s=pace.token_s
         ),
@@ -74,6 +87,7 @@ def oracle_request(number: int, prompt_tokens: int, output_tokens: int, pace: Pa
         request_id=f"r{number}",
         prompt=prompt,
         sampling=SamplingParams(max_tokens=output_tokens, temperature=float(number % 2), seed=number * 7919 + 1),
+        queue_timeout_s=120.0,  # as patient as PATIENT
         prefix_root=ROOT,
         prefix_digests=chain_digests(ROOT, prompt, pace.block_size),
     )
@@ -103,15 +117,21 @@ class Streams:
     def __init__(self, cluster: LocalCluster) -> None:
         self.tally = Tally()
         self.progress = asyncio.Event()  # set whenever a token arrives anywhere
-        self.live: dict[int, Generation] = {}
+        self.live: dict[int, Recorded] = {}
         self._cluster = cluster
 
+    @cached_property
+    def recorder(self) -> Recorder:
+        """Made with the first stream: the cluster has to run by then, not before."""
+        return Recorder(self._cluster.generator)
+
     async def run(self, requests: Sequence[GenerateRequest]) -> Tally:
-        await asyncio.gather(*(self._one(number, request) for number, request in enumerate(requests)))
+        await asyncio.gather(*(self.run_one(number, request) for number, request in enumerate(requests)))
         return self.tally
 
-    async def _one(self, number: int, request: GenerateRequest) -> None:
-        generation = self._cluster.generator.submit(request)
+    async def run_one(self, number: int, request: GenerateRequest) -> None:
+        """One stream to its end; `number` names it among the live ones."""
+        generation = self.recorder.submit(request)
         self.live[number] = generation
         wanted = expected_tokens(request.prompt, request.sampling, VOCAB)
         got: list[int] = []

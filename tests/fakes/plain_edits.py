@@ -21,9 +21,13 @@ def banned_tokens(sampling: SamplingParams, prompt: Sequence[int], generated: Se
 
 
 def edit_row(
-    logits: Sequence[float], sampling: SamplingParams, prompt: Sequence[int], generated: Sequence[int]
+    logits: Sequence[float],
+    sampling: SamplingParams,
+    prompt: Sequence[int],
+    generated: Sequence[int],
+    grammar: set[int] | None = None,
 ) -> list[float]:
-    """The logits from which the next token is sampled: penalties, then biases, then bans."""
+    """The logits from which the next token is sampled: penalties, biases, bans, then what a grammar allows."""
     edited = [float(value) for value in logits]
     counts = Counter(generated)
     if sampling.repetition_penalty != 1:
@@ -34,9 +38,15 @@ def edit_row(
         edited[token] -= count * sampling.frequency_penalty + sampling.presence_penalty
     for token, bias in sampling.logit_bias:
         edited[token] += bias
+    unlisted = edited
     if sampling.allowed_token_ids is not None:
         allowed = set(sampling.allowed_token_ids)
         edited = [value if token in allowed else -math.inf for token, value in enumerate(edited)]
     banned = banned_tokens(sampling, prompt, generated)
     without = [-math.inf if token in banned else value for token, value in enumerate(edited)]
-    return without if max(without) > -math.inf else edited
+    listed = without if max(without) > -math.inf else edited
+    if grammar is None:
+        return listed
+    if not any(listed[token] > -math.inf for token in grammar):
+        listed = unlisted
+    return [value if token in grammar else -math.inf for token, value in enumerate(listed)]

@@ -26,6 +26,9 @@ def make_plan(seed: int, rows: int, *, edits: bool = False, scored: bool = False
             real = field.name in ("presence", "frequency", "repetition", "bias_values")
             length = int(rng.integers(0, 9))
             columns[field.name] = rng.random(length).astype(np.float32) if real else i32(rng, length)
+        masked = np.flatnonzero(rng.random(sampled) < 0.5).astype(np.int32)
+        words = int(rng.integers(1, 9)) if len(masked) else 0
+        columns |= {"masked_rows": masked, "masks": i32(rng, len(masked), words)}
         logit_edits = LogitEdits(**columns)
     sampling = SamplingBatch(
         temperature=rng.random(sampled).astype(np.float32),

@@ -1,5 +1,6 @@
 """A scheduler over a content-checking runner, small enough to drive by hand in unit tests."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,11 +83,15 @@ class Stand:
         return [event for event in self.events if isinstance(event, kind)]
 
 
-def make_stand(num_blocks: int = 64, caching: bool = True, **limits: Any) -> Stand:
-    """`limits` are SchedulerSettings fields; small defaults."""
+Below = Callable[[ContentRunner, BlockPool], Any]  # makes what a Scheduler takes as its tiers
+
+
+def make_stand(num_blocks: int = 64, caching: bool = True, below: Below | None = None, **limits: Any) -> Stand:
+    """`limits` are SchedulerSettings fields; small defaults. `below` makes the tiers below the pool."""
     defaults = {"max_num_seqs": 8, "max_num_batched_tokens": 32, "max_model_len": 128, "watermark": 0.0}
-    pool = BlockPool(num_blocks)
+    pool, runner = BlockPool(num_blocks), ContentRunner(num_blocks, BLOCK)
     cache = PrefixCache(pool) if caching else None
     layout = KVLayout(1, 1, 1, BLOCK, "float32")
-    scheduler = Scheduler(SchedulerSettings(**{**defaults, **limits}), layout, Bank(pool, cache))
-    return Stand(scheduler, pool, cache, ContentRunner(num_blocks, BLOCK))
+    tiers = None if below is None else below(runner, pool)
+    scheduler = Scheduler(SchedulerSettings(**{**defaults, **limits}), layout, Bank(pool, cache), tiers=tiers)
+    return Stand(scheduler, pool, cache, runner)

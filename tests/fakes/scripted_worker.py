@@ -8,6 +8,7 @@ import contextlib
 import numpy as np
 
 from penstock.cluster.roster import Roster, RosterEntry, WorkerState
+from penstock.workers.call_seal import WorkerName
 from penstock.workers.protocol import (
     WIRE_VERSION,
     Hello,
@@ -68,7 +69,7 @@ class ScriptedWorker:
         self.snapshot_requests = 0
         self.renewals = 0
         self.address = ""
-        self._server = RpcServer(self._attach, lambda: {}, KEY)
+        self._server = RpcServer(self._attach, lambda: {}, KEY, WorkerName(worker_id, self.welcome.incarnation))
         self._talk: Conversation | None = None
         self._cut = asyncio.Event()
         self._attached = asyncio.Event()

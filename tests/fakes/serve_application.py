@@ -63,7 +63,7 @@ class ServeApplication(LaunchedCluster):
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="penstock-app-", dir="/tmp"))  # short: it holds Unix sockets
         self.port, self.proxy_port = free_port(), free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = self.admin_url = f"http://127.0.0.1:{self.port}"
         self.log = self.folder / "driver.log"
         self.facts: dict[str, Any] = {}
         self._seen: dict[int, psutil.Process] = {}
@@ -78,7 +78,7 @@ class ServeApplication(LaunchedCluster):
             "folder": str(self.folder / "ray"),
             "http_port": self.port,
             "proxy_port": self.proxy_port,
-            "arguments": dict(arguments),
+            "arguments": {**arguments, "front": {"admin": "shared", **arguments.get("front", {})}},
         }
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(

@@ -28,7 +28,7 @@ class ServeCluster(TwoNodeRay):
         """The deployment's file; `sections` are arguments over those of the model."""
         args: dict[str, dict[str, Any]] = {name: dict(section) for name, section in model.items()}
         args["ray"] = {"prefill_resources": {"prefill": 1}, "decode_resources": {"decode": 1}}
-        args["front"] = {"port": self.direct_port}
+        args["front"] = {"port": self.direct_port, "admin": "shared"}
         args["health"] = {"drain_s": 20}
         for name, section in sections.items():
             args[name] = {**args.get(name, {}), **section}

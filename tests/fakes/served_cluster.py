@@ -23,10 +23,10 @@ class ServedCluster(LaunchedCluster):
 
     def __init__(self, folder: Path, arguments: Sequence[str], configuration: Mapping[str, Any] | None = None) -> None:
         self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = self.admin_url = f"http://127.0.0.1:{self.port}"
         self.log = folder / "serve.log"
         self._seen: dict[int, psutil.Process] = {}
-        command = [str(PENSTOCK), "serve", *arguments, "--port", str(self.port)]
+        command = [str(PENSTOCK), "serve", *arguments, "--port", str(self.port), "--admin", "shared"]
         if configuration:
             file = folder / "cluster.yaml"
             file.write_text(json.dumps(configuration))  # JSON is YAML

@@ -31,6 +31,7 @@ class StreamLoad:
         self.wrong = 0
         self.done = 0
         self.first_token_s: list[float] = []
+        self.gaps_s: list[float] = []  # between two tokens of a stream
         self._model = model
         self._rate = rate_s
         self._lengths = max_tokens
@@ -73,6 +74,7 @@ class StreamLoad:
 
     async def _read(self, client: httpx.AsyncClient, body: dict[str, object], began: float) -> list[int]:
         tokens: list[int] = []
+        last = began
         async with client.stream("POST", "/v1/completions", json=body) as answer:
             if answer.status_code != 200:
                 raise RuntimeError(f"{answer.status_code}: {(await answer.aread()).decode()[:300]}")
@@ -80,8 +82,12 @@ class StreamLoad:
                 if line == "data: [DONE]":
                     return tokens
                 if line.startswith("data: "):
-                    if not tokens:
-                        self.first_token_s.append(time.monotonic() - began)
+                    now = time.monotonic()
+                    if tokens:
+                        self.gaps_s.append(now - last)
+                    else:
+                        self.first_token_s.append(now - began)
+                    last = now
                     event = json.loads(line[6:])
                     if "error" in event:
                         raise RuntimeError(json.dumps(event["error"]))

@@ -41,6 +41,7 @@ class Answer:
 
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
     cached_tokens: int = 0
 
 
@@ -172,5 +173,6 @@ class ThreadedCluster:
         async for delta in generation:
             answer.tokens += delta.tokens
             answer.logprobs += delta.logprobs or ()
+        answer.prompt_logprobs = generation.prompt_logprobs
         answer.cached_tokens = generation.cached_tokens
         return answer

@@ -15,7 +15,6 @@ from penstock.workers.protocol import Grant
 from penstock.workers.settings import TransferSettings
 from penstock.workers.transfer.endpoint import Endpoint
 from penstock.workers.transfer.engine import TransferEngine
-from penstock.workers.transfer.faults import TransferFaults
 from penstock.workers.transfer.host import host_id
 from penstock.workers.transfer.port import Incoming, TransferEvent
 from penstock.workers.transfer.receiver import Receiver
@@ -37,8 +36,6 @@ class Pair:
 
     transport: str = "tcp"
     digest: str = "full"
-    sender_faults: TransferFaults | None = None
-    receiver_faults: TransferFaults | None = None
     now: float = 0.0
     sent: list[TransferEvent] = field(default_factory=list)
     received: list[TransferEvent] = field(default_factory=list)
@@ -50,10 +47,10 @@ class Pair:
         self.link = HostileLink()
         settings = TransferSettings(transport=self.transport, digest=self.digest)
         ends = [
-            Endpoint(settings, storage, name, "here", "same", events.append, lambda: self.now, faults)
-            for storage, name, events, faults in (
-                (self.source, "p", self.sent, self.sender_faults),
-                (self.target, "d", self.received, self.receiver_faults),
+            Endpoint(settings, storage, name, "here", "same", events.append, lambda: self.now)
+            for storage, name, events in (
+                (self.source, "p", self.sent),
+                (self.target, "d", self.received),
             )
         ]
         self.sender = self.link.sender = Sender(ends[0], self.link.connect)

@@ -1,7 +1,7 @@
 """A sending transfer engine in its own process, to be killed: `python -m fakes.transfer_process` with JSON on stdin.
 
-Keys: `grant` (fields of Grant, bytes as hex), `transport`, `num_blocks`, `block_bytes`, `die_after` (fragments, or
-null), `key`. Offers blocks 0.. whose bytes all equal their number plus one, then finishes and prints "done".
+Keys: `grant` (fields of Grant, bytes as hex), `transport`, `num_blocks`, `block_bytes`, `plan` (a line), `key`. Offers
+blocks 0.. whose bytes all equal their number plus one, then finishes and prints "done".
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import sys
 import threading
 import time
 
+from fakes.fault_plan import FaultPlan
+
+from penstock.workers import fault_points
 from penstock.workers.kv.storage import KVStorage
 from penstock.workers.protocol import Grant
 from penstock.workers.settings import TransferSettings
 from penstock.workers.transfer.engine import TransferEngine
-from penstock.workers.transfer.faults import TransferFaults
 from penstock.workers.transfer.host import host_id
 from penstock.workers.transfer.port import Tail
 
@@ -23,6 +25,7 @@ from penstock.workers.transfer.port import Tail
 def main() -> None:
     """Send one session and report how it ended."""
     order = json.loads(sys.stdin.readline())
+    fault_points.plan = FaultPlan.from_line(order["plan"])
     fields = order["grant"]
     grant = Grant(
         **{
@@ -46,7 +49,6 @@ def main() -> None:
         cluster_key=order["key"],
         wake=ended.set,
         clock=time.monotonic,
-        faults=TransferFaults(die_after=order["die_after"]),
     )
     engine.start(grant)
     engine.offer(grant.session_id, [(i, i) for i in range(len(grant.blocks))])

@@ -49,6 +49,7 @@ class TwoNodeRay:
             "RAY_ADDRESS": self.address,
             "RAY_DASHBOARD_ADDRESS": f"http://127.0.0.1:{self.dashboard_port}",
             "RAY_SERVE_LOG_TO_STDERR": "0",
+            **self.store(),
         }
         self._seen: dict[int, psutil.Process] = {}
         common = ["--node-ip-address=127.0.0.1", f"--num-cpus={cpus}", f"--object-store-memory={OBJECT_STORE_BYTES}"]
@@ -68,6 +69,15 @@ class TwoNodeRay:
         self._second = [*common, *second_options]
         self.start_second()
         self.http = httpx.Client(base_url=self.url, trust_env=False, timeout=20.0)
+
+    @property
+    def head(self) -> subprocess.Popen[bytes]:
+        """`ray start` of the head."""
+        return self._nodes[0]
+
+    def store(self) -> Mapping[str, str]:
+        """Where Ray keeps its control data, as environment variables; nothing: in memory."""
+        return {}
 
     def start_second(self) -> None:
         """Start the second node, again if it was killed."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from penstock.router.settings import PlacementSettings, RouterSettings
+from penstock.router.settings import AdmissionSettings, PlacementSettings, RouterSettings
 from penstock.workers.kv.prefix_cache import chain_digests
 from penstock.workers.protocol import GenerateRequest, Role, SamplingParams, Tokens
 from penstock.workers.settings import KVSettings, RunnerSettings, SchedulerSettings, TransferSettings, WorkerSettings
@@ -71,7 +71,7 @@ class Variant:
     @property
     def router(self) -> RouterSettings:
         """Every prompt is computed by the prefill worker, however short, where there is one."""
-        return RouterSettings(placement=PlacementSettings(local_prefill_tokens=0))
+        return RouterSettings(PlacementSettings(local_prefill_tokens=0), AdmissionSettings(ttft_target_s=120.0))
 
     def workers(self, model_dir: Path) -> list[WorkerSettings]:
         roles = (Role.PREFILL, Role.DECODE) if self.split else (Role.MIXED,)
@@ -105,7 +105,7 @@ class Variant:
             },
             "kv": {"num_blocks": kv.num_blocks, "block_size": kv.block_size, "prefix_caching": kv.prefix_caching},
             "transfer": {"transport": self.transport},
-            "router": {"placement": {"local_prefill_tokens": 0}},
+            "router": {"placement": {"local_prefill_tokens": 0}, "admission": {"ttft_target_s": 120}},
             "front": {"skip_tokenizer_init": True, "served_model_name": ["tested"]},
         }
 

@@ -27,6 +27,7 @@ from penstock.workers.kv.storage import KVStorage
 from penstock.workers.kv_feed import KVEventFeed
 from penstock.workers.oracle import OracleRunner, oracle_layout
 from penstock.workers.protocol import (
+    WIRE_VERSION,
     Cancel,
     Embedding,
     Failed,
@@ -39,6 +40,7 @@ from penstock.workers.protocol import (
     RequestSnapshot,
     Role,
     Started,
+    Stays,
     TokenFrame,
     ToRouter,
     Welcome,
@@ -163,7 +165,7 @@ class VirtualWorker:
         self.engine = Engine(parts, loop.time, threading.Event())
         self.engine.post(ROUTER, Attached(1e9))
         self.welcome = Welcome(
-            1, self.worker_id, self.incarnation, self.role, 0, 1, shape.block_size, shape.num_blocks,
+            WIRE_VERSION, self.worker_id, self.incarnation, self.role, 0, 1, shape.block_size, shape.num_blocks,
             shape.max_num_seqs, 2048, shape.chunk, self.transfer.address, "host", layout.compatibility,
         )  # fmt: skip
 
@@ -195,7 +197,8 @@ class VirtualWorker:
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(self.shape.heartbeat_s)
-            load = self.engine.load()
+            shape = self.shape  # its line is known: nobody measures steps by this clock
+            load = replace(self.engine.load(), step_base_s=shape.step_s, step_token_s=shape.token_s)
             self.deliver(load if self._thaw.is_set() else replace(load, step_age_s=1e3))
 
     def _flush(self) -> None:
@@ -246,7 +249,7 @@ class VirtualWorker:
         match message:
             case TokenFrame():
                 self._apply(message)
-            case Queued() | Granted() | Started() | Failed():
+            case Queued() | Granted() | Started() | Failed() | Stays():
                 seat = self.seats.get(message.slot)
                 if seat is not None and seat.attempt == message.attempt:
                     seat.answer(message)

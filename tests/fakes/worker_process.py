@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from penstock.workers.errors import RefusedError, WireError
@@ -38,9 +38,13 @@ def oracle_settings(worker_id: str = "w", **changed: Any) -> WorkerSettings:
 class WorkerProcess:
     """One worker; as a context manager it leaves no process behind."""
 
-    def __init__(self, settings: WorkerSettings, code: str = "", environment: Mapping[str, str] | None = None) -> None:
-        """`code`: Python that runs a worker its own way, instead of the module. `environment` changes this one's."""
-        command = [sys.executable, *(["-c", code] if code else ["-m", "penstock.workers.process"])]
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        environment: Mapping[str, str] | None = None,
+        command: Sequence[str] = (sys.executable, "-m", "penstock.workers.process"),
+    ) -> None:
+        """`environment` changes this process's own; `command` runs a worker its own way."""
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

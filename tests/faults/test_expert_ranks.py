@@ -6,7 +6,6 @@ Every rank is a process; requests go over the data plane. What ends a whole grou
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
@@ -23,28 +22,21 @@ from fakes.expert_worker import (
     undisturbed,
     until_status,
 )
+from fakes.liveness import alive
 from fakes.oracle_cluster import leaked_blocks
 
 from penstock.cluster.local import LocalCluster
 from penstock.cluster.subprocess_host import WorkerProcess
-from penstock.router.settings import PlacementSettings, RouterSettings
+from penstock.router.settings import AdmissionSettings, PlacementSettings, RouterSettings
 from penstock.workers.protocol import GenerateRequest, Role, Tokens
 from penstock.workers.settings import WorkerSettings
 
 RANKS, STREAMS, TOKENS, TEXTS = 4, 24, 60, 2
-ALWAYS_SPLIT = RouterSettings(PlacementSettings(local_prefill_tokens=0))
+ALWAYS_SPLIT = RouterSettings(PlacementSettings(local_prefill_tokens=0), AdmissionSettings(ttft_target_s=120.0))
 MOST_STALL_S = 3.0  # on any machine; tests/benchmarks/expert_survival.py holds it to one second
 pytestmark = pytest.mark.timeout(120)
 
 Fault = Callable[[WorkerProcess], Awaitable[None]]
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 class Plant:

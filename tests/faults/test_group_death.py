@@ -7,23 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import os
 import signal
 import time
 from pathlib import Path
 
 import pytest
+from fakes.liveness import alive
 from fakes.oracle_cluster import Pace, Streams, leaked_blocks, oracle_request, oracle_worker
 
 from penstock.cluster.local import LocalCluster
 from penstock.cluster.supervision import Backoff
-from penstock.router.settings import PlacementSettings, RouterSettings
+from penstock.router.settings import AdmissionSettings, PlacementSettings, RouterSettings
 from penstock.workers.protocol import Role
 from penstock.workers.settings import GroupSettings, WorkerSettings
 
 STREAMS = 200
 PACE = Pace(step_s=0.004)
-ALWAYS_SPLIT = RouterSettings(PlacementSettings(local_prefill_tokens=0))
+ALWAYS_SPLIT = RouterSettings(PlacementSettings(local_prefill_tokens=0), AdmissionSettings(ttft_target_s=120.0))
 HEADS = 4  # of the whole oracle: pools of all widths here exchange KV
 
 
@@ -34,14 +34,6 @@ def group(role: Role, width: int) -> WorkerSettings:
         runner=dataclasses.replace(settings.runner, oracle_kv_heads=HEADS),
         group=GroupSettings(tensor_parallel_size=width, start_timeout_s=60.0),
     )
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 async def disturbed(tmp_path: Path, prefill: int, decode: int, victim: str, rank: int, number: int) -> None:

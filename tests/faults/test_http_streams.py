@@ -18,7 +18,7 @@ from penstock.cluster.local import LocalCluster
 from penstock.cluster.metrics import Metrics
 from penstock.cluster.model_directory import describe
 from penstock.cluster.text import load_text
-from penstock.router.settings import RetrySettings, RouterSettings
+from penstock.router.settings import AdmissionSettings, RetrySettings, RouterSettings
 from penstock.workers.oracle import expected_tokens
 from penstock.workers.protocol import SamplingParams
 
@@ -60,7 +60,9 @@ async def ask(client: openai.AsyncOpenAI, number: int, seen: Counter[str], under
 
 async def kill_decode_under_streams(decode_workers: int, log: Path) -> Counter[str]:
     pace = Pace(step_s=0.01)
-    router = RouterSettings(retry=RetrySettings(no_worker_timeout_s=1.0))
+    router = RouterSettings(
+        admission=AdmissionSettings(ttft_target_s=120.0), retry=RetrySettings(no_worker_timeout_s=1.0)
+    )
     cluster = LocalCluster(oracle_workers(1, decode_workers, pace), router, restart=False, log_file=log)
     async with cluster:
         listener = listener_over(cluster)

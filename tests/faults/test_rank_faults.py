@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import sys
 import time
@@ -12,10 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fakes.oracle_cluster import Pace, Streams, leaked_blocks, oracle_request, oracle_worker
+from fakes.in_ci import every
+from fakes.liveness import alive
+from fakes.oracle_cluster import PATIENT, Pace, Streams, leaked_blocks, oracle_request, oracle_worker
 from fakes.rank_group import GroupHost, in_group
 
 from penstock.cluster.local import LocalCluster
+from penstock.router.settings import RouterSettings
 from penstock.workers.parallel.fence import EXIT_GROUP_LOST, EXIT_RANK_STUCK
 from penstock.workers.protocol import GenerateRequest, Role
 from penstock.workers.settings import RunnerSettings, WorkerSettings
@@ -25,14 +27,6 @@ STEP_S = 0.004
 PACE = Pace(step_s=STEP_S)
 EMBEDDED_MODEL = Path(__file__).parents[2] / "cluster" / "embedded_model"
 SLOW_RANK = Path(__file__).parents[1] / "fakes" / "slow_rank.py"
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def blamed(log: Path) -> list[str]:
@@ -46,7 +40,8 @@ class Drill:
         self.log = log
         self.host = host or GroupHost(log)
         group = in_group(oracle_worker(Role.MIXED, 0, PACE), width)
-        self.cluster = LocalCluster([group, oracle_worker(Role.MIXED, 1, PACE)], host=self.host)
+        workers = [group, oracle_worker(Role.MIXED, 1, PACE)]
+        self.cluster = LocalCluster(workers, RouterSettings(admission=PATIENT), host=self.host)
         self.requests = [oracle_request(n, 10 + n % 60, output_tokens, PACE) for n in range(STREAMS)]
         self.streams = Streams(self.cluster)
 
@@ -79,7 +74,7 @@ class Drill:
 
 
 @pytest.mark.timeout(90)
-@pytest.mark.parametrize(("width", "rank"), [(2, 0), (2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("width", "rank"), every(3, [(2, 1), (2, 0), (4, 2)]))
 def test_rank_killed(width: int, rank: int, tmp_path: Path) -> None:
     async def fault(group) -> None:
         group.ranks[rank].signal(signal.SIGKILL)
@@ -93,7 +88,7 @@ def test_rank_killed(width: int, rank: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(90)
-@pytest.mark.parametrize(("width", "rank"), [(2, 0), (2, 1), pytest.param(4, 3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("width", "rank"), every(3, [(2, 0), (2, 1), (4, 3)]))
 def test_rank_stopped(width: int, rank: int, tmp_path: Path) -> None:
     """It cannot end itself, so another rank ends it."""
 
@@ -168,7 +163,7 @@ def test_idle_group_notices_a_stopped_rank_too(rank: int, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize(("number", "rank"), [(signal.SIGKILL, 1), (signal.SIGSTOP, 1), (signal.SIGSTOP, 0)])
+@pytest.mark.parametrize(("number", "rank"), every(2, [(signal.SIGKILL, 1), (signal.SIGSTOP, 1), (signal.SIGSTOP, 0)]))
 def test_a_rank_of_a_real_checkpoint(number: signal.Signals, rank: int, tmp_path: Path) -> None:
     """The embedded model on two ranks: texts are those of one worker that nobody disturbed."""
     asked = [oracle_request(n, 8 + n % 40, 60, Pace(block_size=16)) for n in range(24)]

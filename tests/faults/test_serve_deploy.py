@@ -80,6 +80,26 @@ def test_scaling_and_replacing_under_load(cluster: ServeCluster) -> None:
     assert [(load.failed, load.wrong) for load in loads] == [([], 0), ([], 0)]
 
 
+def test_rolling_all_workers_under_load(cluster: ServeCluster) -> None:
+    cluster.deploy(cluster.file(decode=2, scheduler={"max_num_seqs": 64}))
+    cluster.wait_pools(2)
+    before = set(cluster.workers())
+    loads = [StreamLoad(cluster.url, "oracle").start(), StreamLoad(direct(cluster), "oracle", rate_s=3.0).start()]
+    time.sleep(2)
+    began = time.monotonic()
+    assert "3 workers" in cluster.penstock("roll", "--address", cluster.address)
+    cluster.until(lambda: not set(cluster.workers()) & before, 120.0)
+    cluster.until(lambda: len(cluster.processes("ray::WorkerActor")) == 3, 60.0)
+    took = time.monotonic() - began
+    time.sleep(2)
+    for load in loads:
+        load.stop()
+    print("rolled in", round(took, 1), "s, requests", [load.done for load in loads])
+    assert [(load.failed, load.wrong) for load in loads] == [([], 0), ([], 0)]
+    assert all(load.done > 0 for load in loads)
+    cluster.wait_pools(2)
+
+
 def test_a_deployment_that_cannot_start_leaves_the_old_one_serving(cluster: ServeCluster) -> None:
     load = StreamLoad(cluster.url, "oracle", rate_s=3.0).start()
     cluster.deploy(cluster.file(decode=2, kv={"num_blocks": 1 << 36}))

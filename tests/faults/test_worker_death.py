@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
+import dataclasses
+from itertools import product
 from pathlib import Path
 
 import pytest
-from fakes.oracle_cluster import Pace, Streams, leaked_blocks, oracle_request, oracle_workers, wait_running
+from fakes.fault_plan import Action, Fault, FaultPlan, planned_workers
+from fakes.in_ci import every
+from fakes.liveness import alive
+from fakes.oracle_cluster import PATIENT, Pace, Streams, leaked_blocks, oracle_request, oracle_workers, wait_running
 
 from penstock.cluster.local import LocalCluster
 from penstock.cluster.subprocess_host import SubprocessHost
 from penstock.router.settings import PlacementSettings, RetrySettings, RouterSettings
+from penstock.workers.fault_points import Point
 
 STREAMS = 200
-ALWAYS_SPLIT = PlacementSettings(local_prefill_tokens=0)  # short prompts would else be computed where they decode
-FAULTY_WORKER = Path(__file__).parents[1] / "fakes" / "faulty_worker.py"
+ROUTER = RouterSettings(
+    PlacementSettings(local_prefill_tokens=0),  # short prompts would else be computed where they decode
+    PATIENT,
+)
 
 
 def requests(pace: Pace, output_tokens: int = 48) -> list:
@@ -33,22 +39,16 @@ def pids_of(cluster: LocalCluster) -> set[int]:
     return {pid for status in cluster.fleet.workers() for pid in status.pids}
 
 
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
 @pytest.mark.timeout(90)
-@pytest.mark.parametrize("transport", ["shared_memory", "tcp"])
-@pytest.mark.parametrize("moment", ["before the first token", "after the first token", "mid-stream"])
+@pytest.mark.parametrize(
+    ("moment", "transport"),
+    every(2, product(("before the first token", "after the first token", "mid-stream"), ("shared_memory", "tcp"))),
+)
 def test_decode_worker_killed(moment: str, transport: str, tmp_path: Path) -> None:
     async def scenario() -> None:
         slow = moment == "before the first token"
         pace = Pace(transport=transport, step_s=0.004, token_s=0.0007 if slow else 0.00002)
-        cluster = LocalCluster(oracle_workers(1, 2, pace), RouterSettings(ALWAYS_SPLIT), log_file=tmp_path / "log")
+        cluster = LocalCluster(oracle_workers(1, 2, pace), ROUTER, log_file=tmp_path / "log")
         async with cluster:
             pids = pids_of(cluster)
             streams = Streams(cluster)
@@ -72,17 +72,18 @@ def test_decode_worker_killed(moment: str, transport: str, tmp_path: Path) -> No
 
 
 @pytest.mark.timeout(90)
-@pytest.mark.parametrize("transport", ["shared_memory", "tcp"])
-@pytest.mark.parametrize("fragments", [1, 25])
+@pytest.mark.parametrize(
+    ("fragments", "transport"), every(3, [(1, "shared_memory"), (1, "tcp"), (25, "shared_memory"), (25, "tcp")])
+)
 def test_prefill_worker_killed_between_two_blocks(fragments: int, transport: str, tmp_path: Path) -> None:
     """The first incarnation of prefill-0 dies by itself once so many blocks have left it."""
 
     async def scenario() -> None:
         pace = Pace(transport=transport, step_s=0.004, chunk=32)
-        host = SubprocessHost(
-            tmp_path / "log", command=(sys.executable, str(FAULTY_WORKER), "prefill-0", f"die_after={fragments}")
-        )
-        cluster = LocalCluster(oracle_workers(2, 2, pace), RouterSettings(ALWAYS_SPLIT), host=host)
+        fault = Fault(Point.TRANSFER_SENT, Action.KILL, "prefill-0", after=fragments)
+        plan = FaultPlan((fault,), proof=tmp_path / "proof")
+        host = SubprocessHost(tmp_path / "log", command=planned_workers(plan))
+        cluster = LocalCluster(oracle_workers(2, 2, pace), ROUTER, host=host)
         async with cluster:
             pids = pids_of(cluster)
             streams = Streams(cluster)
@@ -90,7 +91,8 @@ def test_prefill_worker_killed_between_two_blocks(fragments: int, transport: str
             assert await cluster.wait_ready(20)
             deaths = {s.id: s.restarts for s in cluster.fleet.workers()}
             print(f"prefill died after {fragments} blocks, {transport}: restarts {deaths}; {tally.line()}")
-            assert deaths["prefill-0"] == 1, "the fault did not fire"
+            plan.require_fired()
+            assert deaths["prefill-0"] == 1
             assert tally.completed == STREAMS
             assert tally.wrong == []
             await assert_all_back(cluster, streams, pids)
@@ -101,8 +103,8 @@ def test_prefill_worker_killed_between_two_blocks(fragments: int, transport: str
 @pytest.mark.timeout(60)
 def test_without_survivors_every_stream_ends_typed(tmp_path: Path) -> None:
     async def scenario() -> None:
-        pace = Pace(step_s=0.005, token_s=0.0002)
-        router = RouterSettings(ALWAYS_SPLIT, retry=RetrySettings(no_worker_timeout_s=1.5))
+        pace = Pace(step_s=0.005, token_s=0.0002, num_blocks=1 << 14)
+        router = dataclasses.replace(ROUTER, retry=RetrySettings(no_worker_timeout_s=1.5))
         cluster = LocalCluster(oracle_workers(1, 1, pace), router, restart=False, log_file=tmp_path / "log")
         async with cluster:
             streams = Streams(cluster)
@@ -125,7 +127,8 @@ def test_decode_workers_go_on_without_any_prefill_worker(tmp_path: Path) -> None
 
     async def scenario() -> None:
         pace = Pace(step_s=0.002, token_s=0.0005)
-        cluster = LocalCluster(oracle_workers(1, 1, pace), restart=False, log_file=tmp_path / "log")
+        patient = RouterSettings(admission=PATIENT)
+        cluster = LocalCluster(oracle_workers(1, 1, pace), patient, restart=False, log_file=tmp_path / "log")
         async with cluster:
             streams = Streams(cluster)
             running = asyncio.ensure_future(streams.run(requests(pace)))
