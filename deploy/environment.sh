@@ -29,8 +29,11 @@ PY
     rm -rf "$root/.venv"
     "$python" -m venv "$root/.venv"
     # torch first and by exact version: an open range would bring the CUDA build
-    "$root/.venv/bin/pip" install -q -c "$root/deploy/constraints.txt" "$(grep '^torch==' "$root/deploy/constraints.txt")"
-    "$root/.venv/bin/pip" install -q -c "$root/deploy/constraints.txt" -e "$root${extra:+[$extra]}"
+    "$root/.venv/bin/pip" install -q --report "$root/.venv/torch.json" -c "$root/deploy/constraints.txt" \
+        "$(grep '^torch==' "$root/deploy/constraints.txt")"
+    "$root/.venv/bin/pip" install -q --report "$root/.venv/rest.json" -c "$root/deploy/constraints.txt" \
+        -e "$root${extra:+[$extra]}"
+    "$root/.venv/bin/python" "$root/deploy/check_hashes.py" "$root/.venv/torch.json" "$root/.venv/rest.json" || return 1
     # The CPU's kernels in C++: compiled here, so that the first start need not; without a compiler torch serves.
     "$root/.venv/bin/python" -m penstock.kernels.native.build >&2 || true
     "$root/.venv/bin/python" -m penstock.workers.native.library >&2 || true

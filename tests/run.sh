@@ -17,4 +17,4 @@ for room in kernels workers router cluster; do ln -sfn "../../$room" ".types/pen
 MYPYPATH=.types mypy -p penstock.kernels -p penstock.workers -p penstock.router -p penstock.cluster
 echo "== tests"
 # two at a time, whole files together: most tests wait for processes, and one core is left idle by them
-exec pytest -n 2 --dist loadfile -m "not slow" "${@:-tests}"
+exec pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" "${@:-tests}"

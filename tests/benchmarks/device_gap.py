@@ -11,18 +11,13 @@ Prints one JSON object; times in microseconds, medians over the steps.
 
 import argparse
 import json
-import threading
 import time
 from collections.abc import Callable
 
 import numpy as np
 from provenance import provenance
-from step_host_time import Load, NoTransfer, OneRouter, StubRunner, settle
+from step_host_time import Load, OneRouter, StubRunner, build_engine, settle
 
-from penstock.workers.engine import Engine, EngineParts
-from penstock.workers.handover import GranterIdentity, HandOver
-from penstock.workers.inbox import Attached
-from penstock.workers.kv_feed import KVEventFeed
 from penstock.workers.protocol import Generate
 from penstock.workers.scheduler.plan import StepPlan, StepResult
 
@@ -57,19 +52,9 @@ class PacedDevice(StubRunner):
 
 def measure(load: Load, step_us: float, *, ahead: bool) -> dict[str, object]:
     """Idle microseconds per step in the steady state."""
-    scheduler, cache = load.scheduler()
     device, router = PacedDevice(step_us * 1e-6), OneRouter()
-    identity = GranterIdentity("w", 1, "host", StubRunner.layout.compatibility, 10.0)
-    handover = HandOver(NoTransfer(), identity, lambda: b"\0" * 16)  # type: ignore[arg-type]
-    start = device.start if ahead else None
-    parts = EngineParts(scheduler, device, handover, KVEventFeed(cache, router), router, start=start)
-    engine = Engine(parts, time.monotonic, threading.Event())
-    engine.post("router", Attached(3600.0))
+    engine = build_engine(load, router, device, device.start if ahead else None)
     arrivals = [load.requests(step) for step in range(load.warm_up + load.steps)]
-    for index, request in load.documents:
-        engine.post("router", Generate(index, 0, request))
-    while engine.step():
-        router.outbox.take()
     settle()
     for step, requests in enumerate(arrivals):
         if step == load.warm_up:
@@ -78,7 +63,6 @@ def measure(load: Load, step_us: float, *, ahead: bool) -> dict[str, object]:
             engine.post("router", Generate(index, 0, request))
         engine.step()
         router.outbox.take()
-    scheduler.check_integrity()
     gaps = np.array(device.gaps) * 1e6
     return {
         "planned": "ahead" if ahead else "after the end",

@@ -38,7 +38,7 @@ from penstock.workers.kv.prefix_cache import PrefixCache, chain_digests
 from penstock.workers.kv_feed import KVEventFeed
 from penstock.workers.outbox import Outbox
 from penstock.workers.protocol import EndReason, Generate, GenerateRequest, SamplingParams, TokenFrame, ToRouter
-from penstock.workers.scheduler.plan import StepPlan, StepResult
+from penstock.workers.scheduler.plan import StartStep, StepPlan, StepResult
 from penstock.workers.scheduler.scheduler import Scheduler, SequenceKey, Work
 from penstock.workers.settings import SchedulerSettings
 from penstock.workers.transfer.port import TransferEvent
@@ -224,14 +224,20 @@ def measure_scheduler(load: Load) -> dict[str, object]:
     return {**load.facts, **timings.summary()}
 
 
-def build_engine(load: Load, router: OneRouter) -> Engine:
-    """The real step loop around a stub runner and no transfer."""
+def build_engine(
+    load: Load, router: OneRouter, runner: StubRunner | None = None, start: StartStep | None = None
+) -> Engine:
+    """The real step loop around a stub runner and no transfer, with the load's documents in the cache."""
     scheduler, cache = load.scheduler()
     identity = GranterIdentity("w", 1, "host", StubRunner.layout.compatibility, 10.0)
     handover = HandOver(NoTransfer(), identity, lambda: b"\0" * 16)  # type: ignore[arg-type]
-    parts = EngineParts(scheduler, StubRunner(), handover, KVEventFeed(cache, router), router)
+    parts = EngineParts(scheduler, runner or StubRunner(), handover, KVEventFeed(cache, router), router, start=start)
     engine = Engine(parts, time.monotonic, threading.Event())
     engine.post("router", Attached(3600.0))
+    for index, request in load.documents:
+        engine.post("router", Generate(index, 0, request))
+    while engine.step():
+        router.outbox.take()
     return engine
 
 
@@ -241,10 +247,6 @@ def measure_engine(load: Load) -> dict[str, object]:
     engine = build_engine(load, router)
     wall, cpu, size = [], [], []
     arrivals = [load.requests(step) for step in range(load.warm_up + load.steps)]
-    for index, request in load.documents:
-        engine.post("router", Generate(index, 0, request))
-    while engine.step():
-        router.outbox.take()
     settle()
     for step, requests in enumerate(arrivals):
         begin, begin_cpu = time.perf_counter(), time.thread_time()

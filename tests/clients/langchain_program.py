@@ -14,6 +14,17 @@ whole = chat.invoke("What is 17 + 25?")
 streamed = None
 for chunk in chat.stream("What is 17 + 25?"):
     streamed = chunk if streamed is None else streamed + chunk
+tool = {
+    "name": "look_up",
+    "description": "Looks a number up.",
+    "parameters": {
+        "type": "object",
+        "properties": {"n": {"enum": [17, 25]}},
+        "required": ["n"],
+        "additionalProperties": False,
+    },
+}
+called = chat.bind_tools([tool], tool_choice="look_up").invoke("What is 17 + 25?")
 try:
     chat.invoke("word " * 3000)
     overflow = ""
@@ -30,6 +41,7 @@ print(
             "batch": [answer.content for answer in chat.batch(["What is 1 + 1?", "What is 17 + 25?"])],
             "ainvoke": asyncio.run(chat.ainvoke(question)).content,
             "overflow": overflow,
+            "called": [(call["name"], call["args"]["n"]) for call in called.tool_calls],
         }
     )
 )

@@ -53,6 +53,24 @@ def test_openai_streams(client: openai.OpenAI, cluster: Any) -> None:
     assert chunks[-1].usage.prompt_tokens > 5
 
 
+def test_openai_calls_a_tool(client: openai.OpenAI, cluster: Any) -> None:
+    numbers = {"n": {"enum": [17, 25]}}
+    schema = {"type": "object", "properties": numbers, "required": ["n"], "additionalProperties": False}
+    tool: Any = {"type": "function", "function": {"name": "look_up", "parameters": schema}}
+    options: Any = {"tools": [tool], "tool_choice": "required", "parallel_tool_calls": False, "temperature": 0}
+    choice = client.chat.completions.create(model=cluster.model, messages=MESSAGES, **options).choices[0]
+    (call,) = choice.message.tool_calls
+    assert (choice.finish_reason, call.function.name) == ("tool_calls", "look_up")
+    assert json.loads(call.function.arguments)["n"] in (17, 25)
+    with client.chat.completions.stream(model=cluster.model, messages=MESSAGES, **options) as stream:
+        streamed = stream.get_final_completion().choices[0].message
+    assert streamed.tool_calls[0].function.arguments == call.function.arguments
+    answered = [*MESSAGES, streamed.model_dump(include={"role", "content"}) | {"tool_calls": [call.model_dump()]}]
+    answered.append({"role": "tool", "tool_call_id": call.id, "content": "42"})
+    create = client.chat.completions.create
+    assert create(model=cluster.model, messages=answered, tools=[tool], max_tokens=3).choices[0].message.content
+
+
 def test_openai_on_asyncio(cluster: Any) -> None:
     async def main() -> None:
         async with openai.AsyncOpenAI(base_url=cluster.base_url, api_key=cluster.key) as client:

@@ -58,7 +58,8 @@ def test_rounding_error_is_half_a_step(form, outputs, groups, odd, spread, seed)
     if form in LARGEST:
         shared = weight.view(outputs, -1, GROUP) if form is QuantFormat.INT4_GROUP else weight[:, None]
         step = shared.abs().amax(2, keepdim=True).double() / LARGEST[form]
-        assert (error.view(shared.shape) <= step * (0.5 + 1e-6) + 2.0**-126).all()
+        # Half a step, and what float32 loses of a code when it divides by the scale.
+        assert (error.view(shared.shape) <= step * (0.5 + LARGEST[form] * 2.0**-23) + 2.0**-126).all()
     else:
         # Half of the last of three mantissa bits, or half of e4m3's smallest step under the largest scale.
         assert (error <= weight.double().abs() * 2**-4 + weight.abs().max().double() / 448 * 2**-10).all()

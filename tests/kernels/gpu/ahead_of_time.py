@@ -2,7 +2,7 @@
 """Compile every kernel configuration in use for GPUs that need not be here, and read what each one takes.
 
     python tests/kernels/gpu/ahead_of_time.py --write      rewrite resource_usage.json (all targets)
-    python tests/kernels/gpu/ahead_of_time.py --target sm_90 [--out FILE]      print or store the figures as JSON
+    python tests/kernels/gpu/ahead_of_time.py --target sm_90 [--every 3] [--out FILE]      print or store as JSON
 
 Compiled results are kept in Triton's own cache, by source: an unchanged kernel is not compiled again.
 """
@@ -25,11 +25,14 @@ from penstock.kernels.gpu.resource_usage import TARGETS, compile_case
 TABLE = Path(__file__).with_name("resource_usage.json")
 
 
-def figures(targets: list[str]) -> dict[str, object]:
-    """{"triton": version, "cases": {case: {target: usage}}, "refused": {case: {target: message}}}."""
+def figures(targets: list[str], every: int = 1) -> dict[str, object]:
+    """Of all cases, or of the first and every so manieth after it.
+
+    {"triton": version, "cases": {case: {target: usage}}, "refused": {case: {target: message}}}.
+    """
     found: dict[str, dict[str, object]] = {}
     refused: dict[str, dict[str, str]] = {}
-    for name, case in all_cases().items():
+    for name, case in list(all_cases().items())[::every]:
         found[name] = {}
         for target in filter(case.serves, targets):
             try:
@@ -43,10 +46,13 @@ def figures(targets: list[str]) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", action="append", choices=list(TARGETS))
+    parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
-    text = json.dumps(figures(args.target or list(TARGETS)), indent=1, sort_keys=True) + "\n"
+    if args.write and args.every != 1:
+        parser.error("the table is of every case")
+    text = json.dumps(figures(args.target or list(TARGETS), args.every), indent=1, sort_keys=True) + "\n"
     if args.write or args.out:
         (TABLE if args.write else args.out).write_text(text, encoding="utf-8")
     else:
