@@ -2,8 +2,10 @@
 
 The engine feeds and asks it; routers see its answer in the heartbeat and judge progress by it. Least squares with
 exponential forgetting, so that it follows a machine whose speed changes. The first steps are left out: they load code
-and touch memory for the first time, and a gate that took them for the worker's pace would turn everybody away. Knows
-no clock and no plan.
+and touch memory for the first time, and a gate that took them for the worker's pace would turn everybody away. A
+slope that the scatter of the steps could have made by chance is none: routers follow the line far beyond the steps it
+was fitted to, and one disturbed step must not make a worker look slow to all who would give it work. Knows no clock
+and no plan.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _KEEP = 0.98  # weight of the past per observed step: it remembers about 50 steps
+_CERTAIN = 4.0  # standard errors that a slope must differ from none
 _PRIOR_S = 5.0  # before enough was measured
 
 
@@ -32,7 +35,7 @@ class StepTimeModel:
         """`first_steps` are left out; so many more are measured before there is a line."""
         self._first, self._least = first_steps, least_steps
         self._count = 0
-        self._weight = self._x = self._y = self._xx = self._xy = 0.0
+        self._weight = self._x = self._y = self._xx = self._xy = self._yy = 0.0
 
     def observe(self, tokens: int, seconds: float) -> None:
         """A step that computed `tokens` took `seconds`."""
@@ -44,6 +47,7 @@ class StepTimeModel:
         self._y = self._y * _KEEP + seconds
         self._xx = self._xx * _KEEP + tokens * tokens
         self._xy = self._xy * _KEEP + tokens * seconds
+        self._yy = self._yy * _KEEP + seconds * seconds
 
     def predict(self, tokens: int) -> float:
         """Expected seconds of a step of `tokens`, never negative."""
@@ -57,7 +61,11 @@ class StepTimeModel:
         if self._count < self._first + self._least:
             return 0.0, 0.0
         mean_x, mean_y = self._x / self._weight, self._y / self._weight
-        spread = self._xx / self._weight - mean_x * mean_x
-        slope = (self._xy / self._weight - mean_x * mean_y) / spread if spread > 1e-9 else 0.0
-        slope = max(slope, 0.0)
+        spread_x = self._xx / self._weight - mean_x * mean_x
+        spread_y = self._yy / self._weight - mean_y * mean_y
+        slope = (self._xy / self._weight - mean_x * mean_y) / spread_x if spread_x > 1e-9 else 0.0
+        explained = slope * slope * spread_x
+        scatter = max(0.0, spread_y - explained) / max(1.0, self._weight - 2.0)
+        if slope <= 0.0 or explained <= _CERTAIN * _CERTAIN * scatter:
+            return mean_y, 0.0
         return mean_y - slope * mean_x, slope

@@ -147,6 +147,7 @@ def test_sigterm_ends_everything(cluster: LaunchedCluster) -> None:
     assert not folder.exists()
 
 
+@pytest.mark.slow  # test_subprocess_host.py has the quick edition
 def test_a_worker_that_cannot_start_ends_the_launch_with_its_reason(tmp_path: Path) -> None:
     cluster = LaunchedCluster(tmp_path, {**VALUES, "kv.num_blocks": 1 << 36})
     try:

@@ -153,7 +153,7 @@ def require_exact(model: Any, way: Way, shared: Seen) -> None:
 
 @pytest.mark.parametrize(
     ("spec", "way"),
-    every(2, [(spec, way_of(number, spec, WAYS)) for number, spec in enumerate(SPECS)]),
+    every(4, [(spec, way_of(number, spec, WAYS)) for number, spec in enumerate(SPECS)]),
     ids=lambda value: value.name if isinstance(value, CheckpointSpec) else str(value),
 )
 def test_every_family(checkpoint: Checkpoints, shared: Seen, spec: CheckpointSpec, way: Way) -> None:

@@ -35,14 +35,16 @@ TOKENS = 48
 AGAIN = 24  # prompts that are sent a second time, when their blocks may be cached
 
 
-@pytest.mark.parametrize(("spec", "variant"), list(zip(SPECS, covering_variants(), strict=True)), ids=lambda v: _id(v))
+@pytest.mark.parametrize(
+    ("spec", "variant"), every(3, zip(SPECS, covering_variants(), strict=True)), ids=lambda v: _id(v)
+)
 def test_every_checkpoint_in_one_variant(
     checkpoint: Callable[[CheckpointSpec], Any], spec: CheckpointSpec, variant: Variant
 ) -> None:
     require_exact(checkpoint(spec), variant)
 
 
-@pytest.mark.parametrize("spec", every(2, ONE_OF_EACH), ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", every(4, ONE_OF_EACH), ids=lambda spec: spec.name)
 def test_newer_families_split_in_small_chunks_with_preemption(
     checkpoint: Callable[[CheckpointSpec], Any], spec: CheckpointSpec
 ) -> None:
@@ -55,7 +57,9 @@ AHEAD = (
 )
 
 
-@pytest.mark.parametrize(("spec", "variant"), list(zip(ONE_OF_EACH[::3], AHEAD, strict=False)), ids=lambda v: _id(v))
+@pytest.mark.parametrize(
+    ("spec", "variant"), every(2, zip(ONE_OF_EACH[::3], AHEAD, strict=False)), ids=lambda v: _id(v)
+)
 def test_steps_planned_before_the_last_ones_tokens_are_known(
     checkpoint: Callable[[CheckpointSpec], Any], spec: CheckpointSpec, variant: Variant
 ) -> None:

@@ -14,6 +14,7 @@ import pytest
 from fakes.exactness import CheckpointSpec, covering_specs, mixed_prompts
 from fakes.fault_plan import ALWAYS, Action, Fault, FaultPlan, armed
 from fakes.grammars import ENDS, SPECS
+from fakes.in_ci import every
 from fakes.roaming import while_roaming
 from fakes.sampled import as_requests, edited_requests, fields
 from fakes.threaded_cluster import Answer, ThreadedCluster
@@ -76,14 +77,14 @@ async def roam(cluster: ThreadedCluster, asked: Sequence[GenerateRequest]) -> li
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(
     "variant",
-    [
-        Variant(split=True, chunk=64, caching=True, preempt=False, transport="tcp"),
-        Variant(split=True, chunk=16, caching=False, preempt=False, transport="shared_memory", ahead=True),
-        pytest.param(
+    every(
+        3,
+        [
+            Variant(split=True, chunk=16, caching=False, preempt=False, transport="shared_memory", ahead=True),
             Variant(split=False, chunk=64, caching=True, preempt=False, transport="tcp", ahead=True),
-            marks=pytest.mark.slow,
-        ),
-    ],
+            Variant(split=True, chunk=64, caching=True, preempt=False, transport="tcp"),
+        ],
+    ),
     ids=str,
 )
 def test_every_kind_of_request_that_roams(variant: Variant, checkpoint: Callable[[CheckpointSpec], Any]) -> None:

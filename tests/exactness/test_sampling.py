@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from fakes.exactness import covering_specs
+from fakes.in_ci import every
 from fakes.sampled import COUNT, as_requests, edited_requests, fields, others
 from fakes.variants import Variant
 
@@ -40,7 +41,7 @@ MIXED = Variant(split=False, chunk=0, caching=False, preempt=True)
 AHEAD = Variant(split=True, chunk=16, caching=True, preempt=True, ahead=True)
 
 
-@pytest.mark.parametrize("variant", [SPLIT, MIXED, pytest.param(AHEAD, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("variant", every(3, [SPLIT, MIXED, AHEAD]), ids=str)
 def test_alone_or_among_32_others_is_the_same(sampled: Any, checkpoint: Callable[..., Any], variant: Variant) -> None:
     """And the same as in one mixed worker inside this process."""
     found = sampled(variant)
@@ -54,7 +55,7 @@ def test_another_seed_gives_another_text(sampled: Any) -> None:
     assert all(one != other for one, other in zip(found["alone"], found["reseeded"], strict=True))
 
 
-@pytest.mark.parametrize("variant", [SPLIT, MIXED], ids=str)
+@pytest.mark.parametrize("variant", every(2, [SPLIT, MIXED]), ids=str)
 def test_choices_of_a_seed_differ_and_repeat(sampled: Any, variant: Variant) -> None:
     found = sampled(variant)
     assert len({tuple(tokens) for tokens in found["choices"]}) == 4
@@ -66,7 +67,7 @@ def test_split_and_mixed_choose_alike(sampled: Any) -> None:
     assert sampled(SPLIT) == sampled(MIXED)
 
 
-@pytest.mark.parametrize("variant", [SPLIT, MIXED], ids=str)
+@pytest.mark.parametrize("variant", every(2, [SPLIT, MIXED]), ids=str)
 def test_edited_logits_give_the_same_alone_among_32_and_resumed(sampled: Any, variant: Variant) -> None:
     """Penalties, biases, bad words, allowed tokens, min_tokens, seeded; resumed is as after the death of a worker."""
     found = sampled(variant)

@@ -54,7 +54,7 @@ def _id(value: ForeignSpec | bool) -> str:
     return "split" if value else "mixed"
 
 
-@pytest.mark.parametrize(("spec", "split"), every(3, product(OFTEN, (True, False))), ids=lambda value: _id(value))
+@pytest.mark.parametrize(("spec", "split"), every(5, product(OFTEN, (True, False))), ids=lambda value: _id(value))
 def test_greedy_output_is_that_of_transformers(
     foreign: Callable[[ForeignSpec], Foreign], spec: ForeignSpec, split: bool
 ) -> None:

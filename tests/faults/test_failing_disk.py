@@ -91,7 +91,7 @@ def test_a_full_disk_turns_the_tier_off_and_is_said_once(after: int, tmp_path: P
 
 
 @pytest.mark.timeout(90)
-@pytest.mark.parametrize("breaks", [break_half, take_away], ids=["damaged", "gone"])
+@pytest.mark.parametrize("breaks", every(2, [break_half, take_away]), ids=["damaged", "gone"])
 def test_a_disk_that_lost_what_it_held_costs_time_only(breaks: Callable[[Path], None], tmp_path: Path) -> None:
     assert (
         asyncio.run(serve(f"F37 blocks on disk: {breaks.__name__}", tmp_path, (), breaks)) >= 1

@@ -49,6 +49,7 @@ class Row:
     output: int = 24
     prefill: int = 2
     decode: int = 2
+    slow: bool = False  # a sister of another row, or long: not in CI
 
 
 async def leave(court: Court, _: HostileNetwork) -> None:
@@ -138,9 +139,9 @@ def damaged(chance: float, times: int) -> Fault:
 ROWS = [
     Row("F1 prefill killed before its first block", (Fault(Point.TRANSFER_SEND, Action.KILL, P),)),
     Row("F2 prefill killed after 7 blocks", (Fault(Point.TRANSFER_SENT, Action.KILL, P, after=7),)),
-    Row("F2 the same over TCP", (Fault(Point.TRANSFER_SENT, Action.KILL, P, after=7),), TCP),
+    Row("F2 the same over TCP", (Fault(Point.TRANSFER_SENT, Action.KILL, P, after=7),), TCP, slow=True),
     Row("F3 decode killed before its first frame", (Fault(Point.FRAME_OUT, Action.KILL, D),)),
-    Row("F3 decode killed after its first frame", (Fault(Point.FRAME_SENT, Action.KILL, D),)),
+    Row("F3 decode killed after its first frame", (Fault(Point.FRAME_SENT, Action.KILL, D),), slow=True),
     Row("F3 decode killed in the middle", (Fault(Point.FRAME_OUT, Action.KILL, D, after=15),)),
     Row("F6 half of the blocks dropped", (Fault(Point.TRANSFER_SEND, Action.DROP, P, chance=0.5, times=60),)),
     Row("F7 one byte of blocks damaged", (damaged(0.3, 40),), TCP),
@@ -150,6 +151,7 @@ ROWS = [
         TCP,
         outside=quarantined,
         prefill=1,
+        slow=True,
     ),
     Row(
         "F8 blocks and acknowledgements doubled",
@@ -194,6 +196,7 @@ ROWS = [
         LONG_LEASE,
         outside=leave,
         may=LEFT,
+        slow=True,
     ),
     Row(
         "F11 readers leave while prompts are computed",
@@ -201,6 +204,7 @@ ROWS = [
         SLOW,
         outside=leave,
         may=LEFT,
+        slow=True,
     ),
     Row(
         "F11 readers leave while blocks move",
@@ -208,6 +212,7 @@ ROWS = [
         LONG_LEASE,
         outside=leave,
         may=LEFT,
+        slow=True,
     ),
     Row(
         "F11 readers leave between prefill and decode",
@@ -225,8 +230,8 @@ ROWS = [
         may=LEFT,
     ),
     Row("F24 partition between P and D for 1 s", (), TCP, 80, partition(1.0), {}),
-    Row("F24 answers of D lost for 1 s", (), TCP, 80, partition(1.0, to_target=False), {}),
-    Row("F24 partition for three leases", (), TCP, 80, partition(3.0), {}),
+    Row("F24 answers of D lost for 1 s", (), TCP, 80, partition(1.0, to_target=False), {}, slow=True),
+    Row("F24 partition for three leases", (), TCP, 80, partition(3.0), {}, slow=True),
     Row("F26 10 ms, jitter, 1 MB/s", (), TCP, link={"delay_s": 0.01, "jitter_s": 0.01, "bytes_per_s": 1e6}),
     Row("F27 acknowledgement lost after the hand-over", (Fault(Point.TRANSFER_ACK, Action.DROP, D, times=5),)),
     Row(
@@ -235,17 +240,21 @@ ROWS = [
         SLOW,
         outside=join_dying,
         output=100,
+        slow=True,
     ),
     Row("F44 scaled to none under a burst, and up", (), outside=none_then_two),
     Row("a clock jumps ahead by five leases", (Fault(Point.CLOCK, Action.JUMP, D, 300, seconds=5.0),)),
     Row("a clock jumps back by a minute", (Fault(Point.CLOCK, Action.JUMP, D, 300, seconds=-60.0),)),
     Row("F31 a step raises", (Fault(Point.STEP_BEGIN, Action.RAISE, D, after=5, error="MemoryError"),)),
-    Row("F32 no memory is left for a decode worker", (), SLOW, outside=out_of_memory, output=100),
+    Row("F32 no memory is left for a decode worker", (), SLOW, outside=out_of_memory, output=100, slow=True),
     Row("F33 the device fails", (Fault(Point.STEP_BEGIN, Action.RAISE, D, after=10, error="DeviceError"),)),
 ]
 
 
-@pytest.mark.parametrize("row", ROWS, ids=[row.name.replace(" ", "-") for row in ROWS])
+@pytest.mark.parametrize(
+    "row",
+    [pytest.param(row, marks=[pytest.mark.slow] if row.slow else [], id=row.name.replace(" ", "-")) for row in ROWS],
+)
 def test_row(row: Row, tmp_path: Path) -> None:
     asyncio.run(run_row(row, tmp_path))
 

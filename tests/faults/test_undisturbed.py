@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 from fakes.lawful import Court, lawful
-from fakes.oracle_cluster import Pace, oracle_request, oracle_workers
+from fakes.oracle_cluster import PATIENT, Pace, oracle_request, oracle_workers
 
 from penstock.cluster.config import load_config
 from penstock.cluster.ingress.app import build_app
@@ -28,6 +28,7 @@ from penstock.cluster.metrics import Metrics
 from penstock.cluster.model_directory import describe
 from penstock.cluster.settings import LimitSettings
 from penstock.cluster.text import TextCodec, load_text
+from penstock.router.settings import PlacementSettings, RouterSettings
 from penstock.workers.settings import TracingSettings
 from penstock.workers.trace_context import TraceContext
 
@@ -35,6 +36,7 @@ PACE = Pace(step_s=0.01)
 LIMITS = LimitSettings(write_timeout_s=3.0)
 READERS = 8  # half of them take nothing, half a byte a second
 UNREAD = {"model": "oracle", "prompt": [7] * 40, "max_tokens": 600, "n": 8, "stream": True}
+IN_TURN = RouterSettings(PlacementSettings(balance=100.0), PATIENT)  # whatever a worker is taken for, it gets its share
 GROWTH_BYTES = 16 << 20  # of this process and the workers together, measured: 4 MiB
 
 
@@ -145,7 +147,7 @@ def test_a_dead_and_a_silent_trace_collector(tmp_path: Path) -> None:
                 replace(worker, tracing=TracingSettings(collectors[n], max_queue=32, export_interval_s=0.05))
                 for n, worker in enumerate(oracle_workers(0, 2, PACE))
             ]
-            async with lawful(workers, log_file=log) as court:
+            async with lawful(workers, IN_TURN, log_file=log) as court:
                 untraced = await gap(court, 0)
                 traced = [await gap(court, 100 * number, traced=True) for number in (1, 2, 3)]
                 async with asyncio.timeout(20.0):

@@ -42,7 +42,7 @@ def pids_of(cluster: LocalCluster) -> set[int]:
 @pytest.mark.timeout(90)
 @pytest.mark.parametrize(
     ("moment", "transport"),
-    every(2, product(("before the first token", "after the first token", "mid-stream"), ("shared_memory", "tcp"))),
+    every(3, product(("before the first token", "after the first token", "mid-stream"), ("shared_memory", "tcp"))),
 )
 def test_decode_worker_killed(moment: str, transport: str, tmp_path: Path) -> None:
     async def scenario() -> None:

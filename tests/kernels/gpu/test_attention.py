@@ -1,10 +1,12 @@
 """Paged attention in Triton's interpreter (or on a GPU): against float64, and against itself cut otherwise."""
 
 import math
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
+from fakes.in_ci import every
 from fakes.paged_case import PagedCase
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -110,7 +112,7 @@ def test_caps_of_any_size(soft_cap):
     how=st.sampled_from([SPLIT, UNSPLIT, FIXED, PlanSettings()]),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 def test_any_ragged_batch(rows, heads, group, dim, window, soft_cap, how, seed):
     case, limits = PagedCase([*rows, (2, 1)], heads=heads, group=group, dim=dim, seed=seed), {}
     limits = {"window": window, "soft_cap": soft_cap}
@@ -231,11 +233,10 @@ TREES = {
 }
 
 
-@pytest.mark.parametrize("prefixes", TREES.values(), ids=TREES.keys())
-@pytest.mark.parametrize("limits", [{}, {"window": 9}, {"soft_cap": 2.0}], ids=["plain", "window", "cap"])
-def test_shared_prefixes(prefixes, limits):
+@pytest.mark.parametrize(("tree", "limits"), every(4, product(TREES, ({}, {"window": 9}, {"soft_cap": 2.0}))))
+def test_shared_prefixes(tree, limits):
     rows = [(24 + row, 1) for row in range(6)] + [(29, 3), (25, 2), (10, 1), (0, 6)]
-    case = sharing_case(prefixes, rows, heads=2, group=2)
+    case = sharing_case(TREES[tree], rows, heads=2, group=2)
     how = PlanSettings(sm_count=64, min_chunk=8, sharing=SharingRule(3, 8), **FREE)
     check(case, *run(case, 1, 0.3, how, **limits), truth(case, 1, 0.3, **limits))
 

@@ -161,12 +161,16 @@ class Ranks:
 
     def close(self) -> None:
         self.leader._stopped = True
+        if hasattr(self, "follower"):
+            self.follower._stopped = True
+        for thread in threading.enumerate():
+            if thread.name == "group-control":
+                thread.join(5)  # while `Left` may still end it
         self.leader._meeting.close()
         self.leader.sender.close()
         for member in self.leader._members.values():
             member.control.close()
         if hasattr(self, "follower"):
-            self.follower._stopped = True
             self.follower._control.close()
             self.follower.receiver.close()
 
