@@ -32,6 +32,7 @@ def check(model):
     assert model["start"]["start_to_first_token_s"] > 0
 
 
+@pytest.mark.slow
 def test_with_the_kernels_of_the_cpu(tmp_path):
     result = run(tmp_path, "--kernels", "cpu", "--model", "qwen3-0.6b")
     check(result["models"]["qwen3-0.6b"])

@@ -73,6 +73,7 @@ def test_rows_are_named_once_and_cover_what_is_asked():
     assert {row.kernel for row in rows(shapes.REAL)} >= SPACES.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_toy_rows_are_right_and_claim_nothing():
     found = run("--toy")

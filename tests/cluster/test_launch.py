@@ -50,6 +50,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedCluste
         cluster.end()
 
 
+@pytest.mark.slow  # exactness/test_http.py asks such a cluster in CI
 def test_it_answers_exactly_and_says_what_it_is(cluster: LaunchedCluster) -> None:
     assert answer(cluster, 40) == expected(40)
     workers = cluster.workers()

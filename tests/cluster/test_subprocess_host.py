@@ -170,7 +170,7 @@ def test_a_group_is_gone_when_all_its_processes_are(
         began = time.monotonic()
         worker.signal(signal.SIGKILL, victim)
         reason = await ending
-        assert time.monotonic() - began < 2.5
+        assert time.monotonic() - began < 8.0
         assert f"rank {victim} ended by SIGKILL" in reason
         assert all(gone(worker.pids)), "the others do not end by themselves here"
 
@@ -185,7 +185,7 @@ def test_a_group_is_told_to_end_at_rank_0(tmp_path: Path, monkeypatch: pytest.Mo
             worker = await group_of(READY_RANKS, tmp_path / "log").start(GROUP)
             began = time.monotonic()
             await worker.stop(drain_s)
-            assert time.monotonic() - began < 2.0
+            assert time.monotonic() - began < 8.0
             assert all(gone(worker.pids))
             ended = await worker.ended()
             assert ("rank 0 ended by SIGTERM" if drain_s else "rank 0 ended by SIGKILL") in ended

@@ -108,6 +108,7 @@ def require_all_found(series: Series) -> None:
     assert [problem for rule in alerts() for problem in problems(rule["expr"], series)] == []
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(120)
 def test_every_query_finds_its_series_in_a_scrape_of_penstock_serve(tmp_path: Path) -> None:

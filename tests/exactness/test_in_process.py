@@ -44,7 +44,7 @@ def test_every_checkpoint_in_one_variant(
     require_exact(checkpoint(spec), variant)
 
 
-@pytest.mark.parametrize("spec", every(4, ONE_OF_EACH), ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", every(6, ONE_OF_EACH), ids=lambda spec: spec.name)
 def test_newer_families_split_in_small_chunks_with_preemption(
     checkpoint: Callable[[CheckpointSpec], Any], spec: CheckpointSpec
 ) -> None:

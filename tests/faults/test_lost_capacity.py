@@ -56,7 +56,8 @@ async def load(court: Court, seconds: float) -> list[Ended]:
     return list(await asyncio.gather(*asking))
 
 
-@pytest.mark.parametrize("dead_s", [6.0, pytest.param(60.0, marks=pytest.mark.slow)])
+@pytest.mark.slow  # router/test_overload.py has the quick edition
+@pytest.mark.parametrize("dead_s", [6.0, 60.0])
 @pytest.mark.timeout(180)
 def test_a_third_of_the_workers_dead_at_nine_tenths_load(dead_s: float, tmp_path: Path) -> None:
     asyncio.run(scenario(dead_s, tmp_path / "log"))

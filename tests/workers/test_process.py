@@ -106,7 +106,7 @@ async def test_a_killed_worker_is_noticed_at_once() -> None:
         began = time.monotonic()
         worker.process.kill()
         await router.until(lambda: router.lost is not None, 5)
-        assert time.monotonic() - began < 1.0
+        assert time.monotonic() - began < 3.0
         assert isinstance(router.lost, RefusedError)
         assert router.lost.code is FailureCode.WORKER_LOST
         for slot in range(20):
@@ -140,7 +140,7 @@ async def test_a_drain_that_takes_too_long_is_cut() -> None:
         worker.process.send_signal(signal.SIGTERM)
         await router.until(lambda: router.lost is not None)
         assert worker.wait() == 0
-        assert time.monotonic() - began < 3.0
+        assert time.monotonic() - began < 6.0
         await router.close()
 
 

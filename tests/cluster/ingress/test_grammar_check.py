@@ -137,7 +137,7 @@ def test_expressions_that_break_others_are_linear_here(text: str) -> None:
         began = time.monotonic()
         with contextlib.suppress(GrammarRefusedError):
             await check.check(GrammarSpec(GrammarKind.REGEX, text, (0,)), "f", "t")
-        assert time.monotonic() - began < grammar_check.LIMIT_S + 0.5
+        assert time.monotonic() - began < grammar_check.LIMIT_S + 3.0
         assert await check.check(GrammarSpec(GrammarKind.REGEX, "b", (0,)), "f", "t") is GrammarVerdict.ACCEPTED
         check.close()
 

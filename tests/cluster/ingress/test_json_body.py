@@ -57,5 +57,5 @@ def test_a_flood_of_values_is_refused_before_it_is_parsed(unit: bytes) -> None:
     began = time.monotonic()
     with pytest.raises(HttpProblem, match="too many values"):
         parse_json(b'{"a":[' + unit * (max(MAX_MEMBERS, MAX_COMMAS) + 1) + b"1]}")
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 3
     assert len(parse_json(b'{"a":[' + b"5," * 100_000 + b"5]}")["a"]) == 100_001

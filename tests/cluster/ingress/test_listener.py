@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import statistics
 import time
 
 import httpx
@@ -27,10 +28,12 @@ def test_answers_are_not_delayed_and_the_port_is_reusable(codec: TextCodec) -> N
         listener.start()
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{listener.port}") as client:
             await client.get("/health")
-            began = time.monotonic()
+            taken: list[float] = []
             for _ in range(20):
+                began = time.monotonic()
                 assert (await client.get("/health")).status_code == 200
-            assert time.monotonic() - began < 0.6
+                taken.append(time.monotonic() - began)
+            assert statistics.median(taken) < 0.03
         port = listener.port
         await listener.stop()
         again = Listener(app, "127.0.0.1", port, shared=False, drain_s=1)

@@ -57,7 +57,7 @@ def check(case, out, lse, expected, magnitude=None):
 
 SHAPES = [(2, 3, 48, 4), (1, 4, 80, 16), (3, 1, 64, 8)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-CHOSEN = list(zip(SHAPES, DTYPES, strict=True))
+CHOSEN = list(zip(SHAPES, DTYPES, strict=True))[:2]
 OTHERS = [(shape, dtype) for shape in SHAPES for dtype in DTYPES if (shape, dtype) not in CHOSEN]
 
 

@@ -65,7 +65,7 @@ def test_every_model_in_one_variant(load_model, spec, variant):
         assert model.reference.generate(prompts[number], 20) == outputs[number]
 
 
-@pytest.mark.parametrize("spec", every(4, ONE_OF_EACH), ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", every(6, ONE_OF_EACH), ids=lambda spec: spec.name)
 def test_newer_families_in_small_chunks_with_preemption(load_model, spec):
     model = load_model(spec)
     prompts, outputs = require_exact(model, *SHORT, count=20, prompts=24)

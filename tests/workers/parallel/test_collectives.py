@@ -149,7 +149,7 @@ def test_a_rank_that_has_left_is_an_error_for_the_others(kind):
         began = time.monotonic()
         with pytest.raises(GroupError, match="rank 0: all_reduce failed"):
             ranks.groups[0].all_reduce(torch.zeros(4))
-        assert time.monotonic() - began < 2.0
+        assert time.monotonic() - began < 10.0  # it is not waited for
         with pytest.raises(GroupError, match="after the group was closed"):
             ranks.groups[1].all_reduce(torch.zeros(4))
 

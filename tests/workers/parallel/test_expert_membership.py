@@ -29,7 +29,7 @@ def test_all_that_live_agree_at_once(stores):
     began = time.monotonic()
     assert agree(stores, (0, 1, 3), 1, (0, 1, 2, 3), alive=lambda rank: rank != 2) == [(0, 1, 3)] * 3
     assert agree(stores, (0, 3), 2, (0, 1, 3), alive=lambda rank: rank == 3) == [(0, 3)] * 2
-    assert time.monotonic() - began < 2.0
+    assert time.monotonic() - began < 4.0
 
 
 def test_who_comes_too_late_is_left_out(stores):

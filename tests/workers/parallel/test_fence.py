@@ -22,7 +22,7 @@ def test_culprit_first_then_who_is_left() -> None:
         ranks = [RankProcess(rank, each.pid) for rank, each in ((1, culprit), (2, obedient), (3, stuck))]
         began = time.monotonic()
         end_ranks(ranks, 1, 1.0)
-        assert time.monotonic() - began < 2.0
+        assert time.monotonic() - began < 5.0
         assert culprit.wait(5) == -9
         assert obedient.wait(5) == 0
         assert stuck.wait(5) == -9

@@ -46,7 +46,7 @@ def test_a_store_that_nobody_serves_is_an_error_in_time():
     began = time.monotonic()
     with pytest.raises(GroupError, match="no store at"):
         join_store(f"127.0.0.1:{port}", 0.5)
-    assert time.monotonic() - began < 2.0
+    assert time.monotonic() - began < 5.0
 
 
 def test_a_rank_that_never_comes_is_an_error_in_time():

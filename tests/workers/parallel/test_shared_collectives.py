@@ -85,7 +85,7 @@ def test_a_process_that_ends_is_noticed_at_once_by_its_rank(end):
         with pytest.raises(GroupError, match="rank 1 has ended") as failed:
             group.all_reduce(torch.ones(3))
         assert failed.value.rank == 1
-        assert time.monotonic() - began < 2.0
+        assert time.monotonic() - began < 10.0
         group.close()
     finally:
         partner.kill()
