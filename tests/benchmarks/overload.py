@@ -36,6 +36,7 @@ from benchmarks.provenance import provenance
 from penstock.cluster.bench.event_stream import Outcome, stream_completion
 
 TTFT_TARGET_S, TPOT_FACTOR = 2.0, 2.0
+GATE_SHARE = 0.8  # of the target per token, what the gate is told to keep batches to
 
 
 @dataclasses.dataclass
@@ -128,12 +129,16 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
     return {name: round(ordered[min(len(ordered) - 1, int(q * len(ordered)))], 4) for name, q in at.items() if ordered}
 
 
+async def alone(source: Source, requests: int) -> tuple[float, float]:
+    """Seconds to the first token and per token of one request at a time."""
+    timed = [await source.one() for _ in range(requests)][1:]
+    return statistics.median(t.outcome.ttft_s for t in timed), statistics.median(t.outcome.tpot_s for t in timed)
+
+
 async def measure(cluster: OverloadedCluster, shape: Shape, seconds: float, factor: float) -> dict[str, Any]:
     """All phases against a running cluster."""
     source = Source(cluster.url, shape)
-    alone = [await source.one() for _ in range(shape.unloaded_requests)]
-    unloaded = statistics.median(each.outcome.ttft_s for each in alone[1:])
-    tpot_s = statistics.median(each.outcome.tpot_s for each in alone[1:])
+    unloaded, tpot_s = await alone(source, shape.unloaded_requests)
     target_s = TPOT_FACTOR * tpot_s
     capacity = await source.closed_loop(shape.saturating_streams, max(6.0, seconds / 4))
     await asyncio.sleep(1.0)
@@ -159,12 +164,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--factor", type=float, default=3.0)
     parser.add_argument("--model", type=Path, help="a checkpoint; without, oracles with a step time")
-    parser.add_argument("--tpot-target-s", type=float, default=0.0, help="what the gate keeps batches to")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     shape = Shape.of_model(args.model) if args.model else Shape()
-    if args.tpot_target_s:
-        shape = dataclasses.replace(shape, tpot_target_s=args.tpot_target_s)
+    if not shape.tpot_target_s:  # of a checkpoint: what this machine takes for a token is looked up first
+        with OverloadedCluster(shape) as cluster:
+            _, tpot_s = asyncio.run(alone(Source(cluster.url, shape), shape.unloaded_requests))
+        shape = dataclasses.replace(shape, tpot_target_s=round(GATE_SHARE * TPOT_FACTOR * tpot_s, 5))
     with OverloadedCluster(shape) as cluster:
         figures = asyncio.run(measure(cluster, shape, args.seconds, args.factor))
     figures |= {"shape": dataclasses.asdict(shape) | {"model": args.model.name if args.model else ""}, **provenance()}

@@ -57,7 +57,7 @@ class Shape:
 
     @staticmethod
     def of_model(directory: Path) -> Shape:
-        """One mixed worker over a checkpoint, on one core."""
+        """One mixed worker over a checkpoint, on one core; `tpot_target_s` 0: still to be measured."""
         vocab = json.loads((directory / "config.json").read_text())["vocab_size"]
         shape = Shape(str(directory), 1, 0, 0, vocab=vocab, prompt_tokens=64, output_tokens=32, max_num_seqs=64)
         return dataclasses.replace(shape, saturating_streams=32, chunk=128, tpot_target_s=0.0)
