@@ -100,11 +100,11 @@ class Court:
             self._auditors[address] = WorkerClient(address, KEY)
         return WorkerAudit.from_plain(await self._auditors[address].audit())
 
-    async def hang_up(self) -> None:
-        """Close the channels to the workers that were asked."""
-        for client in self._auditors.values():
-            await client.close()
-        self._auditors.clear()
+    async def hang_up(self, *, on_all: bool = True) -> None:
+        """Close the channels to the workers that were asked, or to those of them that are gone."""
+        alive = set() if on_all else {entry.address for entry in self.cluster.supervisor.roster.entries}
+        for address in self._auditors.keys() - alive:
+            await self._auditors.pop(address).close()
 
     def judge(self) -> None:
         """L1 to L7."""
