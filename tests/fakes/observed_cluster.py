@@ -20,11 +20,13 @@ from penstock.cluster.local import LocalCluster
 from penstock.cluster.metrics import Metrics
 from penstock.cluster.text import TextCodec
 from penstock.cluster.tracing import observing, open_tracer
+from penstock.router.settings import PlacementSettings, RouterSettings
 from penstock.workers.protocol import Role
 from penstock.workers.settings import LogSettings, RunnerSettings, TracingSettings, WorkerSettings
 
 MODEL = "oracle-model"
 PREFILL, DECODE, MIXED = Role.PREFILL, Role.DECODE, Role.MIXED
+ALWAYS_SPLIT = RouterSettings(PlacementSettings(local_prefill_tokens=0))  # no prompt is computed where others decode
 
 
 class ObservedCluster:
@@ -39,6 +41,7 @@ class ObservedCluster:
         log_file: Path | None = None,
         step_s: float = 0.0,
         settings: IngressSettings | None = None,
+        router: RouterSettings | None = None,
     ) -> None:
         tracing = dataclasses.replace(tracing or TracingSettings(), export_interval_s=0.1)
         self.tracer = open_tracer(tracing)
@@ -50,7 +53,8 @@ class ObservedCluster:
             )
             for index, role in enumerate(roles)
         ]
-        self.cluster = LocalCluster(workers, log_file=log_file, observe=observing(self.metrics, self.tracer))
+        observe = observing(self.metrics, self.tracer)
+        self.cluster = LocalCluster(workers, router, log_file=log_file, observe=observe)
         self.settings = settings or IngressSettings(model_names=(MODEL,), max_model_len=1024)
         self.http: httpx.AsyncClient
 

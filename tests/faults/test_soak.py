@@ -43,10 +43,8 @@ PREFILL, DECODE = 2, 3
 LOAD = 0.8
 MEMORY_SHARE = 0.02
 WARM_ROUNDS = 3  # until memory counts
-FULL_ROUNDS = (
-    3,
-    30,
-)  # until resident memory counts, of three and thirty minutes: it fills up more and more slowly, by 7 %
+# Until resident memory counts, of three and thirty minutes: it fills up more and more slowly.
+FULL_ROUNDS = 3, 30
 PACE = Pace(
     step_s=0.04, max_num_seqs=16, num_blocks=1024, chunk=256, lease_s=1.0, transport="tcp", digest="full"
 )  # fmt: skip

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 
 import pytest
-from fakes.observed_cluster import DECODE, MIXED, PREFILL, ObservedCluster
+from fakes.observed_cluster import ALWAYS_SPLIT, DECODE, MIXED, PREFILL, ObservedCluster
 
 from penstock.cluster.ingress.choice_text import Piece
 from penstock.cluster.ingress.stopwatch import Stopwatch, stage_times
@@ -79,7 +79,7 @@ def test_stages_that_were_not_reached_are_absent(times: dict[str, float], stages
 @pytest.mark.timeout(60)
 def test_headers_over_a_split_cluster() -> None:
     async def run() -> None:
-        async with ObservedCluster([PREFILL, DECODE]) as observed:
+        async with ObservedCluster([PREFILL, DECODE], router=ALWAYS_SPLIT) as observed:
             whole = await observed.complete(range(1, 300), ASK)
             plain = await observed.complete(range(1, 300))
             streamed = await observed.complete(range(301, 600), ASK, stream=True, n=2)
