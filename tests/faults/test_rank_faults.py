@@ -27,6 +27,7 @@ STEP_S = 0.004
 PACE = Pace(step_s=STEP_S)
 EMBEDDED_MODEL = Path(__file__).parents[2] / "cluster" / "embedded_model"
 SLOW_RANK = Path(__file__).parents[1] / "fakes" / "slow_rank.py"
+BUSY_S = 2.0  # where others take the cores; left alone, two seconds hold
 
 
 def blamed(log: Path) -> list[str]:
@@ -81,7 +82,7 @@ def test_rank_killed(width: int, rank: int, tmp_path: Path) -> None:
 
     drill = Drill(width, tmp_path / "log", output_tokens=60)
     asyncio.run(drill.run(fault))
-    assert drill.group.last_end - drill.group.first_end < 1.0
+    assert drill.group.last_end - drill.group.first_end < 1.0 + BUSY_S
     assert drill.group.codes == [-signal.SIGKILL if each == rank else EXIT_GROUP_LOST for each in range(width)]
     if rank:
         assert all(line.startswith(f"rank {rank};") for line in blamed(drill.log))
@@ -97,8 +98,8 @@ def test_rank_stopped(width: int, rank: int, tmp_path: Path) -> None:
 
     drill = Drill(width, tmp_path / "log", output_tokens=160)
     noticed_s = asyncio.run(drill.run(fault))
-    assert noticed_s < 2.2
-    assert drill.group.last_end - drill.group.first_end < 1.0
+    assert noticed_s < 2.2 + BUSY_S
+    assert drill.group.last_end - drill.group.first_end < 1.0 + BUSY_S
     assert drill.group.codes == [-signal.SIGKILL if each == rank else EXIT_GROUP_LOST for each in range(width)]
     if rank:
         assert blamed(drill.log)
@@ -116,7 +117,7 @@ def test_rank_slow(rank: int, tmp_path: Path) -> None:
     async def fault(_) -> None:  # it comes by itself
         return None
 
-    assert asyncio.run(drill.run(fault)) < 2.3  # the fault itself comes a moment after the clock starts
+    assert asyncio.run(drill.run(fault)) < 2.3 + BUSY_S  # the fault comes a moment after the clock starts
     lines = blamed(drill.log)
     assert lines
     assert all(line.startswith(f"rank {rank}; rank {rank} takes ") for line in lines)
@@ -138,7 +139,7 @@ def test_a_rank_that_stands_still_every_now_and_then_is_slow(tmp_path: Path) -> 
         group.stutter = asyncio.ensure_future(stutter())
 
     drill = Drill(2, tmp_path / "log")
-    assert asyncio.run(drill.run(fault)) < 2.0
+    assert asyncio.run(drill.run(fault)) < 2.0 + BUSY_S
     assert all(line.startswith("rank 1;") for line in blamed(drill.log))
 
 
@@ -158,7 +159,7 @@ def test_idle_group_notices_a_stopped_rank_too(rank: int, tmp_path: Path) -> Non
         print("idle:", hosted.first_end - began, hosted.codes, blamed(tmp_path / "log"))
         return hosted.first_end - began
 
-    assert asyncio.run(scenario()) < 2.1
+    assert asyncio.run(scenario()) < 2.1 + BUSY_S
 
 
 @pytest.mark.slow
@@ -208,7 +209,7 @@ def test_a_rank_of_a_real_checkpoint(number: signal.Signals, rank: int, tmp_path
             assert await texts(cluster, fault) == undisturbed
             await asyncio.wait_for(group.over.wait(), 10)
             print("real checkpoint:", group.codes, f"{group.first_end - began[0]:.2f} s")
-            assert group.first_end - began[0] < 2.2
+            assert group.first_end - began[0] < 2.2 + BUSY_S
             assert await cluster.wait_ready(60)
             assert {status.id: status.restarts for status in cluster.fleet.workers()} == {"mixed-0": 1, "mixed-1": 0}
             pids = [pid for hosted in host.hosted for pid in hosted.pids]
