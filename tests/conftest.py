@@ -34,6 +34,13 @@ def pytest_pyfunc_call(pyfuncitem: Any) -> bool | None:
     return True
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> None:
+    """A failure's trace begins in its test: twenty frames of pytest before it hide the next failure in a CI log."""
+    if call.excinfo is not None:
+        call.excinfo.traceback = call.excinfo.traceback.cut(path=item.path)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes minutes comes first, so that nobody waits for it alone at the end."""
     items.sort(key=lambda item: item.path.name != "test_soak.py")
