@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from fakes.launched_cluster import free_port
+from fakes.ports import free_port
 from fakes.served_cluster import ServedCluster
 
 KEY = "sk-test-key"

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from fakes.launched_cluster import LaunchedCluster, free_port, tokens_of
+from fakes.launched_cluster import LaunchedCluster, tokens_of
+from fakes.ports import free_port
 
 from penstock.workers.oracle import expected_tokens
 from penstock.workers.protocol import SamplingParams

@@ -8,7 +8,8 @@ import grpc
 import httpx
 import pytest
 from fakes.certificates import Authority
-from fakes.launched_cluster import LaunchedCluster, free_port, tokens_of
+from fakes.launched_cluster import LaunchedCluster, tokens_of
+from fakes.ports import free_port
 
 from penstock.cluster.client import connect
 from penstock.cluster.commands.status import fetch_status

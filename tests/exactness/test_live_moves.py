@@ -26,6 +26,7 @@ from penstock.workers.protocol import GenerateRequest, SamplingParams
 from penstock.workers.settings import WorkerSettings
 
 TOKENS = 48
+ROUNDS = 5
 SPEC = covering_specs()[0]
 
 
@@ -62,16 +63,23 @@ def same(moved: Answer, still: Answer) -> bool:
 
 
 async def roam(cluster: ThreadedCluster, asked: Sequence[GenerateRequest]) -> list[Answer]:
-    """The answers of requests that move all the time, none of whose tokens was computed twice."""
+    """The answers of requests that move all the time, none of whose tokens was computed twice.
+
+    Asked again until there were moves enough: short answers on a busy machine end before they have moved often.
+    """
     before = len(cluster.reports)
-    found = await while_roaming(cluster.generator.router, cluster.generate(asked))
-    reports = cluster.reports[before:]
-    moves = sorted(report.live_moves for report in reports)
-    print(f"{sum(moves)} moves of {len(moves)} streams, at most {moves[-1]} of one")
-    assert sum(moves) > len(moves)
-    assert moves[-1] > 2
-    assert sum(report.recomputed_tokens + report.migrations for report in reports) == 0
-    return found
+    rounds: list[list[Answer]] = []
+    moves: list[int] = []
+    while len(rounds) < ROUNDS and not (sum(moves) > len(asked) and max(moves) > 2):
+        again = [replace(each, request_id=f"m{len(rounds)}-{each.request_id}") for each in asked]
+        rounds.append(await while_roaming(cluster.generator.router, cluster.generate(again)))
+        moves = [report.live_moves for report in cluster.reports[before:]]
+    print(f"{sum(moves)} moves of {len(moves)} streams, at most {max(moves)} of one")
+    assert sum(moves) > len(asked)
+    assert max(moves) > 2
+    assert sum(report.recomputed_tokens + report.migrations for report in cluster.reports[before:]) == 0
+    assert all([answer.tokens for answer in each] == [answer.tokens for answer in rounds[0]] for each in rounds)
+    return rounds[-1]
 
 
 @pytest.mark.timeout(120)
@@ -94,8 +102,7 @@ def test_every_kind_of_request_that_roams(variant: Variant, checkpoint: Callable
     async def scenario() -> tuple[list[Answer], list[Answer], int]:
         async with ThreadedCluster(workers(variant, model.directory), variant.router) as cluster:
             still = await cluster.generate(asked)
-            again = [replace(each, request_id=f"m-{each.request_id}") for each in asked]
-            moved = await roam(cluster, again)
+            moved = await roam(cluster, asked)
         return still, moved, sum(hosted.planned_ahead for hosted in cluster.workers.values())
 
     still, moved, ahead = asyncio.run(asyncio.wait_for(scenario(), 100.0))
@@ -126,7 +133,7 @@ def test_texts_under_grammars_that_roam() -> None:
     async def scenario() -> tuple[list[Answer], list[Answer]]:
         async with ThreadedCluster(workers(variant, EMBEDDED_MODEL), variant.router) as cluster:
             still = await cluster.generate(asked)
-            return still, await roam(cluster, [replace(each, request_id=f"m-{each.request_id}") for each in asked])
+            return still, await roam(cluster, asked)
 
     still, moved = asyncio.run(asyncio.wait_for(scenario(), 100.0))
     assert [answer.tokens for answer in moved] == [answer.tokens for answer in still]

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 
 import httpx
 import psutil
+from fakes.ports import free_port
 
 LAUNCH = """
 import json, logging, sys
@@ -31,12 +31,6 @@ except PenstockError as error:
     print(f"{type(error).__name__}: {error}")
     sys.exit(2)
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class LaunchedCluster:

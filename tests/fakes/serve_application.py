@@ -19,7 +19,8 @@ from typing import Any
 
 import httpx
 import psutil
-from fakes.launched_cluster import LaunchedCluster, free_port
+from fakes.launched_cluster import LaunchedCluster
+from fakes.ports import free_port
 
 DRIVER = """
 import json, sys, warnings

@@ -7,7 +7,6 @@ import json
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,18 +18,11 @@ from typing import Any
 import httpx
 import psutil
 import yaml
+from fakes.ports import free_ports
 
 BIN = Path(sys.executable).parent
 PENSTOCK = (sys.executable, "-c", "from penstock.cluster.cli import main; main()")
 OBJECT_STORE_BYTES = 80 << 20
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 class TwoNodeRay:

@@ -13,13 +13,14 @@ from fakes.oracle_cluster import PATIENT, Pace, Streams, leaked_blocks, oracle_r
 
 from penstock.cluster.local import LocalCluster
 from penstock.router.journey import RequestReport
+from penstock.router.live_moves import LiveMove
 from penstock.router.settings import MoveSettings, PlacementSettings, RouterSettings
 
 STREAMS = 200
 ALWAYS_SPLIT = PlacementSettings(local_prefill_tokens=0)
 
 
-def requests(pace: Pace, output_tokens: int = 150) -> list:
+def requests(pace: Pace, output_tokens: int) -> list:
     return [oracle_request(n, 10 + n % 60, output_tokens, pace) for n in range(STREAMS)]
 
 
@@ -35,9 +36,11 @@ class Drained:
         *,
         drain_s: float = 30.0,
         moves: MoveSettings | None = None,
+        output_tokens: int = 150,
     ) -> None:
         self.reports: list[RequestReport] = []
         self.pace = pace
+        self.output_tokens = output_tokens
         workers = [dataclasses.replace(each, drain_s=drain_s) for each in oracle_workers(prefill, decode, pace)]
         router = RouterSettings(ALWAYS_SPLIT, PATIENT, moves=moves or MoveSettings())
         self.cluster = LocalCluster(workers, router, log_file=folder / "log", observe=self.reports.append)
@@ -46,7 +49,7 @@ class Drained:
     async def run(self, tokens_before: int, disturb) -> None:
         """All streams; `disturb` runs once so many tokens are out. All must be right, and no block be lost."""
         async with self.cluster as cluster:
-            running = asyncio.ensure_future(self.streams.run(requests(self.pace)))
+            running = asyncio.ensure_future(self.streams.run(requests(self.pace, self.output_tokens)))
             await self.streams.until_tokens(tokens_before)
             pids = {pid for status in cluster.fleet.workers() for pid in status.pids}
             await disturb(cluster)
@@ -83,7 +86,7 @@ async def end_worker(cluster: LocalCluster, worker_id: str, limit_s: float = 30.
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("transport", every(2, ["tcp", "shared_memory"]))
 def test_a_decode_worker_that_drains_gives_its_streams_away(transport: str, tmp_path: Path) -> None:
-    drained = Drained(tmp_path, 1, 3, Pace(transport=transport, step_s=0.02, num_blocks=16384))
+    drained = Drained(tmp_path, 1, 3, Pace(transport=transport, step_s=0.02, num_blocks=32768), output_tokens=400)
 
     async def disturb(cluster: LocalCluster) -> None:
         took_s = await end_worker(cluster, "decode-0")
@@ -120,13 +123,16 @@ def test_what_is_left_at_the_limit_is_computed_again_elsewhere(tmp_path: Path) -
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("victim", every(2, ["source", "target"]))
 def test_a_worker_killed_in_the_middle_of_a_move(victim: str, tmp_path: Path) -> None:
-    drained = Drained(tmp_path, 1, 3, Pace(step_s=0.01, num_blocks=16384))
+    drained = Drained(tmp_path, 1, 3, Pace(step_s=0.01, num_blocks=32768), output_tokens=400)
 
     async def disturb(cluster: LocalCluster) -> None:
         draining = asyncio.ensure_future(end_worker(cluster, "decode-0"))
         router = cluster.generator.router
-        while not (sent := [j.move for j in router._journeys if j.move is not None and j.move.sent]):  # noqa: ASYNC110
+        sent: list[LiveMove] = []
+        while not (sent or draining.done()):
             await asyncio.sleep(0)
+            sent = [journey.move for journey in router._journeys if journey.move is not None and journey.move.sent]
+        assert sent, f"nobody was on the way: {cluster.fleet.workers()}"
         cluster.kill(sent[0].source if victim == "source" else sent[0].target)
         await draining
 

@@ -36,17 +36,17 @@ async def started(actor: WorkerActor) -> dict[str, object]:
 def test_it_serves_while_its_lease_is_renewed_and_leaves_after() -> None:
     async def scenario() -> None:
         leave = Exit()
-        actor = WorkerActor(oracle_settings("w").to_json(), 2.0, leave)
+        actor = WorkerActor(oracle_settings("w").to_json(), 4.0, leave)
         assert await actor.describe() == {}
         facts = await started(actor)
         assert facts["incarnation"] == 1
         client = WorkerClient(str(facts["address"]), CLUSTER_KEY)
-        for _ in range(10):
+        for _ in range(18):
             await asyncio.sleep(0.25)
             await actor.renew()
         assert (await client.status())["worker_id"] == "w"
         assert not leave.left.is_set()
-        assert await asyncio.to_thread(leave.left.wait, 8.0)
+        assert await asyncio.to_thread(leave.left.wait, 20.0)
         assert leave.code == EXIT_ORPHANED
         await client.close()
         await actor.stop(0.0)

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import grpc
 import pytest
-from fakes.launched_cluster import free_port, tokens_of
+from fakes.launched_cluster import tokens_of
+from fakes.ports import free_port
 from fakes.serve_application import ServeApplication
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 

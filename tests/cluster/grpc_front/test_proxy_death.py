@@ -11,7 +11,7 @@ from contextlib import suppress
 import grpc
 import httpx
 import pytest
-from fakes.launched_cluster import free_port
+from fakes.ports import free_port
 from fakes.serve_application import ServeApplication
 
 from penstock.cluster.grpc_front import penstock_pb2 as pb

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 import torch
+from fakes.ports import free_port
 
 from penstock.workers.errors import ConfigError, GroupError
 from penstock.workers.parallel.collectives import Alone
@@ -41,8 +42,7 @@ def test_an_address_that_is_none_is_refused(address):
 
 
 def test_a_store_that_nobody_serves_is_an_error_in_time():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = free_port()
     began = time.monotonic()
     with pytest.raises(GroupError, match="no store at"):
         join_store(f"127.0.0.1:{port}", 0.5)
@@ -77,23 +77,22 @@ def test_ranks_that_are_to_come_at_once_are_not_waited_for_as_long_as_collective
 
 
 def test_a_rank_may_come_before_the_store():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = free_port()
     code = (
         "import sys, torch\n"
         "from penstock.workers.parallel.process_group import *\n"
-        "group = open_group(GroupPlace('g', 1, 2), join_store(sys.argv[1], 20.0))\n"
+        "group = open_group(GroupPlace('g', 1, 2, timeout_s=60.0), join_store(sys.argv[1], 60.0))\n"
         "print(float(group.all_reduce(torch.ones(1))))"
     )
     command = [sys.executable, "-c", code, f"127.0.0.1:{port}"]
     partner = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        store, _ = serve_store("127.0.0.1", 20.0, port)
-        group = open_group(GroupPlace("g", 0, 2), store)
+        store, _ = serve_store("127.0.0.1", 60.0, port)
+        group = open_group(GroupPlace("g", 0, 2, timeout_s=60.0), store)
         listening = [one.laddr.ip for one in psutil.Process().net_connections("inet") if one.status == "LISTEN"]
         assert set(listening) == {"127.0.0.1"}
         assert float(group.all_reduce(torch.ones(1))) == 2.0
-        assert partner.communicate(timeout=20)[0] == "2.0\n"
+        assert partner.communicate(timeout=60)[0] == "2.0\n"
         group.close()
     finally:
         partner.kill()

@@ -204,5 +204,5 @@ def test_stopping_cuts_takers_and_leaves_no_thread(directory: Path) -> None:
         source.answer(Run(0, 8))
     for thread in threading.enumerate():
         if thread.name.startswith("weights"):
-            thread.join(5)
+            thread.join(30)  # they give way to everybody
     assert [thread for thread in threading.enumerate() if thread.name.startswith("weights")] == []
