@@ -14,6 +14,7 @@ text cannot go on, nothing else is.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,8 @@ _LIMITS = LLParserLimits(
     verbose_errors=False,
 )
 _SILENT = 0
+_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # hold schemas by any name
+_DATA = ("const", "enum", "default", "examples")  # hold values, which only look like schemas
 
 
 class GrammarVocabulary:
@@ -111,17 +114,43 @@ def _source(spec: GrammarSpec) -> str:
     """The grammar in the library's own form."""
     try:
         if spec.kind is GrammarKind.REGEX:
-            if (len(spec.text) - len(spec.text.rstrip("\\"))) % 2:  # the library would leave it out
-                raise ValueError("it ends with the beginning of an escape")
+            _check_end(spec.text)
             return LLMatcher.grammar_from_regex(spec.text)
         if spec.kind is GrammarKind.LARK:
             return str(grammar_from("grammar", spec.text))
         schema: Any = json.loads(spec.text)
         schema = {} if schema is True else schema
+        for pattern in _patterns(schema):
+            _check_end(pattern)
         return LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults={"whitespace_pattern": WHITESPACE})
     except (ValueError, RecursionError) as error:
         what = "JSON schema" if spec.kind is GrammarKind.JSON_SCHEMA else spec.kind.value
         raise GrammarError(f"not a {what}: {_short(error)}") from error
+
+
+def _check_end(regex: str) -> None:
+    """The library leaves out a backslash that nothing follows; others refuse it, and so do we. Raises ValueError."""
+    if (len(regex) - len(regex.rstrip("\\"))) % 2:
+        raise ValueError("a regular expression ends with the beginning of an escape")
+
+
+def _patterns(schema: Any) -> Iterator[str]:
+    """The regular expressions of a JSON schema, wherever they stand in it."""
+    waiting = [schema]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, list):
+            waiting += part
+        elif isinstance(part, dict):
+            if isinstance(part.get("pattern"), str):
+                yield part["pattern"]
+            named = part.get("patternProperties")
+            yield from named if isinstance(named, dict) else ()
+            for key, value in part.items():
+                if key in _BY_NAME and isinstance(value, dict):
+                    waiting += value.values()
+                elif key not in _DATA:
+                    waiting.append(value)
 
 
 def _end_mark(tokenizer_json: str, vocab_size: int) -> int:

@@ -143,6 +143,9 @@ DEEP = '{"items":' * 500 + "{}" + "}" * 500
         (SCHEMA, "false", "not a JSON schema"),
         (REGEX, "a\\", "escape"),
         (REGEX, "\\\\\\", "escape"),
+        (SCHEMA, {"type": "string", "pattern": "a\\"}, "escape"),
+        (SCHEMA, {"properties": {"enum": {"items": [{"type": "string", "pattern": "\\d\\"}]}}}, "escape"),
+        (SCHEMA, {"patternProperties": {"x\\": {}}}, "escape"),
         (SCHEMA, DEEP, "recursion"),
         (SCHEMA, "[" * 60_000, "not a JSON schema"),
         (SCHEMA, '{}}]}, {"lark_grammar": "start: /a/', "not a JSON schema"),
@@ -189,6 +192,19 @@ def test_hostile_grammars_are_bounded_work(kind: GrammarKind, text: Any) -> None
     except GrammarError:
         pass
     assert time.thread_time() - began < 3.0
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "pattern": "a\\\\"},
+        {"const": {"pattern": "a\\"}},
+        {"type": "object", "properties": {"pattern": {"enum": ["a\\", {"pattern": "a\\"}]}}},
+        {"$defs": {"pattern": {"type": "integer"}}, "$ref": "#/$defs/pattern"},
+    ],
+)
+def test_what_only_looks_like_a_broken_pattern_is_none(schema: Any) -> None:
+    assert allowed(compiled(SCHEMA, schema).guide())
 
 
 def test_a_grammar_needs_an_end_and_a_vocabulary() -> None:
