@@ -2,12 +2,15 @@
 
 A row is a name, a shape, and what breaks: faults of a plan, or a function that breaks something from outside. `-s`
 prints seed, proof of firing, requests by terminal state, the longest gap in a stream, blocks and processes left.
+
+`PENSTOCK_FAULT_SEED` draws other moments, blocks and bytes, and other prompts.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -26,6 +29,7 @@ from penstock.workers.fault_points import Point
 from penstock.workers.protocol import Role
 
 pytestmark = pytest.mark.timeout(120)
+SEED = int(os.environ.get("PENSTOCK_FAULT_SEED", "1"))
 SPLIT = RouterSettings(PlacementSettings(local_prefill_tokens=0), PATIENT)
 
 
@@ -266,12 +270,12 @@ def test_a_thousand_late_reads_and_writes_give_no_wrong_text(row: Row, seed: int
     asyncio.run(run_row(row, tmp_path, seed))
 
 
-async def run_row(row: Row, tmp_path: Path, seed: int = 1) -> None:
+async def run_row(row: Row, tmp_path: Path, seed: int = SEED) -> None:
     plan = FaultPlan(row.faults, seed, tmp_path / "proof")
     workers = oracle_workers(row.prefill, row.decode, row.pace)
     async with lawful(workers, SPLIT, plan=plan, log_file=tmp_path / "log") as court:
         with hostile_network(**row.link) if row.link is not None else nullcontext(HostileNetwork()) as network:
-            requests = [oracle_request(n, row.prompt + n % 30, row.output, row.pace) for n in range(row.streams)]
+            requests = [oracle_request(n, row.prompt + n % 30, row.output, row.pace, seed) for n in range(row.streams)]
             running = asyncio.ensure_future(court.run(requests))
             if row.outside is not None:
                 await row.outside(court, network)
