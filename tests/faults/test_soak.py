@@ -43,8 +43,8 @@ PREFILL, DECODE = 2, 3
 LOAD = 0.8
 MEMORY_SHARE = 0.02
 WARM_ROUNDS = 3  # until memory counts
-# Until resident memory counts, of three and thirty minutes: it fills up more and more slowly.
-FULL_ROUNDS = 3, 30
+FULL_ROUNDS = 30  # until resident memory counts: it fills up more and more slowly
+FILLING_SHARE = 0.06  # what it may take on in three minutes, all of which it fills up
 PACE = Pace(
     step_s=0.04, max_num_seqs=16, num_blocks=1024, chunk=256, lease_s=1.0, transport="tcp", digest="full"
 )  # fmt: skip
@@ -172,7 +172,7 @@ class Memory:
         return Memory(sys.getallocatedblocks(), pages * os.sysconf("SC_PAGE_SIZE"))
 
 
-async def soak(seconds: float, full_rounds: int, folder: Path) -> None:
+async def soak(seconds: float, full_rounds: int, resident_share: float, folder: Path) -> None:
     plan = FaultPlan(FAULTS, SEED, folder / "proof")
     workers = oracle_workers(PREFILL, DECODE, PACE)
     totals: Counter[str] = Counter()
@@ -206,15 +206,15 @@ async def soak(seconds: float, full_rounds: int, folder: Path) -> None:
     assert totals["failed"] == 0
     assert totals["completed"] > 0.9 * sum(totals.values())
     assert now.blocks <= warm.blocks * (1 + MEMORY_SHARE), "what is alive grew"
-    assert now.resident <= full.resident * (1 + MEMORY_SHARE), "memory grew"
+    assert now.resident <= full.resident * (1 + resident_share), "memory grew"
 
 
 @pytest.mark.timeout(300)
 def test_three_minutes(tmp_path: Path) -> None:
-    asyncio.run(soak(170.0, FULL_ROUNDS[0], tmp_path))
+    asyncio.run(soak(170.0, WARM_ROUNDS, FILLING_SHARE, tmp_path))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_thirty_minutes(tmp_path: Path) -> None:
-    asyncio.run(soak(1800.0, FULL_ROUNDS[1], tmp_path))
+    asyncio.run(soak(1800.0, FULL_ROUNDS, MEMORY_SHARE, tmp_path))
