@@ -123,7 +123,7 @@ def test_what_is_left_at_the_limit_is_computed_again_elsewhere(tmp_path: Path) -
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("victim", every(2, ["source", "target"]))
 def test_a_worker_killed_in_the_middle_of_a_move(victim: str, tmp_path: Path) -> None:
-    drained = Drained(tmp_path, 1, 3, Pace(step_s=0.01, num_blocks=32768), output_tokens=400)
+    drained = Drained(tmp_path, 1, 3, Pace(step_s=0.02, num_blocks=32768), output_tokens=400)
 
     async def disturb(cluster: LocalCluster) -> None:
         draining = asyncio.ensure_future(end_worker(cluster, "decode-0"))
