@@ -5,8 +5,9 @@ import socket
 from pathlib import Path
 
 import pytest
+from fakes.ports import free_port
 
-from penstock.cluster.listen_address import free_port, settle
+from penstock.cluster.listen_address import settle
 from penstock.cluster.settings import ClusterConfig, with_value
 from penstock.workers.errors import ConfigError
 
@@ -37,7 +38,7 @@ def test_port_zero_becomes_a_free_one() -> None:
 
 def test_operators_have_a_port_of_their_own() -> None:
     """The next one, a free one beside a free one, or the one that was stated; taken ones are refused by their key."""
-    port = free_port("127.0.0.1")
+    port = free_port()
     assert settle(config_with(front__port=port)).front.operators_port == port + 1
     chosen = settle(config_with(front__port=0)).front
     assert chosen.operators_port not in (0, chosen.port)
@@ -52,7 +53,7 @@ def test_operators_have_a_port_of_their_own() -> None:
 
 
 def test_a_free_port_is_kept_and_the_model_path_becomes_absolute(tmp_path: Path) -> None:
-    port = free_port("127.0.0.1")
+    port = free_port()
     relative = os.path.relpath(tmp_path)
     settled = settle(config_with(front__port=port, runner__model_dir=relative))
     assert settled.front.port == port

@@ -4,15 +4,15 @@ import socket
 import time
 
 import pytest
+from fakes.ports import free_port
 
-from penstock.cluster.listen_address import free_port
 from penstock.cluster.ray_runtime import check_answers, private_access
 from penstock.workers.errors import ConfigError
 
 
 @pytest.mark.parametrize("scheme", ["", "ray://"])
 def test_nobody_there_is_told_at_once(scheme: str) -> None:
-    address = f"{scheme}127.0.0.1:{free_port('127.0.0.1')}"
+    address = f"{scheme}127.0.0.1:{free_port()}"
     began = time.monotonic()
     with pytest.raises(ConfigError, match=f"no Ray cluster at {address}") as refused:
         check_answers(address)
