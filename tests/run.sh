@@ -16,5 +16,7 @@ mkdir -p .types/penstock
 for room in kernels workers router cluster; do ln -sfn "../../$room" ".types/penstock/$room"; done
 MYPYPATH=.types mypy -p penstock.kernels -p penstock.workers -p penstock.router -p penstock.cluster
 echo "== tests"
+# threads that wait for each other in a matrix product sleep, and leave the cores to the other half of the tests
+export OMP_WAIT_POLICY=PASSIVE
 # two at a time, whole files together: most tests wait for processes, and one core is left idle by them
 exec pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" "${@:-tests}"
