@@ -15,6 +15,7 @@ from fakes.weight_sources import KEY, Tampered, serving, store_of
 
 from penstock.workers.errors import PeerError
 from penstock.workers.settings import WeightSettings
+from penstock.workers.weights import peers as peers_module
 from penstock.workers.weights.link import WeightLink
 from penstock.workers.weights.messages import Greeting, Piece, Terms, Want, WantConfig
 from penstock.workers.weights.peers import Peers, Source
@@ -31,7 +32,8 @@ OPEN: list[Source] = []
 
 
 @pytest.fixture(autouse=True)
-def _all_closed() -> Iterator[None]:
+def _all_closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(peers_module, "_CONNECT_S", 20.0)  # who serves gives way to everybody on the machine
     yield
     while OPEN:
         OPEN.pop().close()
