@@ -170,10 +170,12 @@ class Terminal:
 
 
 def _take_terminal() -> None:
-    """Make the terminal on fd 0 the controlling one, so that Ctrl-C becomes a signal."""
+    """Make the terminal on fd 0 the controlling one, so that Ctrl-C becomes a signal; as in any shell, a heeded one."""
     import fcntl
+    import signal
     import termios
 
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever starts tests in the background has it ignored
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
