@@ -166,8 +166,8 @@ class Fleet:
         view.others_sequences = max(0, load.running + load.waiting - view.sequences)
         view.others_prefill_tokens = max(0, load.queued_prefill_tokens - view.prefill_tokens)
         view.others_blocks = max(0, min(used, view.welcome.num_blocks) - view.blocks)
-        if load.draining != view.draining:
-            view.draining = load.draining
+        if load.draining and not view.draining:  # for good: a heartbeat from just before may come just after
+            view.draining = True
             self.version += 1
         view.load = load
         view.load_at = now

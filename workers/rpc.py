@@ -15,6 +15,7 @@ Client:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -57,6 +58,7 @@ _CHALLENGE = f"/{_SERVICE}/Challenge"
 _PROOF_HEADER = "penstock-proof-bin"  # metadata key; its value is bytes
 _MAX_UNSENT_BYTES = 4 * MAX_MESSAGE_BYTES
 _MAX_CALLS = 1024  # streams and status calls at once, per worker
+_HEAR_OUT_S = 1.0  # for a caller that is refused to say its first words
 _PING_EVERY_MS = 2000  # a peer that answers no ping for as long again is gone
 _OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES + MAC_BYTES),
@@ -93,16 +95,24 @@ class Conversation:
     def __init__(self, context: grpc.aio.ServicerContext[bytes, bytes], seals: StreamSeals) -> None:
         self._context = context
         self._seals = seals
+        self._heard = False
         self.peer = context.peer()
 
     async def read(self) -> ToWorker | None:
         """The next message; `None` once the router has closed its side. Raises WireError."""
+        self._heard = True
         data = await self._context.read()
         return None if data is _EOF else decode_to_worker(self._seals.to_worker.open(data))
 
     async def write(self, data: bytes) -> None:
         """Send encoded bytes; waits while the reader's window is full."""
         await self._context.write(self._seals.to_router.seal(data))
+
+    async def hear_out(self) -> None:
+        """Before a refusal: take in what the router begins with, if nobody has."""
+        if not self._heard:
+            self._heard = True
+            await _hear_out(self._context)
 
 
 class RpcServer:
@@ -149,9 +159,11 @@ class RpcServer:
 
     async def _attach(self, _: Any, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         seals = await self._authenticate(context, _ATTACH)
+        conversation = Conversation(context, seals)
         try:
-            await self._on_attach(Conversation(context, seals))
+            await self._on_attach(conversation)
         except RefusedError as error:
+            await conversation.hear_out()
             lasting = error.code is FailureCode.INCOMPATIBLE
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION if lasting else grpc.StatusCode.ABORTED, str(error))
         except WireError as error:
@@ -182,8 +194,16 @@ class RpcServer:
         seals = self._gate.admit(method, shown if isinstance(shown, bytes) else shown.encode())
         if seals is None:
             log.warning("refused a caller at %s: wrong cluster key, or a call that was heard before", context.peer())
+            if method == _ATTACH:
+                await _hear_out(context)
             return await context.abort(grpc.StatusCode.UNAUTHENTICATED, "wrong cluster key")
         return seals
+
+
+async def _hear_out(context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+    """Who is refused while still sending is told by grpc only that something broke: let the first message come in."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(context.read(), _HEAR_OUT_S)
 
 
 # --- client -------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,8 @@ class Drained:
             await disturb(cluster)
             tally = await asyncio.wait_for(running, 60)
             print(
-                f"{tally.line()}; moved {self.moved}, recomputed {self.recomputed}, attempts that failed {self.failed}"
+                f"{tally.line()}; moved {self.moved}, recomputed {self.recomputed}, failed attempts {self.failed}, "
+                f"ended {dict(self.ends)}"
             )
             assert tally.completed == STREAMS
             assert tally.wrong == []
@@ -70,6 +72,12 @@ class Drained:
     @property
     def recomputed(self) -> int:
         return sum(report.recomputed_tokens for report in self.reports)
+
+    @property
+    def ends(self) -> Counter[tuple[str, str, str | None]]:
+        """Of attempts that did not complete: how, in which phase, and who was to compute the prompt."""
+        trails = [attempt for report in self.reports for attempt in report.trail.attempts]
+        return Counter((each.end, each.phase, each.prefill) for each in trails if each.end != "completed")
 
     @property
     def failed(self) -> int:
@@ -106,7 +114,9 @@ def test_a_prefill_worker_that_drains_waits_for_its_blocks_to_be_taken(tmp_path:
         await end_worker(cluster, "prefill-0")
 
     asyncio.run(drained.run(20, disturb))
-    assert drained.recomputed == drained.failed == 0
+    assert drained.recomputed == 0
+    assert drained.ends, "nobody was turned away"
+    assert {phase for _, phase, _ in drained.ends} == {"prefill"}, "what was computed got lost"
 
 
 @pytest.mark.timeout(120)

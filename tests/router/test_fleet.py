@@ -116,6 +116,16 @@ def test_a_step_is_judged_by_its_prediction(predicted_s: float, age_s: float, st
     assert bool(fleet.overdue(0.2)) is stuck
 
 
+def test_a_drain_is_for_good() -> None:
+    """The engine says it at once; a heartbeat whose figures are from before may be sent after."""
+    fleet = fleet_of(welcome("a"), welcome("b"))
+    fleet.load_arrived("a", load(draining=True), 0.0)
+    version = fleet.version
+    fleet.load_arrived("a", load(), 0.1)
+    assert fleet.workers["a"].draining
+    assert fleet.version == version
+
+
 def test_usable_leaves_out_the_draining_the_claimed_and_the_broken() -> None:
     fleet = fleet_of(*(welcome(name) for name in "abcd"), welcome("p", Role.PREFILL))
     fleet.load_arrived("a", load(draining=True), 0.0)

@@ -113,6 +113,26 @@ async def test_refusal_by_the_handler_is_typed() -> None:
     await server.stop()
 
 
+async def test_who_is_refused_is_heard_out_first() -> None:
+    """Else grpc may tell a caller who is still sending that something broke, instead of what."""
+    left: list[Conversation] = []
+
+    async def refuse(conversation: Conversation) -> None:
+        left.append(conversation)
+        raise RefusedError(FailureCode.INCOMPATIBLE, "wire version 9")
+
+    server, address = await serve(refuse)
+    client = WorkerClient(address)
+    with pytest.raises(RefusedError, match="wire version 9"):
+        await client.attach(HELLO)
+    silent = client._attach(None)  # says nothing, and does not keep the refusal for ever
+    with pytest.raises(grpc.aio.AioRpcError, match="wire version 9"):
+        await asyncio.wait_for(silent.read(), 10)
+    assert [conversation._heard for conversation in left] == [True, True]
+    await client.close()
+    await server.stop()
+
+
 async def test_bytes_that_are_no_message_end_the_stream() -> None:
     server, address = await serve()
     client = WorkerClient(address)
