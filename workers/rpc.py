@@ -95,12 +95,10 @@ class Conversation:
     def __init__(self, context: grpc.aio.ServicerContext[bytes, bytes], seals: StreamSeals) -> None:
         self._context = context
         self._seals = seals
-        self._heard = False
         self.peer = context.peer()
 
     async def read(self) -> ToWorker | None:
         """The next message; `None` once the router has closed its side. Raises WireError."""
-        self._heard = True
         data = await self._context.read()
         return None if data is _EOF else decode_to_worker(self._seals.to_worker.open(data))
 
@@ -108,15 +106,9 @@ class Conversation:
         """Send encoded bytes; waits while the reader's window is full."""
         await self._context.write(self._seals.to_router.seal(data))
 
-    async def hear_out(self) -> None:
-        """Before a refusal: take in what the router begins with, if nobody has."""
-        if not self._heard:
-            self._heard = True
-            await _hear_out(self._context)
-
 
 class RpcServer:
-    """Listens for routers. `on_attach` runs once per stream and ends it by returning; RefusedError names the cause."""
+    """Listens for routers. `on_attach` runs once per stream: reads its hello, ends it by returning or RefusedError."""
 
     def __init__(
         self,
@@ -159,11 +151,9 @@ class RpcServer:
 
     async def _attach(self, _: Any, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         seals = await self._authenticate(context, _ATTACH)
-        conversation = Conversation(context, seals)
         try:
-            await self._on_attach(conversation)
+            await self._on_attach(Conversation(context, seals))
         except RefusedError as error:
-            await conversation.hear_out()
             lasting = error.code is FailureCode.INCOMPATIBLE
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION if lasting else grpc.StatusCode.ABORTED, str(error))
         except WireError as error:
