@@ -14,7 +14,8 @@ from typing import Any
 
 from fuzz.mutation import mutate_bytes
 
-from penstock.workers.model.safetensors_file import SafetensorsFile, header_bytes, parse_header
+from penstock.workers.model.safetensors_file import SafetensorsFile, parse_header
+from penstock.workers.model.safetensors_header import header_bytes
 
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 SIZES = (0, 1, -1, 2, 3, 8, 2**31, 2**32, 2**61, 2**62 - 1, 2**62, 2**63, 2**64, 10**40, 1.0, True, None, "4", [4])

@@ -1,32 +1,25 @@
 """Our own reader of one safetensors file: a checked header, and tensors read from a memory map, only the bytes needed.
 
-Used by `checkpoint.py`; `parse_header` also for files that peers hold (`workers/weights/`). Nothing in the file is
-trusted: length, JSON, names, dtypes, shapes and offsets are checked before anything is mapped, so a hostile header
-costs an error and no memory. Format: 8 bytes little-endian header length, that many bytes of JSON, then the tensors'
-bytes (https://github.com/huggingface/safetensors, "Format").
+Used by `checkpoint.py`; `parse_header` also for files that peers hold (`workers/weights/`). The header is checked
+(`safetensors_header.py`) before anything is mapped, so a hostile one costs an error and no memory.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from penstock.workers.errors import ModelError
+from penstock.workers.model.safetensors_header import header_bytes, read_header
 
-MAX_HEADER_BYTES = 100 << 20
-MAX_TENSORS = 1 << 20
-MAX_DIMENSIONS = 8
-MAX_STRIDE = 1 << 62
 SAMPLE_BYTES = 4096
 _AROUND = max(1 << 16, mmap.PAGESIZE)
 
@@ -115,69 +108,9 @@ class SafetensorsFile:
         self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
 
-def header_bytes(prefix: bytes, size: int, path: str) -> int:
-    """How long the header is behind `prefix`, the first 8 bytes of a file of `size`. Raises ModelError."""
-    if len(prefix) < 8:
-        raise ModelError(f"{path}: shorter than a safetensors header", path)
-    length = int.from_bytes(prefix, "little")
-    if length > MAX_HEADER_BYTES:
-        raise ModelError(f"{path}: header length {length} is above {MAX_HEADER_BYTES} bytes", path)
-    if 8 + length > size:
-        raise ModelError(f"{path}: header length {length} goes past the end of the file ({size} bytes)", path)
-    return length
-
-
 def parse_header(header: bytes, data_bytes: int, path: str) -> dict[str, TensorEntry]:
     """The tensors of a header, which must fill `data_bytes` without a gap. Raises ModelError naming the tensor."""
-    try:
-        raw = json.loads(header, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: header: {error!s:.200}", path) from error
-    if not isinstance(raw, dict):
-        raise ModelError(f"{path}: header is not an object", path)
-    raw.pop("__metadata__", None)
-    if len(raw) > MAX_TENSORS:
-        raise ModelError(f"{path}: {len(raw)} tensors are above {MAX_TENSORS}", path)
-    entries = {name: _parse_entry(name, value, data_bytes, path) for name, value in raw.items()}
-    position = 0
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
-        if entry.begin != position:
-            what = "overlaps the tensor before it" if entry.begin < position else "leaves a gap before it"
-            raise ModelError(f"{path}: {name:.200}: {what}", path)
-        position = entry.end
-    if position != data_bytes:
-        raise ModelError(f"{path}: tensors end at byte {position} of {data_bytes}; the file is cut or padded", path)
-    return entries
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("the same key stands twice")
-    return result
-
-
-def _parse_entry(name: str, value: Any, data_bytes: int, path: str) -> TensorEntry:
-    def fail(message: str) -> ModelError:
-        return ModelError(f"{path}: {name:.200}: {message:.300}", path)
-
-    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise fail("expected exactly dtype, shape and data_offsets")
-    dtype = _DTYPES.get(value["dtype"]) if isinstance(value["dtype"], str) else None
-    if dtype is None:
-        raise fail(f"dtype {value['dtype']!r} is not supported")
-    shape, offsets = value["shape"], value["data_offsets"]
-    if not _sizes(shape) or len(shape) > MAX_DIMENSIONS:
-        raise fail(f"shape must be a list of at most {MAX_DIMENSIONS} sizes")
-    if not _sizes(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= data_bytes:
-        raise fail(f"data_offsets {offsets!r} are not inside the file's {data_bytes} data bytes")
-    if math.prod(max(1, size) for size in shape) >= MAX_STRIDE:
-        raise fail("shape is beyond what strides can count, empty as it may be")
-    expected = math.prod(shape) * dtype.itemsize
-    if offsets[1] - offsets[0] != expected:
-        raise fail(f"shape and dtype make {expected} bytes, data_offsets {offsets[1] - offsets[0]}")
-    return TensorEntry(dtype, tuple(shape), offsets[0], offsets[1])
-
-
-def _sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(size) is int and 0 <= size < 1 << 62 for size in value)
+    return {
+        name: TensorEntry(_DTYPES[entry.dtype], entry.shape, entry.begin, entry.end)
+        for name, entry in read_header(header, data_bytes, path).items()
+    }

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from penstock.workers.errors import ModelError, PeerError
 from penstock.workers.model.checkpoint import Checkpoint, revision_of
-from penstock.workers.model.safetensors_file import TensorEntry, header_bytes, parse_header
+from penstock.workers.model.safetensors_file import TensorEntry, parse_header
+from penstock.workers.model.safetensors_header import header_bytes
 from penstock.workers.weights.messages import ServedFile, Terms
 from penstock.workers.weights.peers import Source
 from penstock.workers.weights.runs import contiguous

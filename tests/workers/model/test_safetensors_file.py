@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from penstock.workers.errors import ModelError
-from penstock.workers.model import safetensors_file
+from penstock.workers.model import safetensors_header
 from penstock.workers.model.safetensors_file import SafetensorsFile
 
 
@@ -105,7 +105,7 @@ def test_a_missing_file_is_a_model_error(tmp_path):
 
 
 def test_too_many_tensors(tmp_path, monkeypatch):
-    monkeypatch.setattr(safetensors_file, "MAX_TENSORS", 1)
+    monkeypatch.setattr(safetensors_header, "MAX_TENSORS", 1)
     path = write(tmp_path / "x.safetensors", {"a": entry(), "b": entry(begin=8, end=16)}, bytes(16))
     with pytest.raises(ModelError, match="2 tensors are above 1"):
         SafetensorsFile(path)
