@@ -15,7 +15,7 @@ from penstock.router.admission import Admission
 from penstock.router.fleet import Fleet, Stake
 from penstock.router.handovers import Handovers
 from penstock.router.journey import AttemptError, Journey
-from penstock.router.placement import Ask, Placement, Route
+from penstock.router.placement import Ask, Placement, Route, understands
 from penstock.router.prefix_index import PrefixIndex
 from penstock.router.retry_budget import RetryBudget
 from penstock.router.settings import RetrySettings
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 DECODING = (Role.DECODE, Role.MIXED)
 _UNSENT = frozenset({FailureCode.TRANSFER_FAILED, FailureCode.KV_DAMAGED})
+_UNPACED = frozenset({FailureCode.DRAINING, FailureCode.ADAPTER})  # the next worker is none the worse for it
 _BLAMED = frozenset({FailureCode.INTERNAL, *_UNSENT})
 
 
@@ -124,7 +125,7 @@ class Attempts:
         orphaned = self._lost_a_partner(journey)
         if cause.code in _BLAMED and not orphaned:
             self._blame(journey, cause, now)
-        unpaced = cause.died or cause.moved or orphaned or cause.code is FailureCode.DRAINING
+        unpaced = cause.died or cause.moved or orphaned or cause.code in _UNPACED
         journey.note_end("moved" if cause.moved else cause.code)
         journey.moves_failed += journey.move is not None
         journey.move = None
@@ -228,10 +229,11 @@ class Attempts:
 
         What still streams there after a while is no suspect; it is not waited for any longer.
         """
-        view = self._fleet.workers.get(journey.alone_on or "")
+        view, ask = self._fleet.workers.get(journey.alone_on or ""), journey.ask()
         if view is None:
             journey.alone_on = None
-            open_views = [view for view in self._fleet.alive(DECODING) if view.claimed_by is None]
+            views = self._fleet.alive(DECODING)
+            open_views = [view for view in views if view.claimed_by is None and understands(view, ask)]
             if not open_views:
                 return None
             view = min(open_views, key=lambda each: (each.sequences, each.worker_id))
@@ -240,7 +242,6 @@ class Attempts:
             journey.alone_until = journey.clock() + self._settings.alone_wait_s
         if view.sequences and journey.clock() < journey.alone_until:
             return None
-        ask = journey.ask()
         return Route(None, view.worker_id, ask.context_tokens, ask.context_tokens)
 
     def _blame(self, journey: Journey, cause: AttemptError, now: float) -> None:

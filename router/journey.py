@@ -25,12 +25,14 @@ from penstock.router.settings import RetrySettings
 from penstock.router.ticket import Ticket, growth_of
 from penstock.router.trail import AttemptTrail, Trail, attempt_context, route_context
 from penstock.workers.errors import PenstockError, RefusedError, RequestError
-from penstock.workers.protocol import EndReason, Failed, FailureCode, GenerateRequest
+from penstock.workers.protocol import ADAPTER_WIRE_VERSION, EndReason, Failed, FailureCode, GenerateRequest
 
 if TYPE_CHECKING:
     from penstock.router.live_moves import LiveMove
 
-_REFUSALS = frozenset({FailureCode.QUEUE_FULL, FailureCode.DRAINING, FailureCode.TOO_LARGE})
+_REFUSALS = frozenset({FailureCode.QUEUE_FULL, FailureCode.DRAINING, FailureCode.TOO_LARGE, FailureCode.ADAPTER})
+_HOPELESS = frozenset({FailureCode.TOO_LARGE, FailureCode.ADAPTER})  # asking the same worker again would not help
+_MOST_UNLOADED = 3  # workers without a request's adapter that are tried: files that are gone are gone for most
 _FINAL = frozenset({FailureCode.BAD_REQUEST, FailureCode.GRAMMAR, FailureCode.DEADLINE})
 _RETRY_AFTER_S = 1.0
 COMPLETED = "completed"
@@ -210,8 +212,7 @@ class Journey:
         had_moved = any(cause.moved for cause in self.refused.values())
         self.refused = {worker_id: cause for worker_id, cause in self.refused.items() if not cause.moved}
         causes = list(self.refused.values())
-        too_large = [cause for cause in causes if cause.code is FailureCode.TOO_LARGE]
-        if causes and len(too_large) == len(causes):
+        if causes and all(cause.code in _HOPELESS for cause in causes):
             return final_error(causes[-1])
         if self.started or had_moved:
             self.refused.clear()
@@ -227,7 +228,8 @@ class Journey:
     def ask(self) -> Ask:
         """What an attempt would need now."""
         context = len(self.request.prompt) + self.emission.count
-        return Ask(context, growth_of(self.remaining), self.digests, single=self.remaining == 1)
+        spoken = ADAPTER_WIRE_VERSION if self.request.adapter is not None else 0
+        return Ask(context, growth_of(self.remaining), self.digests, self.remaining == 1, spoken)
 
     def resumed(self) -> GenerateRequest:
         """The request as the next worker must see it: with what is already out, and the time that is left.
@@ -259,6 +261,9 @@ class Journey:
         if cause.refusal:
             self.moves += 1
             self.refused[cause.worker_id] = cause
+            unloaded = sum(each.code is FailureCode.ADAPTER for each in self.refused.values())
+            if unloaded >= _MOST_UNLOADED and not self.started:
+                raise final_error(cause)
             return
         self.refused.clear()
         self.failures += 1

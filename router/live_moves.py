@@ -23,7 +23,7 @@ from penstock.router.port import Event, Lost
 from penstock.router.prefix_index import PrefixIndex
 from penstock.router.settings import MoveSettings
 from penstock.router.trail import LIVE, MOVED_LIVE
-from penstock.workers.protocol import MOVE_WIRE_VERSION, Failed, Stays
+from penstock.workers.protocol import Failed, Stays
 
 _AGAIN_S = 0.25  # after a move that came to nothing, or found no room
 _VERDICT_S = 2.0  # one of the two workers is gone: wait so long for the other to say that it has the sequence
@@ -153,7 +153,7 @@ class LiveMoves:
 
     def _sources(self) -> list[WorkerView]:
         views = self._fleet.workers.values()
-        return [view for view in views if view.welcome.role in DECODING and _can_move(view)]
+        return [view for view in views if view.welcome.role in DECODING]
 
     def _budget(self, view: WorkerView, now: float) -> int:
         """How many may be on their way from this worker at a time."""
@@ -171,7 +171,3 @@ class LiveMoves:
             self._short_since.pop(view.worker_id, None)
         since = self._short_since.get(view.worker_id)
         return settings.rebalance_at_once if since is not None and now - since >= settings.short_s else 0
-
-
-def _can_move(view: WorkerView) -> bool:
-    return view.welcome.wire_version >= MOVE_WIRE_VERSION

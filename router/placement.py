@@ -23,7 +23,7 @@ from penstock.router.policies.prefix_load import PrefixLoad
 from penstock.router.prefix_index import PrefixIndex
 from penstock.router.settings import PlacementSettings
 from penstock.workers.errors import ConfigError
-from penstock.workers.protocol import MOVE_WIRE_VERSION, Role, Welcome
+from penstock.workers.protocol import Role, Welcome
 from penstock.workers.transfer.head_slices import reason_against
 
 POLICIES: MappingProxyType[str, type[Policy]] = MappingProxyType(
@@ -46,6 +46,7 @@ class Ask:
     growth: int  # output tokens that need KV at first
     digests: NDArray[np.uint64]  # of the prompt's full blocks
     single: bool = False  # ends at its first token: nothing to decode
+    wire_version: int = 0  # that a worker must speak at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +100,9 @@ class Placement:
     def choose(self, ask: Ask, now: float, avoid: Collection[str] = ()) -> Route | None:
         """The cheapest route that touches no worker of `avoid`; None if there is none."""
         held = self._index.match(ask.digests, now)
-        prefills = self._score(ask, Phase.PREFILL, self._workers((Role.PREFILL,), avoid, now), held, now)
-        decodes = self._score(ask, Phase.DECODE, self._workers((Role.DECODE,), avoid, now), held, now)
-        mixed = self._workers((Role.MIXED,), avoid, now)
+        prefills = self._score(ask, Phase.PREFILL, self._workers(ask, (Role.PREFILL,), avoid, now), held, now)
+        decodes = self._score(ask, Phase.DECODE, self._workers(ask, (Role.DECODE,), avoid, now), held, now)
+        mixed = self._workers(ask, (Role.MIXED,), avoid, now)
         options = [self._local(cost, each) for cost, each in self._score(ask, Phase.LOCAL, mixed, held, now)[:1]]
         if not decodes and prefills:
             decodes = self._score(ask, Phase.DECODE, mixed, held, now)
@@ -134,7 +135,7 @@ class Placement:
         if current is None:
             return False
         held = self._index.match(ask.digests, now)
-        views = self._workers((Role.DECODE, Role.MIXED), (*avoid, current.worker_id), now)
+        views = self._workers(ask, (Role.DECODE, Role.MIXED), (*avoid, current.worker_id), now)
         views = self._partners(route.prefill, views, now) if route.prefill is not None else views
         others = [self._candidate(ask, Phase.DECODE, view, held) for view in views]
         wait_tokens = ahead_tokens + ask.context_tokens
@@ -148,7 +149,7 @@ class Placement:
         views = [
             view
             for view in self._fleet.usable((Role.DECODE, Role.MIXED), now)
-            if view is not source and view.welcome.wire_version >= MOVE_WIRE_VERSION and _exchange(mine, view.welcome)
+            if view is not source and understands(view, ask) and _exchange(mine, view.welcome)
         ]
         scored = self._score(ask, Phase.DECODE, views, self._index.match(ask.digests, now), now)
         for _, each in scored:
@@ -156,13 +157,13 @@ class Placement:
                 return each.worker_id
         return None
 
-    def _workers(self, roles: tuple[Role, ...], avoid: Collection[str], now: float) -> list[WorkerView]:
+    def _workers(self, ask: Ask, roles: tuple[Role, ...], avoid: Collection[str], now: float) -> list[WorkerView]:
         """Workers that take new work; if none does, those whose breaker is open: better a trial than no answer."""
         views = self._fleet.usable(roles, now)
         if not views:
             views = [view for view in self._fleet.alive(roles) if view.claimed_by is None]
         sound = [view for view in views if not self._fleet.quarantine.holds(view.worker_id, now)]
-        return [view for view in sound if view.worker_id not in avoid]
+        return [view for view in sound if view.worker_id not in avoid and understands(view, ask)]
 
     def _partners(self, prefill: str, views: list[WorkerView], now: float) -> list[WorkerView]:
         """Those to which this prefill worker can hand over."""
@@ -270,12 +271,17 @@ class Placement:
         """Decode workers prefill what is short and fits their next step beside what waits there; everything when nobody
         else is left to do it: many short prompts would hold up decodes as one long one does.
         """
-        views = self._workers((Role.DECODE,), avoid, now)
+        views = self._workers(ask, (Role.DECODE,), avoid, now)
         penalty = self._settings.local_penalty if prefill_lives else 1.0
         if prefill_lives:
             views = [view for view in views if self._is_short(self._uncached(ask, view, held), view)]
         scored = self._score(ask, Phase.LOCAL, views, held, now)
         return [self._local(cost, each, penalty) for cost, each in scored[:1]]
+
+
+def understands(view: WorkerView, ask: Ask) -> bool:
+    """Whether the worker can be told all that the request says."""
+    return view.welcome.wire_version >= ask.wire_version
 
 
 def _exchange(one: Welcome, other: Welcome) -> bool:

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -46,13 +46,14 @@ from penstock.workers.spans import SpanSink, open_sink
 from penstock.workers.step_time import StepTimeModel
 from penstock.workers.tier_assembly import open_tiers
 from penstock.workers.tls import open_peer_tls
-from penstock.workers.totals import GrammarTotals, TierTotals, WeightFigures
+from penstock.workers.totals import AdapterTotals, GrammarTotals, TierTotals, WeightFigures
 from penstock.workers.tracing import WorkerTracer
 from penstock.workers.transfer.engine import TransferEngine
 from penstock.workers.transfer.host import host_id
 from penstock.workers.transfer.port import BlockStorage
 
 if TYPE_CHECKING:
+    from penstock.workers.lora.store import AdapterStore
     from penstock.workers.weights.supply import WeightSupply
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,14 @@ class WorkerFacts:
     weights_address: str  # where rank 0 serves its weights to workers that start; empty: nowhere
 
 
+class Store(Protocol):
+    """What keeps something for requests, with threads of its own."""
+
+    def stop(self) -> None:
+        """End them."""
+        ...
+
+
 class Worker:
     """A worker that is built; `start` serves, `stop` drains and ends, `join` waits for the end."""
 
@@ -90,12 +99,10 @@ class Worker:
         transfer: TransferEngine | GroupTransfer,
         spans: SpanSink | None = None,
         leader: GroupLeader | None = None,
-        grammars: GrammarStore | None = None,
         supply: WeightSupply | None = None,
-        tiers: KVTiers | None = None,
+        stores: tuple[Store, ...] = (),
     ) -> None:
-        self._grammars = grammars
-        self._tiers = tiers
+        self._stores = stores
         self.facts = facts
         self._engine = engine
         self._service = service
@@ -136,10 +143,8 @@ class Worker:
             self._thread.join(_LAST_STEP_S)
         self._service.stop()
         self._transfer.stop()
-        if self._grammars is not None:
-            self._grammars.stop()
-        if self._tiers is not None:
-            self._tiers.stop()
+        for store in self._stores:
+            store.stop()
         if self._leader is not None:
             self._leader.stop()
         if self._spans is not None:
@@ -182,10 +187,11 @@ def build_worker(settings: WorkerSettings, leader: GroupLeader | None = None) ->
     banks = _open_banks(settings, storage, count, num_blocks, leader)
     caches = [bank.cache for bank in banks if bank.cache is not None]
     grammars = _open_grammars(settings, computing, awake)
+    adapters = _open_adapters(settings, computing, leader, awake)
     opened, step_time = open_tiers(settings, storage, layout, awake.set), StepTimeModel()
     tiers = None if opened is None else opened.tiers
     below = None if tiers is None else (tiers, step_time.predict)
-    scheduler = Scheduler(settings.scheduler, layout, *banks, grammars=grammars, tiers=below)
+    scheduler = Scheduler(settings.scheduler, layout, *banks, grammars=grammars, adapters=adapters, tiers=below)
     host = host_id()
     own_transfer = rank_transfer(settings, computing, awake.set)
     transfer = own_transfer if leader is None else lead_transfer(settings, leader, own_transfer, num_blocks, awake.set)
@@ -205,7 +211,7 @@ def build_worker(settings: WorkerSettings, leader: GroupLeader | None = None) ->
         bank_addresses(own_transfer.address, leader, count),
     )
     sink = open_sink(settings.tracing, settings.worker_id)
-    observation = _observation(settings, computing, sink, grammars, tiers)
+    observation = _observation(settings, computing, sink, grammars, tiers, adapters)
     handover = HandOver(transfer, identity, lambda: os.urandom(_SESSION_ID_BYTES), observation)
     told: CacheEvents | None = BankedCaches(caches) if len(caches) > 1 else next(iter(caches), None)
     feed = KVEventFeed(told if told is None or opened is None else opened.over(told), service)
@@ -224,7 +230,8 @@ def build_worker(settings: WorkerSettings, leader: GroupLeader | None = None) ->
         load_s=time.monotonic() - began,
         weights_address="" if computing.supply is None else computing.supply.address,
     )
-    return Worker(settings, facts, engine, service, transfer, sink, leader, grammars, computing.supply, tiers)
+    stores = tuple(store for store in (grammars, adapters, tiers) if store is not None)
+    return Worker(settings, facts, engine, service, transfer, sink, leader, computing.supply, stores)
 
 
 def _open_banks(
@@ -245,12 +252,28 @@ def _open_grammars(settings: WorkerSettings, computing: Computing, awake: thread
     return open_grammars(settings.runner.model_dir, computing.runner.vocab_size, awake.set)
 
 
+def _open_adapters(
+    settings: WorkerSettings, computing: Computing, leader: GroupLeader | None, awake: threading.Event
+) -> AdapterStore | None:
+    """None where no adapters are served. Raises ConfigError."""
+    bank = None if computing.model is None else computing.model.adapters
+    if bank is None:
+        return None
+    # Late: both import torch.
+    from penstock.workers.lora.store import AdapterStore
+    from penstock.workers.parallel.group_adapters import GroupAdapters
+
+    room = bank if leader is None else GroupAdapters(bank, leader.sender.send)
+    return AdapterStore(settings.adapters, bank.sizes, room, awake.set, settings.worker_id)
+
+
 def _observation(
     settings: WorkerSettings,
     computing: Computing,
     sink: SpanSink | None,
     grammars: GrammarStore | None,
     tiers: KVTiers | None,
+    adapters: AdapterStore | None,
 ) -> Observation:
     tracer = WorkerTracer(sink, settings.worker_id) if sink is not None else None
     weights = WeightFigures if computing.supply is None else computing.supply.figures
@@ -262,6 +285,7 @@ def _observation(
         grammars=GrammarTotals if grammars is None else grammars.totals,
         audit=AuditLog(settings.ledger.share) if settings.ledger.share > 0 else None,
         tiers=TierTotals if tiers is None else tiers.totals,
+        adapters=AdapterTotals if adapters is None else adapters.totals,
     )
 
 

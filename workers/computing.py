@@ -74,12 +74,12 @@ def _build_model(settings: WorkerSettings, group: RankGroup | None) -> Computing
     from penstock.workers.weights.supply import WeightSupply
 
     supply = WeightSupply(settings)
-    told = (settings.runner, settings.kv, settings.scheduler)
+    told, adapters = (settings.runner, settings.kv, settings.scheduler), settings.adapters
     if group is None:
-        model = build_model_runner(*told, supply=supply)
+        model = build_model_runner(*told, supply=supply, adapters=adapters)
     else:
         ranks, experts = group.collectives(resolve_device(settings.runner.device))
-        model = build_model_runner(*told, group=ranks, expert_ranks=experts, supply=supply)
+        model = build_model_runner(*told, group=ranks, expert_ranks=experts, supply=supply, adapters=adapters)
     supply.loaded()
     if model.device.type == "cpu":
         storage = _create_storage(settings, model.layout)

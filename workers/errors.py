@@ -10,6 +10,7 @@
     ├── PeerError            another worker does not deliver weights (now); they come from elsewhere
     ├── ExpertsGoneError     no rank holds these experts any more; steps go on once they are refilled
     ├── GrammarError         a grammar that cannot be compiled, or not be followed any further
+    ├── AdapterError         a low-rank adapter that cannot be served; names its file
     ├── BanksLostError       ranks are gone with their KV blocks, the others go on; this step is to be planned anew
     ├── RequestError         the caller's request is wrong; names the field (HTTP 400 family)
     └── RefusedError         the request was fine, but cannot be served (now); carries a FailureCode
@@ -84,6 +85,10 @@ class ExpertsGoneError(PenstockError):
 
 class GrammarError(PenstockError):
     """A grammar that this model's tokens cannot follow, at all or any further; costs its own request only."""
+
+
+class AdapterError(PenstockError):
+    """An adapter's files are missing, changed, or not for this model; costs its own requests only."""
 
 
 class BanksLostError(PenstockError):

@@ -38,6 +38,7 @@ class Point(StrEnum):
     TRANSFER_LAND = "transfer.land"  # a block (its item: the fragment) is here, not verified yet: damage a byte
     TRANSFER_ACK = "transfer.ack"  # the receiver has everything and is about to say so: drop, double, delay
     GRAMMAR_COMPILE = "grammar.compile"  # a worker compiles a grammar
+    ADAPTER_READ = "adapter.read"  # the files of an adapter are about to be read
     WEIGHTS_READ = "weights.read"  # a tensor of a checkpoint is about to be read
     DISK_WRITE = "disk.write"  # bytes are about to be written to a file that a worker keeps
 

@@ -18,6 +18,7 @@ from penstock.kernels import ops
 from penstock.kernels.ragged import AttentionLimits, AttentionPlan, AttentionWorkspace, RaggedBatch
 from penstock.workers.errors import ConfigError
 from penstock.workers.kv.layout import KVLayout
+from penstock.workers.lora.bank import AdapterBank, StepAdapters
 from penstock.workers.model.loading import TORCH_DTYPES
 from penstock.workers.model.port import DecoderModel, KVExchange
 from penstock.workers.scheduler.plan import StepPlan
@@ -41,20 +42,30 @@ class ForwardPass:
         decoder: DecoderModel,
         kv_BLCHPD: Tensor,  # noqa: N803 - the legend's name
         limits: AttentionLimits | None = None,
+        adapters: AdapterBank | None = None,
     ) -> None:
         """`limits` of the largest step: plans are made in memory that stays. None: in memory of their own."""
         self.kv = kv_BLCHPD
+        self._adapters = adapters
         self._decoder = decoder
         self._workspace = None if limits is None else ops.attention_workspace(kv_BLCHPD, limits)
 
-    def forward(self, inputs: StepTensors, plan: AttentionPlan, exchange: KVExchange | None = None) -> Tensor:
+    def forward(
+        self,
+        inputs: StepTensors,
+        plan: AttentionPlan,
+        exchange: KVExchange | None = None,
+        adapters: StepAdapters | None = None,
+    ) -> Tensor:
         """Hidden states [W, E] of the wanted tokens; writes every token's KV."""
-        return self._decoder.forward(inputs.token_ids, inputs.positions, self.kv, plan, inputs.wanted, exchange)
+        tokens = inputs.token_ids, inputs.positions
+        return self._decoder.forward(*tokens, self.kv, plan, inputs.wanted, exchange, adapters)
 
     def eager(self, plan: StepPlan, inputs: StepTensors, exchange: KVExchange | None = None) -> Tensor:
         """The same for a scheduler's plan."""
         batch = RaggedBatch(plan.starts, plan.offsets, plan.block_tables)
-        return self.forward(inputs, ops.plan_attention(self.kv, batch, self._workspace), exchange)
+        adapters = None if self._adapters is None else self._adapters.step(plan)
+        return self.forward(inputs, ops.plan_attention(self.kv, batch, self._workspace), exchange, adapters)
 
     def copy_blocks(self, pairs: NDArray[np.int32]) -> None:
         """Copy whole blocks, pairs [n, 2] of (source, target)."""
@@ -70,9 +81,10 @@ class RecordedPass(ForwardPass):
         kv_BLCHPD: Tensor,  # noqa: N803 - the legend's name
         hidden: Tensor,
         limits: AttentionLimits,
+        adapters: AdapterBank | None = None,
     ) -> None:
-        """`hidden` [largest bucket, E] is where recorded steps leave their hidden states."""
-        super().__init__(decoder, kv_BLCHPD, limits if kv_BLCHPD.is_cuda else None)
+        """`hidden` [largest bucket, E] is where recorded steps leave their hidden states; none of them has adapters."""
+        super().__init__(decoder, kv_BLCHPD, limits if kv_BLCHPD.is_cuda else None, adapters)
         self.hidden = hidden
         self._limits = limits
         self._workspaces: dict[int, AttentionWorkspace] = {}

@@ -7,6 +7,7 @@ Called by `assembly.py` for rank 0, and by `process.py` or an actor for a follow
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import logging
 import time
@@ -19,7 +20,7 @@ from penstock.workers.errors import ConfigError
 from penstock.workers.kv.layout import KVLayout
 from penstock.workers.parallel.expert_load import skew
 from penstock.workers.parallel.follower import Follower, FollowerParts
-from penstock.workers.parallel.group_messages import Joined, MeetAgain, PumpExperts, SessionOver
+from penstock.workers.parallel.group_messages import Joined, MeetAgain, PumpExperts, PutUpdate, SessionOver
 from penstock.workers.parallel.group_runner import GroupRunner
 from penstock.workers.parallel.group_transfer import GroupRanks, GroupTransfer
 from penstock.workers.parallel.leader import GroupLeader
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from penstock.workers.parallel.collectives import Collectives
     from penstock.workers.parallel.expert_parallel import ExpertParallel
     from penstock.workers.parallel.rank_survival import LeadingRank, SurvivingRank
+    from penstock.workers.runner import ModelRunner
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +153,17 @@ def build_follower(settings: WorkerSettings, follower: Follower) -> FollowerPart
     bank = settings.group.rank // settings.group.tensor_parallel_size if attention_ranks(settings) > 1 else 0
     survival = surviving_rank(settings, follower.progress, computing, opened)
     address = "" if computing.supply is None else computing.supply.address
-    return FollowerParts(computing.runner, storage.generations[:num_blocks], transfer, bank, survival, address)
+    put = None if computing.model is None else follow_adapters(computing.model)
+    return FollowerParts(computing.runner, storage.generations[:num_blocks], transfer, bank, survival, address, put)
+
+
+def follow_adapters(model: ModelRunner) -> Callable[[PutUpdate], None] | None:
+    """What fills this rank's room for adapters; None where it has none."""
+    if model.adapters is None:
+        return None
+    from penstock.workers.parallel.group_adapters import put_update
+
+    return functools.partial(put_update, model.adapters)
 
 
 def surviving_rank(

@@ -18,6 +18,7 @@ from penstock.workers.expert_ranks import KEY, ExpertRanks, spread_experts
 from penstock.workers.forward_pass import ModelShape
 from penstock.workers.graphs.capture import CudaRecorder, Recorder
 from penstock.workers.kv.layout import KVLayout
+from penstock.workers.lora.bank import AdapterBank
 from penstock.workers.model.checkpoint import Checkpoint
 from penstock.workers.model.config import DTYPES, DecoderConfig, read_raw_config
 from penstock.workers.model.foreign_config import ForeignConfig
@@ -31,7 +32,7 @@ from penstock.workers.parallel.expert_parallel import ExpertParallel
 from penstock.workers.parallel.shards import WHOLE, TensorShard
 from penstock.workers.parallel.shared_prompts import MOST_SHARED
 from penstock.workers.runner import ModelRunner, RunnerParts
-from penstock.workers.settings import KVSettings, RunnerSettings, SchedulerSettings
+from penstock.workers.settings import AdapterSettings, KVSettings, RunnerSettings, SchedulerSettings
 from penstock.workers.step_inputs import StepLimits
 from penstock.workers.weights.supply import WeightSupply
 
@@ -46,12 +47,13 @@ def build_model_runner(
     group: Collectives = ALONE,
     expert_ranks: ExpertRanks | None = None,
     supply: WeightSupply | None = None,
+    adapters: AdapterSettings | None = None,
 ) -> ModelRunner:
     """Read and load the model; `attach` the storage before the first step. Raises ModelError and ConfigError.
 
     A rank of a group loads its own part, and then runs the same plans as all others; rank 0's runner samples. `group`
     are the ranks that share one copy of the layers, `expert_ranks` those that share the experts. Without a `supply`
-    everything is read from the model directory.
+    everything is read from the model directory. `adapters`: make room for some.
     """
     begin = time.monotonic()
     device = resolve_device(settings.device)
@@ -71,6 +73,7 @@ def build_model_runner(
         )
     wanted = _Wanted(dtype, kv.block_size, scheduler.max_model_len, device, group, expert_ranks, supply)
     loaded = _load(model_dir, config, wanted, progress)
+    bank = None if adapters is None else _adapter_bank(config, adapters, wanted)
     took = time.monotonic() - begin
     logger.info(
         "%s: loaded as %s on %s by %s (%s) in %.2f s", model_dir, dtype, device, loaded.code, chosen.reason, took
@@ -91,8 +94,21 @@ def build_model_runner(
         graph_sizes=settings.graph_sizes,
         attention=None if expert_ranks is None else expert_ranks.attention,
         experts=loaded.experts,
+        adapters=bank,
     )
     return ModelRunner(parts)
+
+
+def _adapter_bank(
+    config: DecoderConfig | ForeignConfig, settings: AdapterSettings, wanted: _Wanted
+) -> AdapterBank | None:
+    """Room for adapters, where they are served. Raises ConfigError where they cannot be."""
+    if not settings.directory:
+        return None
+    if not isinstance(config, DecoderConfig) or wanted.expert_ranks is not None:
+        raise ConfigError("adapters need one of our own decoders, and no expert or context ranks", "adapters.directory")
+    dtype, shard = TORCH_DTYPES[wanted.dtype], TensorShard(wanted.group.rank, wanted.group.width)
+    return AdapterBank(config, settings.max_loaded, settings.max_rank, dtype, wanted.device, shard)
 
 
 def recorder_for(device: torch.device, settings: RunnerSettings) -> Recorder | None:

@@ -25,6 +25,7 @@ from penstock.workers.scheduler.events import (
 from penstock.workers.totals import (
     STEP_TOKENS_UP_TO,
     TRANSFER_S_UP_TO,
+    AdapterTotals,
     GrammarTotals,
     GroupTotals,
     TierTotals,
@@ -49,6 +50,7 @@ class Observation:
         weights: Callable[[], WeightFigures] = WeightFigures,
         grammars: Callable[[], GrammarTotals] = GrammarTotals,
         tiers: Callable[[], TierTotals] = TierTotals,
+        adapters: Callable[[], AdapterTotals] = AdapterTotals,
         audit: AuditLog | None = None,
     ) -> None:
         """`group` tells of the ranks, where there are several; from any thread. `audit`: where a ledger is kept."""
@@ -56,6 +58,7 @@ class Observation:
         self._group = group
         self._grammars = grammars
         self._tiers = tiers
+        self._adapters = adapters
         self._block_bytes = block_bytes
         self._tracer = tracer
         self._clock = clock
@@ -88,6 +91,7 @@ class Observation:
             router_leases_expired=self._leases,
             grammars=self._grammars(),
             tiers=self._tiers(),
+            adapters=self._adapters(),
             blocks_lost=blocks_lost,
             ranks_lost=group.ranks_lost,
             experts_gone=group.experts_gone,

@@ -31,13 +31,14 @@ from enum import IntEnum, StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from penstock.workers.adapter_ref import AdapterRef
 from penstock.workers.grammar_spec import GrammarSpec
 from penstock.workers.grant import Grant as Grant
 from penstock.workers.totals import WorkerTotals
 
-WIRE_VERSION = 4  # `wire.py` says what each version added
-OLDEST_WIRE_VERSION = 3  # that this code still speaks
-MOVE_WIRE_VERSION = 4  # from which on workers know moves
+WIRE_VERSION = 5  # `wire.py` says what each version added
+OLDEST_WIRE_VERSION = 4  # that this code still speaks
+ADAPTER_WIRE_VERSION = 5  # from which on workers know adapters
 
 Tokens = tuple[int, ...]
 DIGEST_BYTES = 32
@@ -85,6 +86,7 @@ class FailureCode(StrEnum):
     QUEUE_FULL = "queue_full"  # the worker's waiting queue is at its bound
     DRAINING = "draining"  # the worker takes no new work
     GRAMMAR = "grammar"  # its grammar cannot be followed any further
+    ADAPTER = "adapter"  # its adapter cannot be loaded here
     DEADLINE = "deadline"  # the request's own deadline passed
     LEASE_EXPIRED = "lease_expired"  # the peer stopped renewing
     TRANSFER_FAILED = "transfer_failed"  # KV blocks did not arrive whole
@@ -147,6 +149,7 @@ class GenerateRequest:
     queue_timeout_s: float = 60.0  # longest wait for admission at the worker, on the worker's clock
     embed: bool = False  # answer with the last prompt token's hidden state; `max_tokens` is 1 and its token unused
     traceparent: str = ""  # W3C trace context of the span that asks; empty = not traced
+    adapter: AdapterRef | None = None  # None: the model alone; `prefix_root` says the adapter's revision too
 
     @property
     def context_length(self) -> int:

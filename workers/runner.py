@@ -42,6 +42,7 @@ from penstock.workers.graphs.decode_graphs import DecodeGraphs
 from penstock.workers.graphs.store import LiveGraphStore
 from penstock.workers.graphs.traffic import BucketFigures, BucketTraffic
 from penstock.workers.kv.layout import KVLayout
+from penstock.workers.lora.bank import AdapterBank
 from penstock.workers.model.loading import CPU
 from penstock.workers.model.port import DecoderModel
 from penstock.workers.parallel.collectives import Collectives
@@ -121,6 +122,7 @@ class RunnerParts:
         None  # the ranks that attend for sequences of their own; None: this one does for all
     )
     experts: StepExperts | None = None
+    adapters: AdapterBank | None = None  # None: no request has one
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -187,6 +189,11 @@ class ModelRunner:
         return self._parts.experts
 
     @property
+    def adapters(self) -> AdapterBank | None:
+        """Room for adapters; None where no request has one."""
+        return self._parts.adapters
+
+    @property
     def graphs(self) -> DecodeGraphs | None:
         """Recorded decode steps; None where they are not in use."""
         return self._graphs
@@ -205,9 +212,9 @@ class ModelRunner:
         if parts.shape is not None:
             limits = attention_limits(self.limits, self.layout.block_size, parts.shape)
         if limits is None or parts.recorder is None or self._hidden is None or isinstance(data, np.ndarray):
-            self._pass = ForwardPass(self._decoder, kv, limits if kv.is_cuda else None)
+            self._pass = ForwardPass(self._decoder, kv, limits if kv.is_cuda else None, parts.adapters)
             return
-        self._pass = recorded = RecordedPass(self._decoder, kv, self._hidden, limits)
+        self._pass = recorded = RecordedPass(self._decoder, kv, self._hidden, limits, parts.adapters)
         self._graphs = DecodeGraphs(
             recorded,
             self._inputs,

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,8 @@ from penstock.workers.protocol import Role
 PLAN_AHEAD = ("auto", "always", "never")
 LOST_EXPERTS = ("refuse", "degrade")
 WEIGHT_SOURCES = ("auto", "disk", "peer")
+MOST_ADAPTERS = 256  # at a time
+MOST_ADAPTER_RANKS = 256  # what the kernels take
 DEVICE_NAME = re.compile(r"cpu|auto|cuda(:[0-9]{1,2})?")
 
 
@@ -233,6 +236,30 @@ class LogSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterSettings:
+    """Low-rank adapters of the model, served beside it. All of them lie under one directory, at one path everywhere."""
+
+    directory: str = ""  # where adapters lie, a folder each; empty = none are served
+    modules: Mapping[str, str] = field(default_factory=dict)  # name -> folder, served from the start
+    max_loaded: int = 4  # adapters that one worker computes with at a time; others wait for their turn
+    max_rank: int = 16  # of any adapter; room for so much is taken for each of `max_loaded`
+    host_bytes: int = 1 << 30  # of a worker's memory for adapters that were loaded before
+
+    def check(self) -> None:
+        """Raises ConfigError, naming the key."""
+        if self.directory and not os.path.isabs(self.directory):
+            raise ConfigError(f"{self.directory!r} must be absolute: every worker reads it", "adapters.directory")
+        if self.modules and not self.directory:
+            raise ConfigError("adapters need the directory under which they lie", "adapters.directory")
+        if not 1 <= self.max_loaded <= MOST_ADAPTERS:
+            raise ConfigError(f"max_loaded {self.max_loaded} is not 1 to {MOST_ADAPTERS}", "adapters.max_loaded")
+        if not 1 <= self.max_rank <= MOST_ADAPTER_RANKS:
+            raise ConfigError(f"max_rank {self.max_rank} is not 1 to {MOST_ADAPTER_RANKS}", "adapters.max_rank")
+        if self.host_bytes < 0:
+            raise ConfigError(f"host_bytes {self.host_bytes} is below 0", "adapters.host_bytes")
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerSettings:
     """One worker process."""
 
@@ -257,6 +284,7 @@ class WorkerSettings:
     weights: WeightSettings = field(default_factory=WeightSettings)
     ledger: LedgerSettings = field(default_factory=LedgerSettings)
     tls: TlsSettings = field(default_factory=TlsSettings)
+    adapters: AdapterSettings = field(default_factory=AdapterSettings)
     weight_peers: tuple[str, ...] = ()  # host:port of running workers that may serve the same weights
 
     @property
@@ -286,6 +314,7 @@ class WorkerSettings:
             raw["weights"] = WeightSettings(**raw.get("weights", {}))
             raw["ledger"] = LedgerSettings(**raw.get("ledger", {}))
             raw["tls"] = TlsSettings(**raw.get("tls", {}))
+            raw["adapters"] = AdapterSettings(**raw.get("adapters", {}))
             raw["weight_peers"] = tuple(raw.get("weight_peers", ()))
             return WorkerSettings(**raw)
         except (TypeError, ValueError) as error:

@@ -36,6 +36,17 @@ class GrammarTotals:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterTotals:
+    """What became of the adapters that requests asked for; only ever grows."""
+
+    loaded: int = 0  # from files
+    found: int = 0  # in host memory
+    evicted: int = 0  # from there
+    failed: int = 0  # files missing, exchanged, or not for this model
+    placed: int = 0  # times an adapter was brought to the device
+
+
+@dataclass(frozen=True, slots=True)
 class TierFigures:
     """What one tier below the block pool did with KV blocks; all but `held` only ever grow."""
 
@@ -108,3 +119,4 @@ class WorkerTotals:
     weights_load_s: float = 0.0
     weights_served: int = 0
     spans_dropped: int = 0  # that the trace collector did not take, or that found the queue full
+    adapters: AdapterTotals = field(default_factory=AdapterTotals)

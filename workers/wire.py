@@ -12,9 +12,8 @@ hello in its newest version and, where that is refused, in the older one; both t
 each with defaults that mean what the older one means:
 
     version  added
-    4        Move, Stays, Reserve.takes_over: running sequences move between workers
-             Load.step_base_s, Load.step_token_s, WorkerTotals.tiers, WorkerTotals.spans_dropped
-             FailureCode.KV_DAMAGED, which the older one calls TRANSFER_FAILED
+    5        GenerateRequest.adapter, which no older peer can be asked for; WorkerTotals.adapters
+             FailureCode.ADAPTER, which the older one calls INTERNAL
 
 Add fields at a dataclass's end, and name them in `_SINCE`; a message's tag never changes.
 """
@@ -29,6 +28,7 @@ from typing import Any, get_args
 import msgpack
 
 from penstock.workers import protocol
+from penstock.workers.adapter_ref import REVISION_BYTES, AdapterRef
 from penstock.workers.errors import WireError
 from penstock.workers.field_codecs import (
     Codec,
@@ -49,7 +49,7 @@ from penstock.workers.field_codecs import (
 )
 from penstock.workers.grammar_spec import GrammarKind, GrammarSpec
 from penstock.workers.protocol import OLDEST_WIRE_VERSION, WIRE_VERSION, FailureCode, Role, ToRouter, ToWorker
-from penstock.workers.totals import GrammarTotals, TierFigures, TierTotals, WorkerTotals
+from penstock.workers.totals import AdapterTotals, GrammarTotals, TierFigures, TierTotals, WorkerTotals
 
 MAX_MESSAGE_BYTES = 64 << 20
 _MAX_ARRAY_LEN = 32  # no message has more fields; nested lists only hold nested messages
@@ -96,6 +96,7 @@ _BY_FIELD: dict[tuple[str, str], Codec] = {
     ("GenerateRequest", "prefix_digests"): octets(protocol.DIGEST_BYTES),
     ("GenerateRequest", "priority"): integer(-(2**31), 2**31 - 1),
     ("GrammarSpec", "end_token_ids"): integers("i", "tokens"),
+    ("AdapterRef", "revision"): octets(1, exact=REVISION_BYTES),
     ("Grant", "session_id"): octets(1, exact=16),
     ("WorkerTotals", "step_s"): real(0.0, 1e12),
     ("WorkerTotals", "transfer_s"): real(0.0, 1e12),
@@ -170,6 +171,7 @@ class _Schema:
         self.check = _CHECKS.get(kind)
         fields = [field for field in dataclasses.fields(kind) if _since(kind, field.name) <= version]
         self.names = tuple(field.name for field in fields)
+        self._untold = tuple(name for owner, name in _VITAL if owner is kind and name not in self.names)
         self.codecs = tuple(self._codec(field, nested) for field in fields)
         self.fields: Callable[[Any], tuple[Any, ...]] = _fields_getter(self.names)
         packs = [(index, codec.pack) for index, codec in enumerate(self.codecs)]
@@ -191,6 +193,9 @@ class _Schema:
         return optional(codec) if annotation.endswith("| None") else codec
 
     def pack(self, value: Any) -> list[Any]:
+        for name in self._untold:
+            if getattr(value, name) is not None:
+                raise WireError(f"wire version {self._version} has no {self.kind.__name__}.{name}")
         fields = list(self.fields(value))
         for index, pack in self.packs:
             fields[index] = pack(fields[index])
@@ -211,23 +216,23 @@ class _Schema:
         return message
 
 
-# Message or (dataclass, field) -> the wire version that added it; what is not named was always there.
+# Message or (dataclass, field) -> the wire version that added it; what is not named was in the first. Messages
+# stay named also when no older version is spoken any more: their tags follow from it.
+_FIRST = 3
 _SINCE: dict[type | tuple[type, str], int] = {
     protocol.Move: 4,
     protocol.Stays: 4,
-    (protocol.Reserve, "takes_over"): 4,
-    (protocol.Load, "step_base_s"): 4,
-    (protocol.Load, "step_token_s"): 4,
-    (WorkerTotals, "tiers"): 4,
-    (WorkerTotals, "spans_dropped"): 4,
+    (protocol.GenerateRequest, "adapter"): 5,
+    (WorkerTotals, "adapters"): 5,
 }
 
-
-_CODES_SINCE = {FailureCode.KV_DAMAGED: (4, FailureCode.TRANSFER_FAILED)}
+# Optional fields without which an older peer would do something else than it is asked for.
+_VITAL: tuple[tuple[type, str], ...] = ((protocol.GenerateRequest, "adapter"),)
+_CODES_SINCE = {FailureCode.ADAPTER: (5, FailureCode.INTERNAL)}
 
 
 def _since(kind: type, field: str = "") -> int:
-    return _SINCE.get((kind, field) if field else kind, OLDEST_WIRE_VERSION)
+    return _SINCE.get((kind, field) if field else kind, _FIRST)
 
 
 class _Version:
@@ -235,8 +240,8 @@ class _Version:
 
     def __init__(self, number: int) -> None:
         nested: dict[str, _Schema] = {}
-        requests = (GrammarSpec, protocol.SamplingParams, protocol.GenerateRequest, protocol.Grant)
-        for part in (*requests, GrammarTotals, TierFigures, TierTotals, WorkerTotals):
+        requests = (GrammarSpec, AdapterRef, protocol.SamplingParams, protocol.GenerateRequest, protocol.Grant)
+        for part in (*requests, GrammarTotals, AdapterTotals, TierFigures, TierTotals, WorkerTotals):
             nested[part.__name__] = _Schema(part, nested, number)
         self.number = number
         self.by_tag = tuple(_Schema(kind, nested, number) for kind in _KINDS if _since(kind) <= number)

@@ -11,7 +11,9 @@ from penstock.workers.kv.block_pool import BlockPool
 from penstock.workers.kv.layout import KVLayout
 from penstock.workers.kv.prefix_cache import PrefixCache
 from penstock.workers.protocol import GenerateRequest, SamplingParams
+from penstock.workers.scheduler.adapters import Adapters
 from penstock.workers.scheduler.events import SchedulerEvent, StepOutcome
+from penstock.workers.scheduler.grammars import Guides
 from penstock.workers.scheduler.scheduler import Scheduler, SequenceKey, Work
 from penstock.workers.settings import SchedulerSettings
 
@@ -86,12 +88,20 @@ class Stand:
 Below = Callable[[ContentRunner, BlockPool], Any]  # makes what a Scheduler takes as its tiers
 
 
-def make_stand(num_blocks: int = 64, caching: bool = True, below: Below | None = None, **limits: Any) -> Stand:
+def make_stand(
+    num_blocks: int = 64,
+    caching: bool = True,
+    below: Below | None = None,
+    grammars: Guides | None = None,
+    adapters: Adapters | None = None,
+    **limits: Any,
+) -> Stand:
     """`limits` are SchedulerSettings fields; small defaults. `below` makes the tiers below the pool."""
     defaults = {"max_num_seqs": 8, "max_num_batched_tokens": 32, "max_model_len": 128, "watermark": 0.0}
     pool, runner = BlockPool(num_blocks), ContentRunner(num_blocks, BLOCK)
     cache = PrefixCache(pool) if caching else None
     layout = KVLayout(1, 1, 1, BLOCK, "float32")
     tiers = None if below is None else below(runner, pool)
-    scheduler = Scheduler(SchedulerSettings(**{**defaults, **limits}), layout, Bank(pool, cache), tiers=tiers)
+    settings, given = SchedulerSettings(**{**defaults, **limits}), {"grammars": grammars, "adapters": adapters}
+    scheduler = Scheduler(settings, layout, Bank(pool, cache), tiers=tiers, **given)
     return Stand(scheduler, pool, cache, runner)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from penstock.workers import protocol as p
 from penstock.workers import wire
+from penstock.workers.adapter_ref import AdapterRef
 from penstock.workers.errors import WireError
 from penstock.workers.grammar_spec import GrammarKind, GrammarSpec
 
@@ -56,6 +57,7 @@ requests = st.builds(
     queue_timeout_s=seconds,
     embed=st.booleans(),
     traceparent=name,
+    adapter=st.none() | st.builds(AdapterRef, name, name, st.binary(min_size=32, max_size=32)),
 )
 
 
@@ -303,31 +305,32 @@ def test_each_direction_takes_only_its_own_messages() -> None:
         wire.decode_to_router(wire.encode(p.KeepAlive()))
 
 
-# Tag and number of fields of every message and part of version 3, as the code of that version had them.
-VERSION_3 = {
-    "Hello": (0, 4), "KeepAlive": (1, 0), "Reserve": (2, 3), "Prefill": (3, 4), "Generate": (4, 3), "Cancel": (5, 2),
+# Tag and number of fields of every message and part of version 4, as the code of that version had them.
+VERSION_4 = {
+    "Hello": (0, 4), "KeepAlive": (1, 0), "Reserve": (2, 4), "Prefill": (3, 4), "Generate": (4, 3), "Cancel": (5, 2),
     "RequestSnapshot": (6, 0), "Welcome": (7, 14), "Queued": (8, 3), "Granted": (9, 3), "Started": (10, 3),
-    "Failed": (11, 5), "TokenFrame": (12, 11), "PromptLogprobs": (13, 7), "Embedding": (14, 3), "Load": (15, 13),
-    "KVEvents": (16, 3), "KVSnapshot": (17, 2),
+    "Failed": (11, 5), "TokenFrame": (12, 11), "PromptLogprobs": (13, 7), "Embedding": (14, 3), "Load": (15, 15),
+    "KVEvents": (16, 3), "KVSnapshot": (17, 2), "Move": (18, 4), "Stays": (19, 3),
 }  # fmt: skip
 
 
 def test_the_version_before_is_spoken_as_it_was() -> None:
     """Whoever adds a field or a message says in `wire._SINCE` which version did."""
-    schemas = {schema.kind.__name__: (tag, len(schema.codecs)) for tag, schema in enumerate(wire._VERSIONS[3].by_tag)}
-    assert schemas == VERSION_3
+    schemas = {schema.kind.__name__: (tag, len(schema.codecs)) for tag, schema in enumerate(wire._VERSIONS[4].by_tag)}
+    assert schemas == VERSION_4
 
 
 def test_an_older_peer_hears_nothing_that_it_does_not_know() -> None:
-    sampling = p.SamplingParams(max_tokens=3)
-    reserve = p.Reserve(1, 2, p.GenerateRequest("r", (1, 2), sampling), takes_over=True)
-    assert wire.decode_to_worker(wire.encode(reserve, 3)) == replace(reserve, takes_over=False)
-    assert wire.decode_to_worker(wire.encode(reserve)) == reserve
-    damaged = p.Failed(1, 2, p.FailureCode.KV_DAMAGED, "why")
-    assert wire.decode_to_router(wire.encode(damaged)) == damaged
-    assert wire.decode_to_router(wire.encode(damaged, 3)) == replace(damaged, code=p.FailureCode.TRANSFER_FAILED)
-    with pytest.raises(WireError, match="version 3 has no Stays"):
-        wire.encode(p.Stays(1, 2, "why"), 3)
-    unknown = bytes(msgpack.packb([3, len(VERSION_3), 1, 2, "why"]))
+    request = p.GenerateRequest("r", (1, 2), p.SamplingParams(max_tokens=3))
+    plain = p.Generate(1, 2, request)
+    assert wire.decode_to_worker(wire.encode(plain, 4)) == plain
+    adapted = p.Generate(1, 2, replace(request, adapter=AdapterRef("a", "folder/a", b"r" * 32)))
+    assert wire.decode_to_worker(wire.encode(adapted)) == adapted
+    with pytest.raises(WireError, match=r"version 4 has no GenerateRequest\.adapter"):
+        wire.encode(adapted, 4)  # it would be answered by the model alone
+    failed = p.Failed(1, 2, p.FailureCode.ADAPTER, "why")
+    assert wire.decode_to_router(wire.encode(failed)) == failed
+    assert wire.decode_to_router(wire.encode(failed, 4)) == replace(failed, code=p.FailureCode.INTERNAL)
+    unknown = bytes(msgpack.packb([4, len(VERSION_4), 1, 2, "why"]))
     with pytest.raises(WireError, match="unknown message tag"):
         wire.decode_to_router(unknown)

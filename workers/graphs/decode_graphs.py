@@ -83,6 +83,8 @@ class DecodeGraphs:
     def bucket_of(self, plan: StepPlan) -> int | None:
         """The bucket of a plan in which every row decodes and samples, and nothing else is asked; else None."""
         rows = len(plan.starts)
+        if len(plan.adapters):
+            return None
         if plan.num_decode != rows or len(plan.sample_rows) != rows or len(plan.embed_rows) or plan.scored is not None:
             return None
         return self.table.bucket_for(rows)

@@ -22,6 +22,7 @@ from torch import Tensor
 from penstock.kernels import ops
 from penstock.kernels.packing import PackedExperts, PackedWeight
 from penstock.kernels.ragged import AttentionPlan
+from penstock.workers.lora.bank import StepAdapters
 from penstock.workers.model.config import DecoderConfig
 from penstock.workers.model.latent_attention import LatentProjections, attend_latent
 from penstock.workers.model.latent_prefill import LatentPrefill, rows_to_expand
@@ -127,6 +128,7 @@ class Decoder:
         plan: AttentionPlan,
         wanted: Tensor,
         exchange: KVExchange | None = None,
+        adapters: StepAdapters | None = None,
     ) -> Tensor:
         """See `DecoderModel.forward`."""
         eps, layers = self.config.rms_eps, self._weights.layers
@@ -136,17 +138,24 @@ class Decoder:
         hidden = ops.rms_norm(residual, layers[0].input_norm, eps)
         for number, layer in enumerate(layers):
             turned = angles[self._rope_of_layer[number]]
-            attended = self._attend(number, hidden, turned, kv_BLCHPD, plan, exchange, prefill)
-            if number == len(layers) - 1:
+            attended = self._attend(number, hidden, turned, kv_BLCHPD, plan, exchange, prefill, adapters)
+            last = number == len(layers) - 1
+            if last:
                 # Above the last keys and values only wanted tokens matter.
                 if len(wanted) == 0 and self._spread is None:  # else others' tokens may need the experts here
                     return residual[:0]
                 attended, residual = attended.index_select(0, wanted), residual.index_select(0, wanted)
-            projected = self._group.all_reduce(ops.linear(attended, layer.output))
+            projected = ops.linear(attended, layer.output)
+            if adapters is not None:
+                adapters.add(number, ("o_proj",), projected, attended, wanted=last)
+            projected = self._group.all_reduce(projected)
             if layer.attended_norm is not None:
                 projected = ops.rms_norm(projected, layer.attended_norm, eps)
             hidden, residual = ops.add_rms_norm(projected, residual, layer.mlp_norm, eps)
-            expanded = self._group.all_reduce(self._expand(hidden, layer.mlp))
+            if adapters is not None and isinstance(layer.mlp, DenseMlp):
+                expanded = self._group.all_reduce(self._expand_adapted(number, hidden, layer.mlp, adapters, last))
+            else:
+                expanded = self._group.all_reduce(self._expand(hidden, layer.mlp))
             if layer.expanded_norm is not None:
                 expanded = ops.rms_norm(expanded, layer.expanded_norm, eps)
             following = layers[number + 1].input_norm if number + 1 < len(layers) else self._weights.final_norm
@@ -193,6 +202,17 @@ class Decoder:
             common.mul_(ops.linear(hidden_TE, mlp.shared.gate).sigmoid_())
         return chosen.add_(common)
 
+    def _expand_adapted(
+        self, number: int, hidden_TE: Tensor, mlp: DenseMlp, adapters: StepAdapters, last: bool
+    ) -> Tensor:
+        """The dense block of this layer with what the tokens' adapters change, [T, E]."""
+        gate_up = ops.linear(hidden_TE, mlp.gate_up)
+        adapters.add(number, ("gate_proj", "up_proj"), gate_up, hidden_TE, wanted=last)
+        gated = self._gated(gate_up)
+        expanded = ops.linear(gated, mlp.down)
+        adapters.add(number, ("down_proj",), expanded, gated, wanted=last)
+        return expanded
+
     def _consult(self, hidden_TE: Tensor, mlp: ExpertMlp) -> Tensor:
         """What each token's own experts say, [T, E]. Logits are of the router's dtype, probabilities float32."""
         how = self.config.experts
@@ -224,6 +244,7 @@ class Decoder:
         plan: AttentionPlan,
         exchange: KVExchange | None,
         prefill: LatentPrefill | None,
+        adapters: StepAdapters | None,
     ) -> Tensor:
         """Attention before the output projection, [T, Hq D]. Norm and rotation of the heads run in float32."""
         config, layer = self.config, self._weights.layers[number]
@@ -233,7 +254,10 @@ class Decoder:
             )
         heads, kv_heads, dim = self._heads, self._kv_heads, config.head_dim
         tokens = hidden_TE.shape[0]
-        qkv = ops.linear(hidden_TE, layer.qkv).view(tokens, heads + 2 * kv_heads, dim)
+        flat = ops.linear(hidden_TE, layer.qkv)
+        if adapters is not None:
+            adapters.add(number, ("q_proj", "k_proj", "v_proj"), flat, hidden_TE)
+        qkv = flat.view(tokens, heads + 2 * kv_heads, dim)
         q_THD = ops.rotate_and_store(qkv, layer.qk_norm, config.rms_eps, *angles, kv_BLCHPD, number, plan)
         if exchange is not None:
             exchange.share(kv_BLCHPD, number)

@@ -12,6 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from penstock.kernels.ragged import AttentionPlan
+from penstock.workers.lora.bank import StepAdapters
 
 
 class KVExchange(Protocol):
@@ -36,11 +37,13 @@ class DecoderModel(Protocol):
         plan: AttentionPlan,
         wanted: Tensor,
         exchange: KVExchange | None = None,
+        adapters: StepAdapters | None = None,
     ) -> Tensor:
         """Hidden states [S, E] after the final norm, of the packed tokens listed in `wanted` [S].
 
         Writes all T tokens' KV. `token_ids` and `positions` are [T] int64. May skip what only other tokens' outputs
         would need. `exchange` is asked in every layer between the writing of keys and values and attention.
+        `adapters` only for a model that was built with room for them.
         """
         ...
 

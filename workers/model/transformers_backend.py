@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from penstock.kernels.ragged import AttentionPlan
 from penstock.workers.errors import ModelError
 from penstock.workers.kv.layout import KVLayout
+from penstock.workers.lora.bank import StepAdapters
 from penstock.workers.model import transformers_attention, transformers_probe
 from penstock.workers.model.foreign_config import ForeignConfig
 from penstock.workers.model.loading import TORCH_DTYPES
@@ -50,10 +51,11 @@ class TransformersModel:
         plan: AttentionPlan,
         wanted: Tensor,
         exchange: KVExchange | None = None,
+        adapters: StepAdapters | None = None,
     ) -> Tensor:
-        """See `DecoderModel.forward`. Raises TypeError for an `exchange`: such ranks were refused at start."""
-        if exchange is not None:
-            raise TypeError("the transformers backend shares no prompt with other ranks")
+        """See `DecoderModel.forward`. Raises TypeError for an `exchange` or `adapters`: both were refused at start."""
+        if exchange is not None or adapters is not None:
+            raise TypeError("the transformers backend shares no prompt with other ranks, and has no adapters")
         with self._attention.step(kv_BLCHPD, plan):
             hidden_1TE: Tensor = self._body(
                 input_ids=token_ids[None], position_ids=positions[None], use_cache=False, return_dict=True

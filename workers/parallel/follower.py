@@ -43,6 +43,7 @@ from penstock.workers.parallel.group_messages import (
     MeetAgain,
     OfferBlocks,
     PumpExperts,
+    PutUpdate,
     RankFailed,
     Ready,
     StartSession,
@@ -96,6 +97,7 @@ class FollowerParts:
     bank: int = 0
     survival: Survival | None = None  # None: the group ends when a rank does
     weights_address: str = ""  # where it serves its part of the weights
+    put_update: Callable[[PutUpdate], None] | None = None  # into its room for adapters, where it has some
 
 
 class Follower:
@@ -232,6 +234,8 @@ class Follower:
                 survival.meet_again(epoch)
             case PumpExperts() if survival is not None:
                 survival.pump()
+            case PutUpdate() if parts.put_update is not None:
+                parts.put_update(message)
             case _:
                 raise WireError(f"{type(message).__name__} on the channel of steps")
 

@@ -214,10 +214,26 @@ class PumpExperts:
     """There is no step to compute: let the experts' rebalancing go on without one."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PutUpdate:
+    """One projection of the adapter whose place this is from now on: y += scale * B (A x).
+
+    A [rank, inputs] and B [outputs, rank], whole, as bytes of the group's dtype; rank 0: the adapter has none here.
+    """
+
+    place: int
+    layer: int
+    projection: str
+    rank: int
+    scale: float
+    a: NDArray[np.uint8]
+    b: NDArray[np.uint8]
+
+
 GroupMessage = (
     Hello | Accepted | Refused | StoreOpen | Joined | Ready | Beat | RankFailed | Stop | SessionOver | BlocksRenewed
     | ExpectSession | ForgetSession | StartSession | OfferBlocks | FinishSession | AbandonSession | MeetAgain
-    | PumpExperts
+    | PumpExperts | PutUpdate
 )  # fmt: skip
 
 
@@ -238,6 +254,7 @@ _BY_ANNOTATION: dict[str, Codec] = {
     "Tokens": integers("i", "numbers"),
     "tuple[int, ...]": integers("Q", "generations"),
     "tuple[str, ...]": addresses(),
+    "NDArray[np.uint8]": column("uint8"),
     "NDArray[np.uint32]": column("uint32"),
     "NDArray[np.uint64]": column("uint64"),
 }

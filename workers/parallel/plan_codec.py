@@ -28,9 +28,9 @@ _EDITS, _SCORED, _FOLLOWS = 1, 2, 4
 
 _I4, _F4, _U8 = (np.dtype(code) for code in ("<i4", "<f4", "<u8"))
 _SAMPLING = ("seed", "temperature", "top_k", "top_p", "min_p", "choice", "position", "logprobs")
-_PLAN = ("slots", "starts", "offsets", "token_ids", "block_tables", "sample_rows", "copies", "embed_rows")
+_PLAN = ("slots", "starts", "offsets", "token_ids", "block_tables", "sample_rows", "copies", "embed_rows", "adapters")
 _ROWS = len(_SAMPLING)  # places of columns in a plan, here of `slots`
-_TABLE, _COPIES = _ROWS + _PLAN.index("block_tables"), _ROWS + _PLAN.index("copies")
+_TABLE, _COPIES, _ADAPTERS = (_ROWS + _PLAN.index(name) for name in ("block_tables", "copies", "adapters"))
 _EDIT_COLUMNS = tuple(field.name for field in fields(LogitEdits))
 _MASKED_ROWS, _MASKS = _EDIT_COLUMNS.index("masked_rows"), _EDIT_COLUMNS.index("masks")
 _SCORED_COLUMNS = tuple(field.name for field in fields(ScoredPrompt))
@@ -125,7 +125,7 @@ def _put_together(step: int, numbers: tuple[int, int], flags: int, columns: list
         scored = ScoredPrompt(*columns[optional:])
     seed, temperature, top_k, top_p, min_p, choice, position, logprobs = columns[: len(_SAMPLING)]
     sampling = SamplingBatch(temperature, top_k, top_p, min_p, seed, choice, position, logprobs, edits)
-    slots, starts, offsets, token_ids, tables, sample_rows, copies, embed_rows = columns[
+    slots, starts, offsets, token_ids, tables, sample_rows, copies, embed_rows, adapters = columns[
         len(_SAMPLING) : len(_SAMPLING) + len(_PLAN)
     ]
     return StepPlan(
@@ -143,6 +143,7 @@ def _put_together(step: int, numbers: tuple[int, int], flags: int, columns: list
         embed_rows,
         numbers[1],
         bool(flags & _FOLLOWS),
+        adapters,
     )
 
 
@@ -163,6 +164,8 @@ def _check_sizes(step: int, sizes: list[int], width: int) -> None:
         raise WireError(f"step {step}: not one set of sampling parameters per sampled row")
     if sizes[_ROWS + 1 : _ROWS + 3] != [rows, rows + 1] or sizes[_TABLE] != rows * width:
         raise WireError(f"step {step}: not one start, offset and table per row")
+    if sizes[_ADAPTERS] not in (0, rows):
+        raise WireError(f"step {step}: not one adapter per row")
     if sizes[_COPIES] % 2:
         raise WireError(f"step {step}: copies are no pairs")
 

@@ -93,6 +93,7 @@ def assemble(
         embed_rows=embed_rows,
         num_continued=num_decode + budget.num_continued,
         follows=before is not None,
+        adapters=table.adapters.of(rows.slots),
     )
     return OpenStep(plan, rows, sampled, of_sampled, spans)
 

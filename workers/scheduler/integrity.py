@@ -22,6 +22,7 @@ def check_scheduler(roster: Roster) -> None:
         if cache is not None:
             cache.check_integrity(roster.memory.held_runs(number))
     _check_places(roster)
+    roster.table.adapters.check()
     for slot, sequence in enumerate(roster.table.sequences):
         _check_row(roster.table, slot, sequence)
     for number, (pool, _) in enumerate(roster.memory.banks):

@@ -6,15 +6,17 @@ Called by `Scheduler.commit`, which then deals with the rows that ended. Knows n
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from penstock.workers.errors import IntegrityError
+from penstock.workers.scheduler.events import StepOutcome
+from penstock.workers.scheduler.judgement import Ends
 from penstock.workers.scheduler.open_steps import OpenStep
 from penstock.workers.scheduler.plan import I32, SampledLogprobs, StepResult
-from penstock.workers.scheduler.table import Slots
+from penstock.workers.scheduler.table import ATTEMPT, ROUTER_INDEX, ROUTER_SLOT, Slots
 
 
 class CommittedRows(NamedTuple):
@@ -28,6 +30,20 @@ class CommittedRows(NamedTuple):
     tokens: I32  # [S]
     logprobs: SampledLogprobs | None
     kept: NDArray[np.bool_] | None = None  # of the step's sampled rows; None: all
+
+    def outcome(self, router_ids: tuple[str, ...], starts: I32, ends: Ends, **more: Any) -> StepOutcome:
+        """What the step brought each router, with `more` fields of a `StepOutcome`."""
+        return StepOutcome(
+            router_ids=router_ids,
+            router_index=self.fields[ROUTER_INDEX],
+            slots=self.fields[ROUTER_SLOT].view(np.uint32),
+            attempts=self.fields[ATTEMPT].astype(np.uint16),
+            starts=starts.view(np.uint32),
+            tokens=self.tokens,
+            ends=ends,
+            logprobs=self.logprobs,
+            **more,
+        )
 
 
 def committed_rows(step: OpenStep, result: StepResult, leaving: Collection[int]) -> CommittedRows:

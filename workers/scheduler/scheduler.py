@@ -5,8 +5,9 @@ The engine (`workers/engine.py`) calls it from one thread: `submit`, `cancel`, `
 sessions, no tensors. The parts: `admission` (can it ever run), `waiting` (who is next), `roster` (who is where),
 `memory` (blocks), `chunked` (how many tokens), `preemption` (who gives way), `handover` (grants and offers), `moving`
 (who goes on elsewhere), `outcome` (what the sampled tokens mean), `scoring` (prompt logprobs and embeddings), `edits`
-(what is done to logits), `grammars` (what keeps a text to its grammar), `tier_loads` (what comes back from host memory
-or disk), `table` (state as columns), `integrity` (the checks).
+(what is done to logits), `grammars` (what keeps a text to its grammar), `adapters` (who is computed with which),
+`needs` (whether both can be had), `tier_loads` (what comes back from host memory or disk), `table` (state as columns),
+`integrity` (the checks).
 
 A key lives from `submit` to exactly one of: an end in a `StepOutcome` row, `EndedEvent`, `RefusedEvent`, a
 `SentTail` without end (the sequence goes on at the peer), `moves.done` (the same), `cancel`, or `abort_step`. Blocks
@@ -32,6 +33,7 @@ from penstock.workers.kv.banks import Bank
 from penstock.workers.kv.block_account import BlockAccount
 from penstock.workers.kv.layout import KVLayout
 from penstock.workers.protocol import EndReason, FailureCode, GenerateRequest, Tokens
+from penstock.workers.scheduler.adapters import AdapterPlaces, Adapters
 from penstock.workers.scheduler.admission import growth_of, refusal, refusal_of_prefill
 from penstock.workers.scheduler.chunked import StepBudget, assemble, continue_prefills
 from penstock.workers.scheduler.events import (
@@ -53,6 +55,7 @@ from penstock.workers.scheduler.handover import grant, hand_over
 from penstock.workers.scheduler.integrity import check_scheduler
 from penstock.workers.scheduler.memory import Placement, SequenceMemory
 from penstock.workers.scheduler.moving import Moves
+from penstock.workers.scheduler.needs import Needs, unmet
 from penstock.workers.scheduler.open_steps import MOST_STEPS
 from penstock.workers.scheduler.outcome import committed_rows
 from penstock.workers.scheduler.plan import StepPlan, StepResult
@@ -60,14 +63,7 @@ from penstock.workers.scheduler.preemption import ready_decodes
 from penstock.workers.scheduler.roster import Roster
 from penstock.workers.scheduler.scoring import take_embeddings, take_scores
 from penstock.workers.scheduler.sequence import Sequence, context_of
-from penstock.workers.scheduler.table import (
-    ATTEMPT,
-    PREFILL,
-    RESERVED,
-    ROUTER_INDEX,
-    ROUTER_SLOT,
-    SequenceTable,
-)
+from penstock.workers.scheduler.table import PREFILL, RESERVED, SequenceTable
 from penstock.workers.scheduler.tier_loads import TierLoads, Tiers
 from penstock.workers.scheduler.waiting import AdmissionPace
 from penstock.workers.settings import SchedulerSettings
@@ -84,19 +80,22 @@ class Scheduler:
         layout: KVLayout,
         *banks: Bank,
         grammars: Guides | None = None,
+        adapters: Adapters | None = None,
         tiers: tuple[Tiers, Callable[[int], float]] | None = None,
     ) -> None:
-        """The banks are of one size. Without `grammars` requests that bring one are refused.
+        """The banks are of one size. Without `grammars` or `adapters` requests that need them are refused.
 
         `tiers` below the only bank, and the seconds that a step of so many tokens takes.
         """
-        self._grammars = grammars
+        self._needs = Needs(grammars, adapters)
         self._settings = settings
         self._layout = layout
         self._num_blocks = banks[0].pool.num_blocks  # that one sequence can have
         # No more sequences than tokens in a step: then every decode always fits, and a prefill beside them too.
         max_seqs = min(settings.max_num_seqs, settings.max_num_batched_tokens)
         self._table = SequenceTable(max_seqs, settings.max_model_len, layout.block_size)
+        if adapters is not None:
+            self._table.adapters.places = AdapterPlaces(adapters)
         loads = None if tiers is None else TierLoads(tiers[0], banks[0], tiers[1], layout.block_size)
         self._memory = SequenceMemory(self._table, layout, banks, loads)
         self._roster = Roster(self._table, self._memory, layout)
@@ -136,9 +135,8 @@ class Scheduler:
         reason = refusal(request, work, self._settings.max_model_len, self._layout, self._num_blocks)
         if reason is None and work is PREFILL_WORK:
             reason = refusal_of_prefill(request, sends_kv, first_block, self._layout)
-        grammar = request.sampling.grammar
-        if reason is None and grammar is not None and self._grammars is None:
-            reason = FailureCode.BAD_REQUEST, "structured output: this worker follows no grammars"
+        if reason is None:
+            reason = self._needs.refusal(request)
         if reason is not None:
             self._refuse(key, *reason)
         elif self._draining:
@@ -162,7 +160,8 @@ class Scheduler:
                 chain=self._memory.first_digests(request, context),
                 pinned=bank,
                 takes_over=takes_over,
-                guided=self._grammars.begin(grammar, request.emitted) if self._grammars and grammar else None,
+                guided=self._needs.guide(request),
+                adapted=self._needs.adapter(request),
                 # Who computes the context scores it, and a reservation's context is computed elsewhere.
                 scored=len(request.prompt) if work is RESERVE_WORK else 1,
             )
@@ -266,22 +265,9 @@ class Scheduler:
         for slot, computed in zip(prefills, rows.computed[rows.num_decode :].tolist(), strict=True):
             memory.publish_row(slot, computed)
         memory.end_copies(len(plan.copies))
-        fields = rows.fields
         offers, tails = hand_over(self._roster, self._layout, rows, ends)
-        outcome = StepOutcome(
-            router_ids=self._roster.routers.names,
-            router_index=fields[ROUTER_INDEX],
-            slots=fields[ROUTER_SLOT].view(np.uint32),
-            attempts=fields[ATTEMPT].astype(np.uint16),
-            starts=starts.view(np.uint32),
-            tokens=rows.tokens,
-            ends=ends,
-            logprobs=rows.logprobs,
-            offers=offers,
-            sent_tails=tails,
-            scored=scored,
-            embedded=embedded,
-        )
+        names, more = self._roster.routers.names, {"scored": scored, "embedded": embedded}
+        outcome = rows.outcome(names, starts, ends, offers=offers, sent_tails=tails, **more)
         for row in ends.nonzero()[0].tolist():
             sequence = table.sequence_in(int(rows.sampled[row]))
             if sequence.moving is not None:  # nothing is left to move
@@ -356,12 +342,17 @@ class Scheduler:
 
     def _admit(self, budget: StepBudget, now: float) -> None:
         """Start sequences from the queue's head while rows, blocks and tokens last."""
+        plain = False  # somebody waits for a place for its adapter
         while not self._table.is_full:
-            sequence = self._roster.waiting.first(self._roster.busy_keys)
+            sequence = self._roster.waiting.first(self._roster.busy_keys, plain=plain)
             if sequence is None or (sequence.work is not RESERVE_WORK and not budget.left):
                 return
-            if sequence.guided is not None and (problem := sequence.guided.exception()) is not None:
-                self._roster.refuse(sequence, FailureCode.BAD_REQUEST, f"structured output: {problem}")
+            problem = unmet(sequence)
+            if problem is not None:
+                self._roster.refuse(sequence, *problem)
+                continue
+            if not self._table.adapters.has_room(sequence.adapter):
+                plain = True
                 continue
             spare = self._watermark if self._table.num_sequences else 0
             if self._memory.loads is not None and self._memory.loads.begin(sequence, spare, now):

@@ -14,6 +14,7 @@ import numpy as np
 from penstock.workers.kv.block_pool import Blocks
 from penstock.workers.kv.prefix_cache import NO_BLOCKS, Run
 from penstock.workers.protocol import GenerateRequest, token_array
+from penstock.workers.scheduler.adapters import LoadedAdapter
 from penstock.workers.scheduler.events import SequenceKey, Work
 from penstock.workers.scheduler.grammars import Guide
 from penstock.workers.scheduler.plan import I32
@@ -56,6 +57,7 @@ class Sequence:
     moving: Moving | None = None  # a peer is to go on with it
     preemptions: int = 0
     guided: Future[Guide] | None = None  # what keeps its text to a grammar, once it is there
+    adapted: Future[LoadedAdapter] | None = None  # the adapter that it is computed with, once it is there
     looked_below: bool = False  # what the pool lacks of its chain was looked for in the tiers, since it last waited
     loading: bool = False  # it waits for what was found there; see `tier_loads.py`
     scored: int = 1  # leading prompt tokens whose logprob is known or cannot be; see `scoring.py`
@@ -77,13 +79,20 @@ class Sequence:
 
     @property
     def awaits_others(self) -> bool:
-        """It cannot be admitted yet: its grammar is still being compiled, or its KV comes from a tier."""
+        """It cannot be admitted yet: grammar or adapter are still to come, or its KV comes from a tier."""
+        if self.adapted is not None and not self.adapted.done():
+            return True
         return self.loading or (self.guided is not None and not self.guided.done())
 
     @property
     def guide(self) -> Guide | None:
         """What keeps its text to a grammar. Raises what kept the guide from being made."""
         return None if self.guided is None else self.guided.result(0)
+
+    @property
+    def adapter(self) -> LoadedAdapter | None:
+        """What it is computed with beside the model. Raises what kept it from being loaded."""
+        return None if self.adapted is None else self.adapted.result(0)
 
     @property
     def asks_of_prompt(self) -> bool:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from penstock.workers.errors import IntegrityError
 from penstock.workers.kv.block_pool import Blocks
 from penstock.workers.protocol import Tokens
+from penstock.workers.scheduler.adapters import AdapterRows
 from penstock.workers.scheduler.edits import EditColumns
 from penstock.workers.scheduler.plan import I32, U64, SamplingBatch
 from penstock.workers.scheduler.sequence import Sequence
@@ -76,6 +77,7 @@ class SequenceTable:
         self.stop_ids: I32 = np.full((_FIRST_STOP_WIDTH, max_seqs), NO_TOKEN, np.int32)
         self.seed: U64 = np.zeros(max_seqs, np.uint64)
         self.edits = EditColumns(self.tokens, self.length, self.prompt_length)
+        self.adapters = AdapterRows(max_seqs)
         self.asking = 0  # rows whose prompt is to be scored or embedded
         self.version = np.zeros(max_seqs, np.int64)  # of a row's block table; no two tables ever have the same
         self._versions = 0
@@ -145,6 +147,7 @@ class SequenceTable:
         self._set_stop_ids(slot, sampling.stop_token_ids)
         self.asking += sequence.asks_of_prompt
         self.edits.fill(slot, sampling, context[:prompt_length], sequence.guide)
+        self.adapters.fill(slot, sequence.adapter)
         return slot
 
     def remove(self, slot: int) -> None:
@@ -154,6 +157,7 @@ class SequenceTable:
         self.asking -= sequence.asks_of_prompt
         self.sequences[slot] = None
         self.edits.empty(slot)
+        self.adapters.empty(slot)
         self.state[slot] = EMPTY
         self.block_tables[slot, : self.num_blocks[slot]] = 0
         self.num_blocks[slot] = 0

@@ -48,10 +48,15 @@ class WaitingQueue:
         """How many stand before it."""
         return bisect.bisect_left(self._entries, sequence.order, key=_order)
 
-    def first(self, blocked: Container[SequenceKey]) -> Sequence | None:
-        """The next one to admit. Passed over are keys in `blocked`, an older use of which is still closing, and
-        sequences that wait for somebody else."""
-        return next((s for s in self._entries if s.key not in blocked and not s.awaits_others), None)
+    def first(self, blocked: Container[SequenceKey], *, plain: bool = False) -> Sequence | None:
+        """The next one to admit, with `plain` the next without an adapter. Passed over are keys in `blocked`, an older
+        use of which is still closing, and sequences that wait for somebody else."""
+        for sequence in self._entries:
+            if plain and sequence.adapted is not None:
+                continue
+            if sequence.key not in blocked and not sequence.awaits_others:
+                return sequence
+        return None
 
     def expired(self, now: float) -> list[Sequence]:
         """Those never admitted whose deadline has passed; they stay in line until removed."""

@@ -41,7 +41,15 @@ def test_messages_come_back(message: m.GroupMessage) -> None:
 
 
 def test_all_kinds_are_covered() -> None:
-    assert {type(message) for message in MESSAGES} | {m.BlocksRenewed} == set(m._KINDS)
+    assert {type(message) for message in MESSAGES} | {m.BlocksRenewed, m.PutUpdate} == set(m._KINDS)
+
+
+def test_updates_of_adapters_come_back() -> None:
+    a, b = np.arange(8, dtype=np.uint8), np.arange(12, dtype=np.uint8)
+    read = m.decode_message(m.encode_message(m.PutUpdate(3, 41, "q_proj", 2, 0.5, a, b)))
+    assert isinstance(read, m.PutUpdate)
+    assert (read.place, read.layer, read.projection, read.rank, read.scale) == (3, 41, "q_proj", 2, 0.5)
+    assert (read.a.tolist(), read.b.tolist()) == (a.tolist(), b.tolist())
 
 
 def test_renewed_blocks_come_back() -> None:

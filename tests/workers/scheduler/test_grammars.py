@@ -61,9 +61,7 @@ def guides() -> ManualGuides:
 
 
 def stand_with(guides: ManualGuides, **limits: Any) -> Stand:
-    stand = make_stand(**limits)
-    stand.scheduler._grammars = guides
-    return stand
+    return make_stand(grammars=guides, **limits)
 
 
 def masks_of(plan: StepPlan) -> dict[int, int]:
