@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 from fakes.fault_plan import FaultPlan, planned_workers
-from fakes.oracle_cluster import KEY, VOCAB, Streams
+from fakes.oracle_cluster import KEY, Expected, Streams, oracle_says
 
 from penstock.cluster.ledger import laws
 from penstock.cluster.ledger.entries import Entry, Terminal, Violation
@@ -32,7 +32,6 @@ from penstock.router.journey import RequestReport
 from penstock.router.settings import RouterSettings
 from penstock.workers.audit import WorkerAudit
 from penstock.workers.errors import RefusedError
-from penstock.workers.oracle import expected_tokens
 from penstock.workers.protocol import FailureCode, GenerateRequest, Tokens
 from penstock.workers.rpc import Conversation, RpcServer, WorkerClient
 from penstock.workers.settings import WorkerSettings
@@ -45,8 +44,9 @@ MEMORY_SHARE = 0.25  # of a test process, whose own collections and caches grow;
 class Court:
     """One cluster before the ledger's laws."""
 
-    def __init__(self, cluster: LocalCluster, plan: FaultPlan | None) -> None:
+    def __init__(self, cluster: LocalCluster, plan: FaultPlan | None, expected: Expected = oracle_says) -> None:
         self.cluster = cluster
+        self.expected = expected
         self.plan = plan
         self.reports: list[RequestReport] = []
         self.metrics = Metrics()
@@ -71,8 +71,7 @@ class Court:
         self._requests |= {request.request_id: request for request in requests}
 
     def oracle(self, entry: Entry) -> Tokens:
-        request = self._requests[entry.request_id]
-        return expected_tokens(request.prompt, request.sampling, VOCAB)
+        return self.expected(self._requests[entry.request_id])
 
     @property
     def entries(self) -> list[Entry]:
@@ -164,8 +163,9 @@ async def lawful(
     log_file: Path | None = None,
     restart: bool = True,
     backoff: Backoff | None = None,
+    expected: Expected = oracle_says,
 ) -> AsyncIterator[Court]:
-    """See the module's docstring. Without `plan` the workers are plain ones."""
+    """See the module's docstring. Without `plan` the workers are plain ones. `expected`: what they say."""
     async with _grpc_awake():
         before = Footprint.take()
         host = SubprocessHost(log_file, planned_workers(plan)) if plan is not None else SubprocessHost(log_file)
@@ -173,9 +173,9 @@ async def lawful(
         cluster = LocalCluster(
             workers, router, restart=restart, backoff=backoff, host=host, observe=lambda report: court.observe(report)
         )
-        court = Court(cluster, plan)
+        court = Court(cluster, plan, expected)
         async with cluster:
-            court.streams = Streams(cluster)
+            court.streams = Streams(cluster, expected)
             yield court
             if restart:
                 await cluster.wait_ready(REST_S)

@@ -7,10 +7,11 @@ doubled, stale or foreign KV block changes every later token.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -20,7 +21,7 @@ from penstock.router.settings import AdmissionSettings
 from penstock.workers.errors import RefusedError
 from penstock.workers.kv.prefix_cache import chain_digests
 from penstock.workers.oracle import expected_tokens
-from penstock.workers.protocol import EndReason, GenerateRequest, Role, SamplingParams
+from penstock.workers.protocol import EndReason, GenerateRequest, Role, SamplingParams, Tokens
 from penstock.workers.settings import (
     KVSettings,
     LedgerSettings,
@@ -111,14 +112,24 @@ class Tally:
         )
 
 
+Expected = Callable[[GenerateRequest], Tokens]
+
+
+def oracle_says(request: GenerateRequest) -> Tokens:
+    return expected_tokens(request.prompt, request.sampling, VOCAB)
+
+
 class Streams:
     """Runs requests against a generator and checks every token as it comes."""
 
-    def __init__(self, cluster: LocalCluster) -> None:
+    def __init__(self, cluster: LocalCluster, expected: Expected | None = None) -> None:
+        """`expected`: what each request must say, where the workers are no oracles."""
         self.tally = Tally()
+        self._expected = expected or oracle_says
         self.progress = asyncio.Event()  # set whenever a token arrives anywhere
         self.live: dict[int, Recorded] = {}
         self._cluster = cluster
+        self._numbers = itertools.count()
 
     @cached_property
     def recorder(self) -> Recorder:
@@ -126,14 +137,14 @@ class Streams:
         return Recorder(self._cluster.generator)
 
     async def run(self, requests: Sequence[GenerateRequest]) -> Tally:
-        await asyncio.gather(*(self.run_one(number, request) for number, request in enumerate(requests)))
+        await asyncio.gather(*(self.run_one(next(self._numbers), request) for request in requests))
         return self.tally
 
     async def run_one(self, number: int, request: GenerateRequest) -> None:
         """One stream to its end; `number` names it among the live ones."""
         generation = self.recorder.submit(request)
         self.live[number] = generation
-        wanted = expected_tokens(request.prompt, request.sampling, VOCAB)
+        wanted = self._expected(request)
         got: list[int] = []
         end = EndReason.NONE
         last = time.monotonic()
