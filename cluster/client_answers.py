@@ -19,6 +19,7 @@ from penstock.workers.errors import PenstockError, RefusedError, RequestError
 from penstock.workers.protocol import FailureCode
 
 _STATUS_CODES = {429: FailureCode.TENANT_LIMIT, 503: FailureCode.OVERLOADED, 504: FailureCode.DEADLINE}
+_OTHER_NAMES = {"adapter_unavailable": FailureCode.ADAPTER}
 _CALLERS_FAULT = {"invalid_request_error", "not_found_error", "authentication_error", "permission_error"}
 
 
@@ -255,7 +256,7 @@ def not_an_answer(url: str) -> RefusedError:
 
 def _error(status: int, error: Mapping[str, Any], retry_after_s: float | None) -> PenstockError:
     message, code = str(error.get("message")), error.get("code")
-    known = {item.value: item for item in FailureCode}
+    known = {item.value: item for item in FailureCode} | _OTHER_NAMES
     if error.get("type") in _CALLERS_FAULT or (status < 500 and status not in _STATUS_CODES):
         return RequestError(message, field=error.get("param"), code=code)
     failure = known.get(str(code)) or _STATUS_CODES.get(status, FailureCode.INTERNAL)

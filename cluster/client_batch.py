@@ -36,6 +36,7 @@ RETRIED = frozenset(
         FailureCode.LEASE_EXPIRED,
         FailureCode.TRANSFER_FAILED,
         FailureCode.KV_DAMAGED,
+        FailureCode.ADAPTER,
     }
 )
 Outcome = Completion | PenstockError

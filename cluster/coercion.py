@@ -30,6 +30,7 @@ def coerce(value: object, kind: Any, key: str, source: str) -> Any:
         if isinstance(items, (list, tuple)):
             return tuple(coerce(item, get_args(kind)[0], key, source) for item in items)
     elif origin in (dict, Mapping, collections.abc.Mapping):
+        value = _pairs(value)
         if isinstance(value, Mapping):
             return {str(name): coerce(item, get_args(kind)[1], f"{key}.{name}", source) for name, item in value.items()}
     elif isinstance(kind, type) and issubclass(kind, enum.Enum):
@@ -39,6 +40,15 @@ def coerce(value: object, kind: Any, key: str, source: str) -> Any:
     elif (parsed := _scalar(value, kind)) is not None:
         return parsed
     raise ConfigError(f"{source}: {key}: {value!r} is not of type {getattr(kind, '__name__', kind)}", key=key)
+
+
+def _pairs(value: object) -> object:
+    """`NAME=VALUE`, once or several times, as a mapping; all else as it is, and so what names one thing twice."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) and "=" in text for text in texts):
+        return value
+    pairs = dict(text.split("=", 1) for text in texts)
+    return pairs if len(pairs) == len(texts) else value
 
 
 def _optional(value: object, kind: Any, key: str, source: str) -> Any:

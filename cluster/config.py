@@ -164,6 +164,7 @@ def worker_settings(
         weights=config.weights,
         ledger=config.ledger,
         tls=config.tls,
+        adapters=dataclasses.replace(config.adapters, modules={}),  # which there are is the ingress' knowledge
     )
 
 

@@ -1,7 +1,7 @@
 """Values nobody stated and that follow from others: context length from the model, threads from the cores, and so on.
 
-Pure but for reading the model directory and the number of cores. A stated value is never replaced; each derived one
-says in `sources` what it follows from.
+Pure but for reading the model directory and the number of cores. A stated value is never replaced, but that a relative
+`adapters.directory` becomes absolute; each derived one says in `sources` what it follows from.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from penstock.cluster.adapter_rules import check_adapters
 from penstock.cluster.model_directory import EMBEDDED_MODEL, ModelDescription, describe
 from penstock.cluster.settings import ClusterConfig, with_value
 from penstock.cluster.widths import check_widths
@@ -50,6 +51,9 @@ def derive(config: ClusterConfig, cores: int | None = None, gpus: int | None = N
         most = config.scheduler.max_num_batched_tokens
         config = _fill(config, "scheduler.max_num_seqs", most, "scheduler.max_num_batched_tokens")
     check_widths(config, model)
+    if config.adapters.directory:
+        config = with_value(config, "adapters.directory", os.path.abspath(config.adapters.directory))
+    check_adapters(config, model)
     return _context(config, model)
 
 

@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 from collections.abc import Iterator, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from penstock.cluster.grpc_front.deployment import GrpcMethods
 from penstock.cluster.grpc_front.proxy_watch import ProxyWatch
 from penstock.cluster.grpc_front.server import GrpcServer
 from penstock.cluster.grpc_front.servicer import GenerationServicer
+from penstock.cluster.ingress.adapters import Adapters
 from penstock.cluster.ingress.app import Ingress, build_app
 from penstock.cluster.ingress.exchange import Receive, Send
 from penstock.cluster.ingress.key_watch import KeyWatch
@@ -54,6 +56,7 @@ log = logging.getLogger(__name__)
 LAUNCHED_DRAIN_S = 5.0  # `penstock serve` ends with its terminal
 READY_TIMEOUT_S = 60.0
 LINK_S = 5.0  # time to find workers that serve already
+ADAPTERS_S = 30.0  # longest wait for the first look at all adapters
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +115,11 @@ class IngressReplica(GrpcMethods):
             tls=open_peer_tls(config.tls),
         )
         self._fleet = LinkedFleet(self._generator.links)
+        settings = ingress_settings(config, model)
         self._app: Ingress = build_app(
-            ingress_settings(config, model), text, followed(ledger, self._generator), metrics, self._fleet, self._tracer
+            settings, text, followed(ledger, self._generator), metrics, self._fleet, self._tracer
         )
+        await self._follow_files(settings.adapters)
         self.grpc_servicer = GenerationServicer(self._app.service, self._fleet, self._tracer)
         self.grpc_proxies = ProxyWatch()
         self._grpc: GrpcServer | None = None
@@ -130,9 +135,18 @@ class IngressReplica(GrpcMethods):
             for listener in self._listeners:
                 listener.start()
         self._follower = asyncio.ensure_future(self._membership.follow(self._generator.links.update))
-        if config.front.api_keys_file:
-            watch = KeyWatch(Path(config.front.api_keys_file), self._app.service.access)
+
+    async def _follow_files(self, adapters: Adapters) -> None:
+        """Keys and adapters: what is read soon is there for the first request, and nothing keeps us from serving."""
+        keys = self._spec.config.front.api_keys_file
+        if keys:
+            watch = KeyWatch(Path(keys), self._app.service.access)
             self._work.add(asyncio.ensure_future(watch.follow()))
+        if adapters.enabled:
+            self._work.add(asyncio.ensure_future(adapters.follow()))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(ADAPTERS_S):
+                    await adapters.looked.wait()
 
     def _bind(self, config: ClusterConfig, shared: bool) -> Iterator[Listener]:
         """The public listener and that of the operators, as far as they are wanted."""

@@ -22,9 +22,12 @@ _ENGINE = {name: flag.key for name, flag in _FLAGS.items()}
 _TENSOR = "tensor_parallel_size"
 _ENGINE |= {name: f"pools.{name}" for name in (_TENSOR, "expert_parallel_size", "context_parallel_size")}
 _ENGINE |= {name: f"front.{name}" for name in ("tool_call_parser", "enable_auto_tool_choice")}
+_ENGINE |= {"max_loras": "adapters.max_loaded", "max_lora_rank": "adapters.max_rank"}
+_ADAPTERS_OF_THE_ENGINE = "enable_lora"  # ours has them where it is told where they lie
 _DEPLOYMENT = {"max_ongoing_requests": "limits.max_open_requests", "graceful_shutdown_timeout_s": "health.drain_s"}
 _ACTOR = {"num_cpus": "ray.worker_num_cpus", "num_gpus": "ray.worker_num_gpus"}
-_TOP = ("model_loading_config", "llm_engine", "engine_kwargs", "accelerator_type", "deployment_config")
+_TOP = ("model_loading_config", "llm_engine", "engine_kwargs", "accelerator_type", "deployment_config", "lora_config")
+_LORA = {"dynamic_lora_loading_path": "adapters.directory", "max_num_adapters_per_replica": "adapters.max_loaded"}
 
 
 def is_llm_config(args: Mapping[str, Any]) -> bool:
@@ -64,8 +67,11 @@ def _one(config: Mapping[str, Any], role: str) -> dict[str, Any]:
         found["front.served_model_name"] = loading["model_id"]
     if str(config.get("llm_engine") or ENGINE_OF_THE_SHAPE).lower() != ENGINE_OF_THE_SHAPE:
         raise ConfigError(f"{SOURCE}: llm_engine: {config['llm_engine']!r} is not known", "llm_engine")
+    found |= _adapters(_mapping(config.get("lora_config"), "lora_config"))
     for name, value in _mapping(config.get("engine_kwargs"), "engine_kwargs").items():
         if name == TRANSFER_OF_THE_ENGINE and role != "mixed":
+            continue
+        if name == _ADAPTERS_OF_THE_ENGINE and (not value or "adapters.directory" in found):
             continue
         if name not in _ENGINE:
             raise unknown_key(f"engine_kwargs.{name}", [f"engine_kwargs.{known}" for known in _ENGINE], SOURCE)
@@ -75,6 +81,16 @@ def _one(config: Mapping[str, Any], role: str) -> dict[str, Any]:
     if config.get("accelerator_type"):
         found["ray.worker_accelerator_type"] = config["accelerator_type"]
     return found | _deployment(_mapping(config.get("deployment_config"), "deployment_config"), role)
+
+
+def _adapters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Where adapters lie. The engine's own `max_loras` wins over the bound of a replica."""
+    _only(config, tuple(_LORA), "lora_config.")
+    path = config.get("dynamic_lora_loading_path")
+    if path is not None and (not isinstance(path, str) or "://" in path):
+        key = "lora_config.dynamic_lora_loading_path"
+        raise ConfigError(f"{SOURCE}: {key}: adapters are read from a directory, and {path!r} is none", key)
+    return {_LORA[name]: value for name, value in config.items() if value not in (None, {}, [])}
 
 
 def _deployment(config: Mapping[str, Any], role: str) -> dict[str, Any]:

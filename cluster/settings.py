@@ -20,6 +20,7 @@ of where a value came from beyond the text in `sources`.
     logs       format, level, access log                             (every process)
     ledger     which requests are accounted for a second time        (ingress, workers)
     tls        certificates, for callers and between processes       (ingress, workers)
+    adapters   low-rank adapters of the model                        (ingress, workers)
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from penstock.router.settings import RouterSettings
 from penstock.workers.errors import ConfigError
 from penstock.workers.protocol import Role
 from penstock.workers.settings import (
+    AdapterSettings,
     GroupSettings,
     KVSettings,
     LedgerSettings,
@@ -205,6 +207,7 @@ class ClusterConfig:
     logs: LogSettings = field(default_factory=LogSettings)
     ledger: LedgerSettings = field(default_factory=LedgerSettings)
     tls: TlsSettings = field(default_factory=TlsSettings)
+    adapters: AdapterSettings = field(default_factory=AdapterSettings)
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property

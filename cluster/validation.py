@@ -81,6 +81,7 @@ MAY_BE_ZERO = frozenset(
         "router.index.assume_s",
         "tracing.sample_ratio",
         "ledger.share",
+        "adapters.host_bytes",
         "ray.worker_num_cpus",
         "ray.worker_num_gpus",
         "ray.max_ingress_per_node",

@@ -89,6 +89,12 @@ SERVE_FLAGS = (
     Flag("--decode-tensor-parallel-size", "pools.decode_tensor_parallel_size", "The same of decode workers.", "K"),
     Flag("--expert-parallel-size", "pools.expert_parallel_size", "Ranks that share the experts of one worker.", "K"),
     Flag("--context-parallel-size", "pools.context_parallel_size", "Ranks that share long prompts of one worker.", "K"),
+    Flag("--lora-dir", "adapters.directory", "Where low-rank adapters lie, a folder each.", "DIR"),
+    Flag(
+        "--lora-modules", "adapters.modules", "An adapter served from the start; may be repeated.", "N=DIR", many=True
+    ),
+    Flag("--max-loras", "adapters.max_loaded", "Adapters that one worker computes with at a time.", "N"),
+    Flag("--max-lora-rank", "adapters.max_rank", "Highest rank of an adapter.", "R"),
     Flag("--address", "ray.address", "Join this Ray cluster instead of starting one.", "RAY"),
     Flag("--api-key", "front.api_key", "Ask callers for this key; better: $PENSTOCK_API_KEY.", "K"),
     Flag("--api-keys", "front.api_keys_file", "YAML file of keys with tenants, models and limits.", "FILE"),

@@ -41,6 +41,8 @@ def status(
     for worker in workers:
         if worker.placement:
             console.print(f"{worker.id}: {worker.placement}", highlight=False)
+    for adapter in found.get("adapters", ()):
+        console.print(f"{adapter['name']}: {adapter['problem'] or adapter['revision']}", markup=False, highlight=False)
     state = "ready" if found["ready"] else f"not ready: {found['reason']}"
     console.print(f"{', '.join(found['models'])}: {state}", highlight=False)
 

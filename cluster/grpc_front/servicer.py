@@ -199,7 +199,7 @@ class GenerationServicer:
         return DetokenizeResponse(text=found["prompt"])
 
     async def _list_models(self, request: ListModelsRequest, call: RpcCall, metadata: Stated) -> ListModelsResponse:
-        found = self._service.models(self._caller(request, call, metadata))["data"]
+        found = self._service.models.all(self._caller(request, call, metadata))["data"]
         names = ("id", "root", "max_model_len", "created")
         return ListModelsResponse(models=[Model(**{name: model[name] for name in names}) for model in found])
 

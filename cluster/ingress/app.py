@@ -82,9 +82,13 @@ class Ingress:
         self._tracer = tracer
         shape = Shape(self._settings.limits, service.text.vocab_size, self._settings.max_model_len)
         self._side = Side.PUBLIC if self._settings.operators_apart else Side.WHOLE
+        adapters = self._settings.adapters.enabled
         self._switches = {"tokenizer_info": self._settings.enable_tokenizer_info}
-        self._switches |= {route.name: on_side(route, self._side) for route in ROUTES.values() if not route.switched}
-        self._document = json.dumps(openapi_document(shape, VERSION, self._switches)).encode()
+        self._switches |= {"load_lora_adapter": adapters, "unload_lora_adapter": adapters}
+        described = {
+            route.name: on_side(route, self._side) and self._switches.get(route.name, True) for route in ROUTES.values()
+        }
+        self._document = json.dumps(openapi_document(shape, VERSION, described)).encode()
         self._plain: dict[str, Callable[[], bytes]] = {
             "health": lambda: b'{"status":"ok"}',
             "live": lambda: b'{"status":"alive"}',
@@ -146,9 +150,9 @@ class Ingress:
         elif route.name == "metrics":
             await exchange.respond(200, self.service.metrics.page(), CONTENT_TYPE.encode())
         elif route.name == "models":
-            await exchange.respond(200, json.dumps(self.service.models(caller)).encode())
+            await exchange.respond(200, json.dumps(self.service.models.all(caller)).encode())
         elif route.name == "model":
-            found = self.service.model(exchange.path[len(MODEL_PREFIX) :], caller)
+            found = self.service.models.one(exchange.path[len(MODEL_PREFIX) :], caller)
             await exchange.respond(200, json.dumps(found).encode())
         else:
             watch.tenant = caller.tenant
@@ -161,6 +165,9 @@ class Ingress:
             watch.received()
             if kind in (Kind.TOKENIZE, Kind.DETOKENIZE):
                 await exchange.respond(200, json.dumps(await service.transform(kind, raw, visit)).encode())
+                return
+            if kind in (Kind.LOAD_ADAPTER, Kind.UNLOAD_ADAPTER):
+                await exchange.respond(200, json.dumps(await service.change_adapters(kind, raw)).encode())
                 return
             job = await service.prepare(kind, raw, visit, watch, _ttft_target(exchange))
             if job.ignored and exchange.asks(b"x-penstock-debug", b"fields"):
@@ -198,6 +205,7 @@ class Ingress:
             "block_size": self._settings.block_size,
             "ready": not reason,
             "reason": reason,
+            "adapters": [listed.as_json() for listed in self._settings.adapters.listed()],
             "workers": workers,
         }
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from penstock.cluster.ingress.resumption import Resumption
 from penstock.cluster.tool_calls.tool_plan import ToolPlan
+from penstock.workers.adapter_ref import AdapterRef
 from penstock.workers.protocol import SamplingParams, Tokens
 
 
@@ -30,6 +31,19 @@ class OutputOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelChoice:
+    """What a caller's `model` means: the name as it was written, and which adapter stood behind it at that moment."""
+
+    name: str
+    adapter: AdapterRef | None = None
+
+    @property
+    def right(self) -> str:
+        """What a key that is bound to models must list."""
+        return self.name if self.adapter is None else self.adapter.name
+
+
+@dataclass(frozen=True, slots=True)
 class Call:
     """A completions or chat request. `prompts[i]` may give `max_tokens[i]` tokens, `runs` times over; the `n` best of
     them are answered."""
@@ -46,6 +60,7 @@ class Call:
     embed: bool = False
     tools: ToolPlan = field(default_factory=ToolPlan)
     resumption: Resumption = field(default_factory=Resumption)  # of the only choice
+    adapter: AdapterRef | None = None  # what `model` meant when it was read, whatever becomes of that name
 
     @property
     def runs(self) -> int:

@@ -68,7 +68,18 @@ def parse_chat(body: dict[str, Any], settings: IngressSettings, text: TextCodec)
     limits = (fit(stated, settings.defaults.max_tokens, prompt, settings, "messages"),)
     check_min_tokens(sampling.min_tokens, limits)
     resumption = read_resumption(fields, settings, text, n, limits)
-    return Call(model, (prompt,), limits, n, sampling, output, salt, tools=tools, resumption=resumption)
+    return Call(
+        model.name,
+        (prompt,),
+        limits,
+        n,
+        sampling,
+        output,
+        salt,
+        tools=tools,
+        resumption=resumption,
+        adapter=model.adapter,
+    )
 
 
 def _logprobs(fields: Fields, settings: IngressSettings) -> int | None:

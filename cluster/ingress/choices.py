@@ -118,7 +118,7 @@ def requests_of(call: Call, call_id: str, settings: IngressSettings, tenant: str
 
     Only the first run of a prompt scores it.
     """
-    root = settings.prefix_root(tenant, call.cache_salt)
+    root = settings.prefix_root(tenant, call.cache_salt, call.adapter)
     cached = settings.prefix_caching
     requests: list[GenerateRequest] = []
     for prompt, max_tokens in zip(call.prompts, call.max_tokens, strict=True):
@@ -132,6 +132,7 @@ def requests_of(call: Call, call_id: str, settings: IngressSettings, tenant: str
             prefix_digests=digests,
             cache_prefix=cached,
             embed=call.embed,
+            adapter=call.adapter,
         )
         requests.append(call.resumption.of(lead))
         unscored = replace(lead.sampling, prompt_logprobs=None)

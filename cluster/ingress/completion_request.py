@@ -61,7 +61,19 @@ def parse_completion(body: dict[str, Any], settings: IngressSettings, text: Text
     check_min_tokens(sampling.min_tokens, (0,) if output.hide_generated else limits)
     texts = _echoed(stated_prompts, prompts, keep is not None, output, text)
     resumption = read_resumption(fields, settings, text, len(prompts) * best_of, limits)
-    return Call(model, prompts, limits, n, sampling, output, salt, best_of, texts, resumption=resumption)
+    return Call(
+        model.name,
+        prompts,
+        limits,
+        n,
+        sampling,
+        output,
+        salt,
+        best_of,
+        texts,
+        resumption=resumption,
+        adapter=model.adapter,
+    )
 
 
 def read_prompts(fields: Fields, name: str, settings: IngressSettings, runs: int = 1) -> list[str | list[int]]:

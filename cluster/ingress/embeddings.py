@@ -67,7 +67,8 @@ def parse_embedding(body: dict[str, Any], settings: IngressSettings, text: TextC
     stated = read_prompts(fields, "input", settings)
     prompts = tuple(read_ids(prompt, "input", settings, text, keep, add_special) for prompt in stated)
     limits = tuple(fit(1, None, prompt, settings, "input") for prompt in prompts)
-    return Call(model, prompts, limits, 1, SamplingParams(max_tokens=1), OutputOptions(), salt, embed=True)
+    sampling, output = SamplingParams(max_tokens=1), OutputOptions()
+    return Call(model.name, prompts, limits, 1, sampling, output, salt, embed=True, adapter=model.adapter)
 
 
 def wants_base64(body: dict[str, Any]) -> bool:

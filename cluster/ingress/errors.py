@@ -68,6 +68,7 @@ _BY_CODE = {
     FailureCode.QUEUE_FULL: _Answer(503, _UNAVAILABLE, "queue_full"),
     FailureCode.DRAINING: _Answer(503, _UNAVAILABLE, "draining"),
     FailureCode.GRAMMAR: _Answer(400, "invalid_request_error", "grammar", may_retry=False),
+    FailureCode.ADAPTER: _Answer(503, _UNAVAILABLE, "adapter_unavailable"),
     FailureCode.DEADLINE: _Answer(504, "timeout", "deadline", may_retry=False),
     FailureCode.LEASE_EXPIRED: _Answer(503, _UNAVAILABLE, "lease_expired"),
     FailureCode.TRANSFER_FAILED: _Answer(503, _UNAVAILABLE, "transfer_failed"),

@@ -64,6 +64,8 @@ ROUTES: dict[str, Route] = {
     "/tokenizer_info": Route("tokenizer_info", _READ, Door.KEY, switched=True),
     "/version": Route("version", _READ, Door.KEY),
     "/openapi.json": Route("openapi", _READ, Door.KEY),
+    "/v1/load_lora_adapter": Route("load_lora_adapter", _WRITE, Door.OPERATOR, switched=True),
+    "/v1/unload_lora_adapter": Route("unload_lora_adapter", _WRITE, Door.OPERATOR, switched=True),
     "/status": Route("status", _READ, Door.OPERATOR),
     "/metrics": Route("metrics", _READ, Door.OPERATOR),
     "/health": Route("health", _READ, Door.OPEN),

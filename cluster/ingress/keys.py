@@ -32,7 +32,7 @@ class Caller:
     name: str
     tenant: str
     models: frozenset[str] | None  # None = all
-    operator: bool  # may read /metrics and /status
+    operator: bool  # may read /metrics and /status, and change the list of adapters
     account: Account
     max_tokens: int | None = None  # of one choice
     not_after: float | None = None  # seconds since the epoch

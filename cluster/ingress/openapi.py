@@ -50,6 +50,7 @@ _POSTED = {
     "503": "overloaded, or not ready; see Retry-After",
     "504": "a time limit",
 }
+_ADAPTER_CALLS = (Kind.LOAD_ADAPTER.value, Kind.UNLOAD_ADAPTER.value)
 _PLACES = {
     "completions": "Continue a text, or several",
     "chat_completions": "Answer a conversation",
@@ -60,7 +61,9 @@ _PLACES = {
     "tokenizer_info": "Special tokens and chat template",
     "version": "Version of the server",
     "openapi": "This document",
-    "status": "The workers",
+    "load_lora_adapter": "Serve a low-rank adapter, or read it again",
+    "unload_lora_adapter": "Serve a low-rank adapter no more",
+    "status": "The workers and adapters",
     "metrics": "Prometheus metrics",
     "health": "200 while the process runs",
     "ready": "200 while requests can be served",
@@ -73,7 +76,7 @@ def openapi_document(shape: Shape, version: str, switches: dict[str, bool]) -> d
     paths = {path: _operations(route) for path, route in ROUTES.items() if switches[route.name]}
     name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
     one = {"parameters": [name], **_operations(ONE_MODEL, "One model", {"404": "no such model"})}
-    bodies = {kind.value: body_schema(kind, shape) for kind in Kind}
+    bodies = {kind.value: body_schema(kind, shape) for kind in Kind if switches[kind.value]}
     return {
         "openapi": "3.1.0",
         "info": {"title": "Penstock", "version": version, "description": "OpenAI-compatible serving of a model"},
@@ -90,6 +93,8 @@ def _operations(route: Route, summary: str = "", more: dict[str, str] | None = N
     errors = {**_ALWAYS, **(_KEYED if route.door is not Door.OPEN else {}), **(more or {})}
     if route.methods == ("POST",):
         errors |= _POSTED
+    if route.name in _ADAPTER_CALLS:
+        errors |= {"404": "no such adapter", "409": "it, or the list, cannot be changed"}
     if route.name == "ready":
         errors["503"] = "not ready; see Retry-After"
     described: dict[str, Any] = {
@@ -155,5 +160,7 @@ _ANSWERS: dict[str, Schema] = {
     "detokenize": _object({"prompt": _TEXT}),
     "models": _object({"object": {"const": "list"}, "data": _listed({"id": _TEXT, "max_model_len": _INTEGER})}),
     "model": _object({"id": _TEXT, "object": {"const": "model"}, "max_model_len": _INTEGER}),
+    "load_lora_adapter": _object({"id": _TEXT, "revision": _TEXT, "folder": _TEXT}),
+    "unload_lora_adapter": _object({"id": _TEXT}),
     "version": _object({"version": _TEXT}),
 }

@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Any
 
 from penstock.cluster.chat_template import RESERVED
+from penstock.cluster.ingress.adapter_calls import IN_PLACE, MAX_PATH_BYTES, NAME, PATH
 from penstock.cluster.ingress.chat_request import CHAT_UNSUPPORTED
 from penstock.cluster.ingress.grammar_fields import FORMATS, FORMS, GUIDED
 from penstock.cluster.ingress.messages import MAX_CALLS
@@ -34,6 +35,8 @@ class Kind(StrEnum):
     EMBEDDING = "embeddings"
     TOKENIZE = "tokenize"
     DETOKENIZE = "detokenize"
+    LOAD_ADAPTER = "load_lora_adapter"
+    UNLOAD_ADAPTER = "unload_lora_adapter"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,8 @@ def body_schema(kind: Kind, shape: Shape) -> Schema:
         Kind.EMBEDDING: _embedding,
         Kind.TOKENIZE: _tokenize,
         Kind.DETOKENIZE: _detokenize,
+        Kind.LOAD_ADAPTER: _load_adapter,
+        Kind.UNLOAD_ADAPTER: _unload_adapter,
     }
     properties, required = makers[kind](shape)
     return {"type": "object", "properties": properties, "required": required, "additionalProperties": True}
@@ -115,6 +120,20 @@ def _tokenize(shape: Shape) -> tuple[Schema, list[str]]:
 def _detokenize(shape: Shape) -> tuple[Schema, list[str]]:
     tokens = _token_ids(shape, shape.limits.max_tokenize_bytes)
     return {"model": _string(), "tokens": tokens, **_unused(shape)}, ["tokens"]
+
+
+def _load_adapter(shape: Shape) -> tuple[Schema, list[str]]:
+    name, required = _unload_adapter(shape)
+    path = {
+        "type": "string",
+        "maxLength": MAX_PATH_BYTES,
+        "description": "below, or inside of, the adapters' directory",
+    }
+    return {**name, PATH: path, IN_PLACE: _boolean()}, [*required, PATH]
+
+
+def _unload_adapter(shape: Shape) -> tuple[Schema, list[str]]:
+    return {NAME: {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,128}$"}}, [NAME]
 
 
 def _shared(shape: Shape) -> Schema:

@@ -13,7 +13,7 @@ import dataclasses
 import re
 import secrets
 
-from penstock.cluster.ingress.call import OutputOptions
+from penstock.cluster.ingress.call import ModelChoice, OutputOptions
 from penstock.cluster.ingress.errors import model_not_found
 from penstock.cluster.ingress.fields import Fields, shown
 from penstock.cluster.ingress.grammar_fields import read_grammar
@@ -58,16 +58,25 @@ UNUSED: dict[str, type] = {
 }
 
 
-def read_model(fields: Fields, settings: IngressSettings) -> str:
-    """The model's name as the caller wrote it; absent means the one that is served."""
+def read_model(fields: Fields, settings: IngressSettings) -> ModelChoice:
+    """The model as the caller wrote it, and what that means now; absent means the base model."""
     name = fields.raw("model")
     if name is None:
-        return settings.model_names[0]
+        return ModelChoice(settings.model_names[0])
     if not isinstance(name, str):
         raise fields.refuse("model", f"must be a string, not {shown(name)}", "invalid_type")
-    if name not in settings.model_names:
+    return named_model(name, settings)
+
+
+def named_model(name: str, settings: IngressSettings) -> ModelChoice:
+    """One of the model's own names, an adapter's, or `model:adapter`. Raises HttpProblem 404."""
+    if name in settings.model_names:
+        return ModelChoice(name)
+    model, colon, plain = name.rpartition(":")  # adapters' names have none
+    adapter = settings.adapters.find(plain) if not colon or model in settings.model_names else None
+    if adapter is None:
         raise model_not_found(name)
-    return name
+    return ModelChoice(name, adapter)
 
 
 def read_sampling(

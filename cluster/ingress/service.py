@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from penstock.cluster.ingress.adapter_calls import load_adapter, unload_adapter
 from penstock.cluster.ingress.answer_format import AnswerFormat
 from penstock.cluster.ingress.call import Call
 from penstock.cluster.ingress.chat_request import parse_chat
@@ -31,7 +32,7 @@ from penstock.cluster.ingress.choice_text import Piece
 from penstock.cluster.ingress.choices import ChoiceRunner, OnPiece, Tally, requests_of
 from penstock.cluster.ingress.completion_request import parse_completion
 from penstock.cluster.ingress.embeddings import EmbeddingAnswer, parse_embedding, run_embeddings, wants_base64
-from penstock.cluster.ingress.errors import HttpProblem, model_not_found
+from penstock.cluster.ingress.errors import HttpProblem
 from penstock.cluster.ingress.fields import Fields
 from penstock.cluster.ingress.generator import Generator
 from penstock.cluster.ingress.grammar_check import GrammarCheck, GrammarRefusedError
@@ -39,6 +40,7 @@ from penstock.cluster.ingress.grammar_fields import stated_field
 from penstock.cluster.ingress.json_body import parse_json
 from penstock.cluster.ingress.keys import Access, Caller
 from penstock.cluster.ingress.known_fields import IgnoredFields
+from penstock.cluster.ingress.model_list import ModelList
 from penstock.cluster.ingress.openapi_bodies import Kind
 from penstock.cluster.ingress.rate_limits import Clock, Lease
 from penstock.cluster.ingress.results import ChoiceResult, best_results
@@ -57,6 +59,7 @@ Body = bytes | dict[str, Any]
 BESIDE_ABOVE_BYTES = 8192  # larger bodies are parsed and tokenised beside the event loop
 BESIDE_ABOVE_ENTRIES = 1024  # answers with logprobs of more tokens are formatted there
 _PARSERS = {Kind.COMPLETION: parse_completion, Kind.CHAT: parse_chat, Kind.EMBEDDING: parse_embedding}
+_ADAPTER_CALLS = {Kind.LOAD_ADAPTER: load_adapter, Kind.UNLOAD_ADAPTER: unload_adapter}
 _ID_PREFIX = {Kind.COMPLETION: "cmpl", Kind.CHAT: "chatcmpl", Kind.EMBEDDING: "embd"}
 
 
@@ -103,6 +106,7 @@ class OpenAIService:
         self.settings = settings
         self.text = text
         self.metrics = metrics
+        self.models = ModelList(settings, text.vocab_size)
         self.access = Access(
             settings.keys,
             settings.api_key,
@@ -114,7 +118,6 @@ class OpenAIService:
         self._grammars = GrammarCheck(text)
         self._ignored = IgnoredFields()
         self._open = 0
-        self._created = int(time.time())
         self._fingerprint = "fp_" + hashlib.sha256(settings.revision.encode()).hexdigest()[:12]
 
     @contextmanager
@@ -215,35 +218,17 @@ class OpenAIService:
         """/tokenize and /detokenize: text to ids and back, beside the event loop."""
         return await asyncio.to_thread(self._transform, kind, body, visit)
 
-    def models(self, caller: Caller) -> dict[str, Any]:
-        """The list of models that the caller may use."""
-        names = [name for name in self.settings.model_names if caller.may_use(name)]
-        return {"object": "list", "data": [self._model(name) for name in names]}
-
-    def model(self, name: str, caller: Caller) -> dict[str, Any]:
-        """One model. Raises HttpProblem 403 or 404."""
-        if name not in self.settings.model_names:
-            raise model_not_found(name)
-        caller.check_model(name)
-        return self._model(name)
-
-    def _model(self, name: str) -> dict[str, Any]:
-        return {
-            "id": name,
-            "object": "model",
-            "created": self._created,
-            "owned_by": "penstock",
-            "root": self.settings.root or name,
-            "parent": None,
-            "max_model_len": self.settings.max_model_len,
-            "vocab_size": self.text.vocab_size,
-            "block_size": self.settings.block_size,
-        }
+    async def change_adapters(self, kind: Kind, body: bytes) -> dict[str, Any]:
+        """An operator's call about the list of adapters. Raises RequestError or HttpProblem."""
+        parsed = parse_json(body)
+        self._ignored.note(kind, parsed)
+        return await _ADAPTER_CALLS[kind](parsed, self.settings.adapters, self.settings.model_names)
 
     def _read(self, body: Body, visit: Visit) -> dict[str, Any]:
         """The body as an object, of a caller who may use its model."""
         parsed = parse_json(body) if isinstance(body, bytes) else body
-        visit.caller.check_model(read_model(Fields(parsed), self.settings))
+        # What is computed is what the parser reads, by one look of its own; this one is only about the right.
+        visit.caller.check_model(read_model(Fields(parsed), self.settings).right)
         return parsed
 
     def _parse(self, kind: Kind, body: Body, visit: Visit) -> tuple[Call, Sequence[GenerateRequest], dict[str, Any]]:

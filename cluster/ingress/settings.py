@@ -1,6 +1,6 @@
 """What the HTTP application is told: the small piece of the configuration, and of the model, that it needs.
 
-Built once by whoever starts the application (`ingress_settings`), then read only.
+Built once by whoever starts the application (`ingress_settings`), then read only, but for the list of adapters.
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from penstock.cluster.adapter_rules import adapter_places
+from penstock.cluster.ingress.adapters import Adapters
 from penstock.cluster.key_file import KeyEntry, read_key_file
 from penstock.cluster.model_directory import GenerationDefaults, ModelDescription
 from penstock.cluster.settings import ClusterConfig, LimitSettings
+from penstock.workers.adapter_ref import AdapterRef
 
 CODEC = "plain"  # how KV is stored in blocks; quantised codecs get their own prefix roots
 
@@ -34,18 +37,22 @@ class IngressSettings:
     auto_tool_choice: bool = True
     defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
     limits: LimitSettings = field(default_factory=LimitSettings)
+    adapters: Adapters = field(default_factory=Adapters, repr=False, compare=False)  # the one part that changes
 
-    def prefix_root(self, tenant: str, cache_salt: str) -> bytes:
+    def prefix_root(self, tenant: str, cache_salt: str, adapter: AdapterRef | None = None) -> bytes:
         """Seed of a prompt's digest chain: equal KV content if and only if equal parts. 32 bytes."""
-        parts = (tenant, cache_salt, self.revision, CODEC)
+        parts = [tenant, cache_salt, self.revision, CODEC]
+        if adapter is not None:
+            parts.append(adapter.revision.hex())
         return hashlib.sha256("\0".join(f"{len(part)}:{part}" for part in parts).encode()).digest()
 
 
 def ingress_settings(config: ClusterConfig, model: ModelDescription) -> IngressSettings:
     """The application's piece of a cluster's configuration. Raises ConfigError for a bad file of keys."""
-    front = config.front
+    front, names = config.front, config.front.served_model_name or (model.name,)
+    places = adapter_places(model) if config.adapters.directory else {}
     return IngressSettings(
-        model_names=front.served_model_name or (model.name,),
+        model_names=names,
         max_model_len=config.scheduler.max_model_len,
         block_size=config.kv.block_size,
         prefix_caching=config.kv.prefix_caching,
@@ -59,4 +66,5 @@ def ingress_settings(config: ClusterConfig, model: ModelDescription) -> IngressS
         auto_tool_choice=front.enable_auto_tool_choice,
         defaults=model.defaults if config.front.generation_config == "auto" else GenerationDefaults(),
         limits=config.limits,
+        adapters=Adapters(config.adapters, places, names),
     )

@@ -17,11 +17,13 @@ from penstock.cluster import cli
 from penstock.cluster.commands.flags import SERVE_FLAGS, flag_values
 from penstock.cluster.commands.serve import configure
 from penstock.cluster.config import known_keys
+from penstock.cluster.ingress.adapters import Adapters
 from penstock.cluster.ingress.app import build_app
 from penstock.cluster.ingress.settings import IngressSettings
 from penstock.cluster.metrics import Metrics
 from penstock.cluster.settings import ClusterConfig
 from penstock.cluster.text import TextCodec
+from penstock.workers.settings import AdapterSettings
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -93,6 +95,10 @@ def test_every_flag_has_a_key() -> None:
         "--decode-tensor-parallel-size",
         "--expert-parallel-size",
         "--context-parallel-size",
+        "--lora-dir",
+        "--lora-modules",
+        "--max-loras",
+        "--max-lora-rank",
         "--address",
         "--api-key",
         "--api-keys",
@@ -221,6 +227,17 @@ def test_bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     assert (found["total_input_tokens"], found["total_output_tokens"]) == (240, 72)
     assert found["request_goodput"] == pytest.approx(found["request_throughput"])
     assert "median_ttft_ms" in capsys.readouterr().out
+
+
+def test_status_shows_adapters(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], codec: TextCodec, tmp_path: Path
+) -> None:
+    adapters = Adapters(AdapterSettings(directory=str(tmp_path), modules={"mine": "[gone]", "other": "gone"}))
+    adapters.look()
+    settings = IngressSettings(("tiny",), CONTEXT, adapters=adapters)
+    with HttpServer(build_app(settings, codec, FakeGenerator(), Metrics(), FakeFleet())) as server:
+        assert run(monkeypatch, "status", "--url", server.url) == 0
+    assert "other: gone: no such folder" in " ".join(capsys.readouterr().out.split())
 
 
 def test_flags_that_were_not_typed_leave_no_trace() -> None:

@@ -100,6 +100,7 @@ def test_every_key() -> None:
         "tracing": ["endpoint", "sample_ratio", "service_name", "max_queue", "export_interval_s"],
         "ledger": ["share"],
         "tls": ["cert_file", "key_file", "ca_file", "internal"],
+        "adapters": ["directory", "modules", "max_loaded", "max_rank", "host_bytes"],
         "logs": ["format", "level", "access"],
         "ray": (
             "address cluster_name worker_num_cpus worker_num_gpus worker_accelerator_type worker_label_selector "

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from fakes.adapters import make_adapter
 from fakes.embedded_app import EmbeddedApp, embedded_codec
 from fakes.fake_generator import FakeFleet, FakeGenerator
 from fakes.http_server import HttpServer
@@ -19,6 +21,7 @@ from penstock.cluster.metrics import Metrics
 from penstock.cluster.model_directory import GenerationDefaults
 from penstock.cluster.settings import LimitSettings
 from penstock.cluster.text import TextCodec
+from penstock.workers.model.config import DecoderConfig, read_config
 
 LIMITS = LimitSettings(max_body_bytes=200_000, body_timeout_s=1.0, write_timeout_s=2.0)
 
@@ -51,6 +54,19 @@ def server(app: EmbeddedApp) -> Iterator[HttpServer]:
     """The trained model on two workers of this process, over HTTP."""
     with HttpServer(app, graceful=True) as running:
         yield running
+
+
+@pytest.fixture
+def tiny_config(model_dir: Path) -> DecoderConfig:
+    return read_config(model_dir)
+
+
+@pytest.fixture
+def home(tmp_path: Path, tiny_config: DecoderConfig) -> Path:
+    """A directory with two adapters that can be served."""
+    for seed, name in enumerate(("one", "two")):
+        make_adapter(tmp_path / name, tiny_config, seed=seed)
+    return tmp_path
 
 
 Serve = Callable[..., HttpServer]

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from fakes.fake_generator import FakeFleet, FakeGenerator
 from fakes.http_server import HttpServer
 
+from penstock.cluster.ingress.adapters import Adapters
 from penstock.cluster.ingress.app import Ingress, build_app
 from penstock.cluster.ingress.gate import ONE_MODEL, ROUTES, UNKNOWN, Door, labels_of, route_of
 from penstock.cluster.key_file import KeyEntry, key_digest
 from penstock.cluster.metrics import Metrics
+from penstock.workers.settings import AdapterSettings
 
 pytestmark = pytest.mark.timeout(60)
 KEYS = (
@@ -38,6 +41,8 @@ def test_the_whole_surface() -> None:
         "/tokenizer_info": (("GET", "HEAD"), Door.KEY),
         "/version": (("GET", "HEAD"), Door.KEY),
         "/openapi.json": (("GET", "HEAD"), Door.KEY),
+        "/v1/load_lora_adapter": (("POST",), Door.OPERATOR),
+        "/v1/unload_lora_adapter": (("POST",), Door.OPERATOR),
         "/status": (("GET", "HEAD"), Door.OPERATOR),
         "/metrics": (("GET", "HEAD"), Door.OPERATOR),
         "/health": (("GET", "HEAD"), Door.OPEN),
@@ -53,8 +58,15 @@ def server(serve: Any) -> HttpServer:
     return found
 
 
-def test_a_walk_over_the_table(server: HttpServer) -> None:
+@pytest.fixture
+def adapters(tmp_path: Path) -> Adapters:
+    """None, but a place for some."""
+    return Adapters(AdapterSettings(directory=str(tmp_path)))
+
+
+def test_a_walk_over_the_table(serve: Any, adapters: Adapters) -> None:
     """Every route with every method and every caller gets what its door says."""
+    server = serve(FakeGenerator(), keys=KEYS, enable_tokenizer_info=True, adapters=adapters)
     for path, route in [*ROUTES.items(), ("/v1/models/tiny", ONE_MODEL)]:
         for method in METHODS:
             for headers, known, operator in ((JSON, False, False), (USER, True, False), (BOSS, True, True)):
@@ -70,9 +82,9 @@ def test_a_walk_over_the_table(server: HttpServer) -> None:
 
 
 @pytest.fixture
-def sides(serve: Any, codec: Any, settings: Any) -> Iterator[tuple[HttpServer, HttpServer]]:
+def sides(serve: Any, codec: Any, settings: Any, adapters: Adapters) -> Iterator[tuple[HttpServer, HttpServer]]:
     """One application on its public listener and on that of the operators."""
-    apart = replace(settings, keys=KEYS, operators_apart=True, enable_tokenizer_info=True)
+    apart = replace(settings, keys=KEYS, operators_apart=True, enable_tokenizer_info=True, adapters=adapters)
     app = build_app(apart, codec, FakeGenerator(), Metrics(), FakeFleet())
     with HttpServer(app) as public, HttpServer(Operators(app)) as operators:
         yield public, operators
@@ -108,7 +120,7 @@ def test_each_side_has_its_own_routes_and_nothing_else(sides: tuple[HttpServer, 
                 else:
                     assert status == (400 if method == "POST" else 200), path
     described = json.loads(public.request("GET", "/openapi.json", headers=BOSS)[2])["paths"]
-    assert not {"/metrics", "/status"} & set(described)
+    assert not {"/metrics", "/status", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"} & set(described)
 
 
 @pytest.mark.parametrize(
