@@ -30,7 +30,7 @@ SLOWEST_S = 1.0
 HANG_S = 60
 COMPLAINT_CHARS = 8192  # of a refusal: it goes into logs and answers
 WARM = 1000
-SLOW = {"key-files": 20, "grammars": 10}  # so many times fewer inputs: YAML, and a compiler
+SLOW = {"key-files": 20, "grammars": 10, "adapters": 10}  # so many times fewer inputs: YAML, a compiler, files
 CHUNK = 1000
 
 

@@ -9,6 +9,7 @@ from typing import Any, get_args
 import numpy as np
 
 from penstock.workers import protocol as p
+from penstock.workers.adapter_ref import AdapterRef
 from penstock.workers.grammar_spec import GrammarKind, GrammarSpec
 from penstock.workers.parallel import group_messages as g
 from penstock.workers.totals import WorkerTotals
@@ -112,6 +113,7 @@ def _of_type(annotation: str, rng: Random) -> Any:
         "Role": lambda: rng.choice(list(p.Role)),
         "FailureCode": lambda: rng.choice(list(p.FailureCode)),
         "GrammarSpec": lambda: GrammarSpec(GrammarKind.REGEX, "[0-9]+", (0, 399)),
+        "AdapterRef": lambda: AdapterRef("billing", "teams/billing", b"r" * 32),
         "HeadRange": lambda: HeadRange(rng.randrange(8), 1 + rng.randrange(8)),
     }
     return plain[annotation]()

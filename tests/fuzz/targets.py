@@ -12,11 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from tempfile import NamedTemporaryFile
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import Any, get_args
 
 import msgpack
 import yaml
+from fakes.adapters import make_adapter
 from fakes.random_plans import make_plan
 from fakes.tiny_model import byte_level_bpe
 from fuzz import seeds
@@ -34,10 +35,15 @@ from penstock.cluster.grpc_front.request_bodies import (
 from penstock.cluster.ingress.errors import HttpProblem
 from penstock.cluster.ingress.json_body import parse_json
 from penstock.cluster.key_file import read_key_file
+from penstock.cluster.model_directory import EMBEDDED_MODEL
 from penstock.workers import wire
-from penstock.workers.errors import ConfigError, GrammarError, ModelError, RequestError, WireError
+from penstock.workers.errors import AdapterError, ConfigError, GrammarError, ModelError, RequestError, WireError
 from penstock.workers.grammar import CompiledGrammar, GrammarVocabulary
 from penstock.workers.grammar_spec import GrammarKind, GrammarSpec
+from penstock.workers.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+from penstock.workers.lora.projections import adaptable
+from penstock.workers.lora.weights import host_adapter
+from penstock.workers.model.config import read_config
 from penstock.workers.parallel import group_messages, plan_codec
 from penstock.workers.transfer import frames, messages
 from penstock.workers.weights import messages as weights
@@ -266,6 +272,30 @@ def _grammars(rng: Random) -> Target:
     return Target(make, feed, (GrammarError,))
 
 
+def _adapters(rng: Random) -> Target:
+    config = read_config(EMBEDDED_MODEL)
+    home = TemporaryDirectory()
+    folder = make_adapter(Path(home.name) / "a", config, rank=2, layers=(0,), more={"alpha_pattern": {"q_proj": 3}})
+    stated, data = (folder / CONFIG_FILE).read_bytes(), (folder / WEIGHTS_FILE).read_bytes()
+    head, places = 8 + int.from_bytes(data[:8], "little"), adaptable(config)
+
+    def make(chance: Random) -> tuple[bytes, bytes]:
+        if chance.random() < 0.4:
+            return mutate_bytes(stated, chance), data
+        header = mutate_bytes(data[8:head], chance)
+        length = len(header) if chance.random() < 0.8 else chance.choice((0, 2**63, len(data), head))
+        return stated, length.to_bytes(8, "little") + header + data[head:]
+
+    def feed(made: tuple[bytes, bytes]) -> None:
+        (Path(home.name) / "a" / CONFIG_FILE).write_bytes(made[0])
+        (Path(home.name) / "a" / WEIGHTS_FILE).write_bytes(made[1])
+        found = read_adapter(Path(home.name), "a", places, 8)
+        assert all(update.rank <= 8 for update in found.updates.values())
+        host_adapter(found)
+
+    return Target(make, feed, (AdapterError,))
+
+
 TARGETS: dict[str, Callable[[Random], Target]] = {
     "wire": _wire,
     "safetensors": _safetensors,
@@ -278,4 +308,5 @@ TARGETS: dict[str, Callable[[Random], Target]] = {
     "grpc-bodies": _grpc_bodies,
     "key-files": _key_files,
     "grammars": _grammars,
+    "adapters": _adapters,
 }
