@@ -11,6 +11,8 @@ penstock_environment() {
     command -v "$python" >/dev/null || python=python3
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
         { echo "Penstock needs Python 3.11 or newer (set PYTHON to one)" >&2; return 1; }
+    # An active environment may be the one that is about to be made anew: what it was made of stays.
+    python=$("$python" -c 'import os, sys; print(os.path.realpath(getattr(sys, "_base_executable", sys.executable)))')
     stamp=$root/.venv/penstock-environment
     wanted=$("$python" - "$root" <<'PY'
 import hashlib, platform, sys, tomllib
