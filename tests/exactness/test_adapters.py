@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from fakes.adapters import make_adapter
 from fakes.exactness import CheckpointSpec, covering_specs, expert_specs, family_specs, mixed_prompts
+from fakes.roaming import while_roaming
 from fakes.sharded_specs import sharded_specs
 from fakes.threaded_cluster import ThreadedCluster
 from fakes.variants import BLOCK_SIZE, Variant
@@ -57,6 +58,33 @@ def test_every_adapter_says_what_the_merged_model_says(
     requests = [asked(f"a{i}", prompt, refs[i % 4]) for i, prompt in enumerate(prompts)]
     answers = asyncio.run(_run(model.directory, tmp_path, variant, requests))
     judge_all(model, tmp_path, refs, prompts, [answer.tokens for answer in answers])
+
+
+@pytest.mark.timeout(120)
+def test_sequences_with_adapters_roam(checkpoint: Callable[[CheckpointSpec], Any], tmp_path: Path) -> None:
+    """They go on at another worker with their KV, again and again; each has a place less than there are adapters."""
+    model = checkpoint(MODELS[0])
+    refs = [None, *adapters_of(tmp_path, model.directory)]
+    prompts = mixed_prompts(model.spec.vocab, 12)
+    (mixed,) = Variant(split=False, chunk=64, caching=True, preempt=False).workers(model.directory)
+    adapters = AdapterSettings(str(tmp_path), max_loaded=2, max_rank=MAX_RANK)
+    workers = [replace(mixed, worker_id=f"mixed-{number}", adapters=adapters) for number in range(3)]
+
+    async def scenario() -> list[list[int]]:
+        outputs: list[list[int]] = []
+        async with ThreadedCluster(workers, VARIANTS[0].router) as cluster:
+            moves = 0
+            while moves <= len(prompts):
+                requests = [asked(f"{len(outputs)}-{i}", prompt, refs[i % 4]) for i, prompt in enumerate(prompts)]
+                found = await while_roaming(cluster.generator.router, cluster.generate(requests))
+                outputs += [answer.tokens for answer in found]
+                moves = sum(report.live_moves for report in cluster.reports)
+            assert sum(report.recomputed_tokens + report.migrations for report in cluster.reports) == 0
+        return outputs
+
+    outputs = asyncio.run(asyncio.wait_for(scenario(), 100.0))
+    judge_all(model, tmp_path, refs, prompts, outputs[: len(prompts)])
+    assert outputs == outputs[: len(prompts)] * (len(outputs) // len(prompts))
 
 
 @pytest.mark.timeout(240)

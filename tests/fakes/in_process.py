@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from penstock.workers.kv.storage import KVStorage
 from penstock.workers.model_build import build_model_runner
 from penstock.workers.protocol import EndReason, GenerateRequest, SamplingParams, Tokens
 from penstock.workers.runner import ModelRunner
+from penstock.workers.scheduler.adapters import Adapters
 from penstock.workers.scheduler.events import RefusedEvent, SequenceKey, StepOutcome, Work
 from penstock.workers.scheduler.grammars import Guides
 from penstock.workers.scheduler.plan import StepPlan
@@ -52,6 +54,7 @@ class InProcessWorker:
         on_device: bool = False,
         banks: int = 1,
         grammars: Guides | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         """`on_device`: the storage is a tensor on the runner's device, whatever that is.
 
@@ -67,7 +70,7 @@ class InProcessWorker:
         generations = self.storage.generations if banks == 1 else np.zeros(count, np.uint64)
         self.banks = make_banks(banks, num_blocks, generations, prefix_caching=prefix_caching)
         self.pool, self.cache = self.banks[0]
-        self.scheduler = Scheduler(scheduler, layout, *self.banks, grammars=grammars)
+        self.scheduler = Scheduler(scheduler, layout, *self.banks, grammars=grammars, adapters=adapters)
         self.runner = runner
         self.on_plan = on_plan
         self.preemptions = 0
@@ -92,6 +95,9 @@ class InProcessWorker:
         while any(output.end is EndReason.NONE for output in outputs):
             plan = self.scheduler.plan(now=0.0)
             self._check_events()
+            if plan is None and any(s.awaits_others for s in self.scheduler._roster.waiting.entries()):
+                time.sleep(0.001)
+                continue
             if plan is None:
                 raise RuntimeError("nothing can be computed, but requests are open")
             if self.on_plan is not None:

@@ -23,8 +23,8 @@ from penstock.workers.model.safetensors_header import HeaderEntry, header_bytes,
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
-_MAX_HEADER_SHARE = 64 << 20  # of a file beside its numbers
-_WIDEST = 8  # bytes of a stored number
+MAX_HEADER_BYTES = 8 << 20  # names and shapes of a few thousand tensors
+_WIDEST = 4  # bytes of a stored number
 _DTYPES = ("F32", "BF16", "F16")
 _FOLDER = re.compile(r"[A-Za-z0-9._-]{1,128}(/[A-Za-z0-9._-]{1,128}){0,7}\Z")
 _TENSOR = re.compile(
@@ -63,7 +63,7 @@ def read_adapter(directory: Path, folder: str, places: Mapping[Place, Size], max
     Of the largest file that could fit, no more is ever read.
     """
     home = _inside(directory, folder)
-    largest = _WIDEST * max_rank * sum(size.inputs + size.outputs for size in places.values()) + _MAX_HEADER_SHARE
+    largest = _WIDEST * max_rank * sum(size.inputs + size.outputs for size in places.values()) + MAX_HEADER_BYTES
     stated = _read(home / CONFIG_FILE, MAX_CONFIG_BYTES)
     config = parse_adapter_config(bytes(stated), f"{folder}/{CONFIG_FILE}", max_rank)
     if not (home / WEIGHTS_FILE).is_file() and any(home.glob("*.bin")):
@@ -72,6 +72,8 @@ def read_adapter(directory: Path, folder: str, places: Mapping[Place, Size], max
     where = f"{folder}/{WEIGHTS_FILE}"
     try:
         length = header_bytes(bytes(data[:8]), len(data), where)
+        if length > MAX_HEADER_BYTES:
+            raise AdapterError(f"{where}: a header of {length} bytes is more than an adapter's can be")
         entries = read_header(bytes(data[8 : 8 + length]), len(data) - 8 - length, where)
     except ModelError as error:
         raise AdapterError(str(error)) from error
