@@ -39,6 +39,7 @@ from penstock.kernels.native import kv_blocks as native_kv_blocks
 from penstock.kernels.native import latent_attention as native_latent_attention
 from penstock.kernels.native import library as native_library
 from penstock.kernels.native import linear as native_linear
+from penstock.kernels.native import lora as native_lora
 from penstock.kernels.native import moe as native_moe
 from penstock.kernels.packing import LoraPlan, PackedExperts, PackedWeight, QuantFormat, QuantizedWeight
 from penstock.kernels.ragged import AttentionLimits, AttentionPlan, AttentionWorkspace
@@ -204,6 +205,7 @@ NATIVE = dataclasses.replace(
     linear=native_linear.linear,
     pack_experts=native_moe.pack_experts,
     fused_moe=native_moe.fused_moe,
+    lora_add=native_lora.lora_add,
     write_kv=native_kv_blocks.write_kv,
     plan_attention=native_attention.plan_attention,
     rotate_and_store=native_elementwise.rotate_and_store,

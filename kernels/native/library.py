@@ -26,6 +26,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "norm_wide": [_ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _SIZE, ctypes.c_float],
     "gate": [_ADDRESS, _ADDRESS, _SIZE, _SIZE, ctypes.c_int],
     "moe": [_ADDRESS] * 9,
+    "lora": [_ADDRESS] * 8,
     "rotate_and_store": [_ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _ADDRESS],
 }
 # Those that answer with a number, under their whole names.
