@@ -157,7 +157,7 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("row", every(4, ROWS), ids=lambda row: row.name.replace(" ", "-"))
+@pytest.mark.parametrize("row", every(7, ROWS), ids=lambda row: row.name.replace(" ", "-"))
 def test_row(row: Row, tmp_path: Path) -> None:
     home = Home(tmp_path / "adapters")
     early = home.requests(24, row.names)
