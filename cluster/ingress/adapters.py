@@ -131,7 +131,8 @@ class Adapters:
     def look(self) -> None:
         """Look once at everything; read what has changed."""
         self._read_file()
-        wanted = {**self._settings.modules, **self._entries, **self._settings.modules}
+        configured = self._settings.modules  # first, and as they say
+        wanted = {**configured, **self._entries, **configured}
         for name in [name for name in self._listed if name not in wanted]:
             self._drop(name)
         due = self._due(list(wanted))

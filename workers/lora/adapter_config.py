@@ -7,14 +7,14 @@ ignored. Needs no torch. Source of the fields: PEFT's LoraConfig; scale alpha / 
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from penstock.workers.errors import AdapterError
+from penstock.workers.errors import AdapterError, ModelError
+from penstock.workers.model.config import parse_raw_config
 
 _PATTERN_KEY = re.compile(r"[A-Za-z0-9_.]{1,200}\Z")
 _MAX_PATTERNS = 4096
@@ -38,6 +38,7 @@ _HARMLESS: Mapping[str, tuple[object, ...]] = {
 }
 # Ways to begin training that also change the model's own weights.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+_Wrong = Callable[[str, str], AdapterError]  # of a key, and why
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +63,9 @@ def parse_adapter_config(text: bytes, where: str, max_rank: int) -> AdapterConfi
         return AdapterError(f"{where}: {key!r}: {why}")
 
     try:
-        raw = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{where}: not JSON: {error!s:.200}") from error
-    if not isinstance(raw, dict):
-        raise AdapterError(f"{where}: the top level must be an object")
+        raw = parse_raw_config(text, where)
+    except ModelError as error:
+        raise AdapterError(str(error)) from error
     if raw.get("peft_type", "LORA") != "LORA":
         raise wrong("peft_type", f"{raw['peft_type']!s:.40} is not LORA")
     for key, harmless in _HARMLESS.items():
@@ -91,7 +90,7 @@ def _found(patterns: Mapping[str, Any], target: str, otherwise: Any) -> Any:
     return next((value for key, value in patterns.items() if f".{target}".endswith(f".{key}")), otherwise)
 
 
-def _rank(wrong: Any, key: str, value: object, most: int) -> int:
+def _rank(wrong: _Wrong, key: str, value: object, most: int) -> int:
     if type(value) is not int or value < 1:
         raise wrong(key, "a rank must be a whole number above 0")
     if value > most:
@@ -99,7 +98,7 @@ def _rank(wrong: Any, key: str, value: object, most: int) -> int:
     return value
 
 
-def _alpha(wrong: Any, key: str, value: object) -> float:
+def _alpha(wrong: _Wrong, key: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise wrong(key, "must be a number")
     if not 0 <= value <= _MAX_ALPHA:
@@ -107,7 +106,7 @@ def _alpha(wrong: Any, key: str, value: object) -> float:
     return float(value)
 
 
-def _pattern(wrong: Any, raw: Mapping[str, Any], name: str) -> list[tuple[str, Any]]:
+def _pattern(wrong: _Wrong, raw: Mapping[str, Any], name: str) -> list[tuple[str, Any]]:
     patterns = raw.get(name) or {}
     if not isinstance(patterns, dict) or len(patterns) > _MAX_PATTERNS:
         raise wrong(name, "must be an object of names and numbers")

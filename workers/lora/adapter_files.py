@@ -51,11 +51,6 @@ class AdapterFiles:
     data_offset: int  # from where entries count
     updates: Mapping[Place, LowRank]
 
-    @property
-    def max_rank(self) -> int:
-        """Of its projections."""
-        return max(update.rank for update in self.updates.values())
-
 
 def read_adapter(directory: Path, folder: str, places: Mapping[Place, Size], max_rank: int) -> AdapterFiles:
     """Read and check `directory/folder` for a model with these `places`. Raises AdapterError naming file and tensor.

@@ -12,6 +12,8 @@ V vocabulary, B blocks, L layers, C = 2 (key, value), P slots of a block, X expe
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,6 +33,7 @@ from penstock.workers.parallel.collectives import Alone, Collectives
 from penstock.workers.parallel.shards import TensorShard
 
 ALONE = Alone()
+Adapt = Callable[[tuple[str, ...], Tensor, Tensor], None]  # `StepAdapters.add` of one layer
 RopeTables = tuple[Tensor, Tensor]  # cosine and sine, each [positions or T, D / 2]
 EXPERT_ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu"}  # the config's name -> that of `ops.fused_moe`
 
@@ -146,16 +149,14 @@ class Decoder:
                     return residual[:0]
                 attended, residual = attended.index_select(0, wanted), residual.index_select(0, wanted)
             projected = ops.linear(attended, layer.output)
-            if adapters is not None:
-                adapters.add(number, ("o_proj",), projected, attended, wanted=last)
+            adapt = None if adapters is None else functools.partial(adapters.add, number, wanted=last)
+            if adapt is not None:
+                adapt(("o_proj",), projected, attended)
             projected = self._group.all_reduce(projected)
             if layer.attended_norm is not None:
                 projected = ops.rms_norm(projected, layer.attended_norm, eps)
             hidden, residual = ops.add_rms_norm(projected, residual, layer.mlp_norm, eps)
-            if adapters is not None and isinstance(layer.mlp, DenseMlp):
-                expanded = self._group.all_reduce(self._expand_adapted(number, hidden, layer.mlp, adapters, last))
-            else:
-                expanded = self._group.all_reduce(self._expand(hidden, layer.mlp))
+            expanded = self._group.all_reduce(self._expand(hidden, layer.mlp, adapt))
             if layer.expanded_norm is not None:
                 expanded = ops.rms_norm(expanded, layer.expanded_norm, eps)
             following = layers[number + 1].input_norm if number + 1 < len(layers) else self._weights.final_norm
@@ -190,10 +191,17 @@ class Decoder:
             embedded = self._group.all_reduce(embedded)
         return embedded.mul_(self._embedding_scale) if self._embedding_scale != 1.0 else embedded
 
-    def _expand(self, hidden_TE: Tensor, mlp: DenseMlp | ExpertMlp) -> Tensor:
-        """The feed-forward block, or the rank's term of it, [T, E]."""
+    def _expand(self, hidden_TE: Tensor, mlp: DenseMlp | ExpertMlp, adapt: Adapt | None = None) -> Tensor:
+        """The feed-forward block, or the rank's term of it, [T, E]. Experts are not adapted."""
         if isinstance(mlp, DenseMlp):
-            return ops.linear(self._gated(ops.linear(hidden_TE, mlp.gate_up)), mlp.down)
+            gate_up = ops.linear(hidden_TE, mlp.gate_up)
+            if adapt is not None:
+                adapt(("gate_proj", "up_proj"), gate_up, hidden_TE)
+            gated = self._gated(gate_up)
+            expanded = ops.linear(gated, mlp.down)
+            if adapt is not None:
+                adapt(("down_proj",), expanded, gated)
+            return expanded
         chosen = self._consult(hidden_TE, mlp)
         if mlp.shared is None:
             return chosen
@@ -201,17 +209,6 @@ class Decoder:
         if mlp.shared.gate is not None:
             common.mul_(ops.linear(hidden_TE, mlp.shared.gate).sigmoid_())
         return chosen.add_(common)
-
-    def _expand_adapted(
-        self, number: int, hidden_TE: Tensor, mlp: DenseMlp, adapters: StepAdapters, last: bool
-    ) -> Tensor:
-        """The dense block of this layer with what the tokens' adapters change, [T, E]."""
-        gate_up = ops.linear(hidden_TE, mlp.gate_up)
-        adapters.add(number, ("gate_proj", "up_proj"), gate_up, hidden_TE, wanted=last)
-        gated = self._gated(gate_up)
-        expanded = ops.linear(gated, mlp.down)
-        adapters.add(number, ("down_proj",), expanded, gated, wanted=last)
-        return expanded
 
     def _consult(self, hidden_TE: Tensor, mlp: ExpertMlp) -> Tensor:
         """What each token's own experts say, [T, E]. Logits are of the router's dtype, probabilities float32."""

@@ -87,7 +87,7 @@ class AdapterRows:
 
     def check(self) -> None:
         """Raises IntegrityError unless every place is held by as many rows as have it."""
-        held = np.bincount(self._place_of[self._place_of >= 0], minlength=0).tolist()
+        held = np.bincount(self._place_of[self._place_of >= 0]).tolist()
         if self._used != sum(held):
             raise IntegrityError(f"{sum(held)} rows have an adapter, {self._used} were counted")
         if self.places is not None and self.places.holders != {p: n for p, n in enumerate(held) if n}:
@@ -109,11 +109,6 @@ class AdapterPlaces:
     def holders(self) -> dict[int, int]:
         """Rows of each place that has any."""
         return self._holders
-
-    @property
-    def num_filled(self) -> int:
-        """Places with an adapter."""
-        return len(self._places)
 
     def has_room(self, adapter: LoadedAdapter) -> bool:
         """Whether `take` would find a place."""

@@ -95,8 +95,8 @@ class StepPlan:
     embed_rows: I32 = field(default_factory=lambda: np.zeros(0, np.int32))  # of `sample_rows`: whose state is wanted
     num_continued: int = 0  # sequences of the rows behind these got their slot for this step
     follows: bool = False  # planned before the tokens of the step before were known
-    adapters: I32 = field(default_factory=lambda: np.zeros(0, np.int32))  # [N] place of each row's adapter, -1 = none;
-    # empty where no row has one
+    # [N] place of each row's adapter, -1 = none; empty where no row has one
+    adapters: I32 = field(default_factory=lambda: np.zeros(0, np.int32))
 
     @property
     def num_tokens(self) -> int:
