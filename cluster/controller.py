@@ -38,6 +38,7 @@ from penstock.cluster.settings import PoolSettings
 from penstock.cluster.supervision import Backoff, StartError, Supervisor
 from penstock.cluster.validation import pools_problem
 from penstock.workers.errors import ConfigError
+from penstock.workers.priority import take_normal_priority
 from penstock.workers.protocol import Role
 from penstock.workers.settings import LogSettings
 
@@ -68,6 +69,7 @@ class Controller:
 
     def __init__(self, spec: ControllerSpec) -> None:
         begin_logs(spec.logs, "controller")
+        take_normal_priority()
         self._spec = spec
         now = time.monotonic()
         self._attendance = Attendance(spec.lease_s, now)

@@ -49,6 +49,7 @@ from penstock.cluster.supervision import StartError
 from penstock.cluster.text import load_text
 from penstock.cluster.tracing import observing, open_tracer
 from penstock.workers.errors import ConfigError
+from penstock.workers.priority import take_normal_priority
 from penstock.workers.tls import open_peer_tls, server_context, server_pair
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ class IngressReplica(GrpcMethods):
         front = config.front
         text = load_text(model, front.skip_tokenizer_init, config.scheduler.max_model_len, front.tool_call_parser)
         begin_logs(config.logs, f"ingress-{os.getpid()}")
+        take_normal_priority()
         if spec.identity is None and config.tls.cert_file:
             log.warning("tls is for our own listeners; Serve's proxies speak as their own options say (http_options)")
         if spec.identity is None:  # `penstock serve` says it on its terminal

@@ -169,17 +169,11 @@ class Links:
         await asyncio.gather(*(link.close() for link in links), *self._closing)
 
     async def _watch_overdue(self) -> None:
-        """Cut the streams of workers whose heartbeat or progress is overdue."""
-        last = self.now()
+        """Cut the streams of workers that are silent or stuck."""
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
-            now = self._looked_at = self.now()
-            # This process itself stood still: heartbeats wait unread in its sockets, so judge at the next tick.
-            stalled = now - last > 3 * WATCH_INTERVAL_S
-            last = now
-            if stalled:
-                continue
-            for worker_id, reason in self._router.overdue(now):
+            self._looked_at = self.now()
+            for worker_id, reason in self._router.overdue(self._looked_at):
                 link = self._links.get(worker_id)
                 if link is not None and link.attached:
                     log.warning("worker %s is overdue: %s", worker_id, reason)

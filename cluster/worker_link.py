@@ -177,6 +177,7 @@ class WorkerLink:
             stream.send(RequestSnapshot())
             self._tell()
             async for message in stream:
+                self._router.heard(welcome.worker_id)
                 self._deliver(message)
         finally:
             renewal.cancel()

@@ -25,6 +25,7 @@ from penstock.workers.protocol import Load, Role, Welcome
 from penstock.workers.transfer.head_slices import reason_against
 
 _EXPECTED_BACK_S = 60.0  # a lost worker is being restarted: so long nobody who does not fit takes its place
+_LEAST_LOOKS = 6  # at a worker, all of which find it silent, before it is given up
 _RATE_MEMORY = 0.9  # weight of the past in the measured prefill rate, per completed prompt
 
 
@@ -36,7 +37,7 @@ class WorkerView:
     joined_at: float
     breaker: Breaker
     load: Load | None = None
-    load_at: float = 0.0
+    quiet_s: float = 0.0  # since it was last heard, as far as this process listened
     sequences: int = 0  # own, in flight
     prefill_tokens: int = 0  # own, sent and not yet computed
     blocks: int = 0  # own, asked for
@@ -135,7 +136,7 @@ class Fleet:
             welcome.worker_id, Breaker(settings.breaker_failures, settings.breaker_open_s, settings.breaker_max_s)
         )
         average = self._average_work(now)  # a newcomer starts level, or it would get everything at first
-        self.workers[welcome.worker_id] = WorkerView(welcome, now, breaker, load_at=now, work=average, work_at=now)
+        self.workers[welcome.worker_id] = WorkerView(welcome, now, breaker, work=average, work_at=now)
         self.version += 1
         return True
 
@@ -157,7 +158,7 @@ class Fleet:
             self.version += 1
         return view
 
-    def load_arrived(self, worker_id: str, load: Load, now: float) -> None:
+    def load_arrived(self, worker_id: str, load: Load) -> None:
         """Take in a heartbeat. What exceeds the router's own counters belongs to other routers."""
         view = self.workers.get(worker_id)
         if view is None:
@@ -170,15 +171,27 @@ class Fleet:
             view.draining = True
             self.version += 1
         view.load = load
-        view.load_at = now
+        view.quiet_s = 0.0
         view.prefill_per_s = _prefill_per_s(view.welcome, load)
 
+    def heard(self, worker_id: str) -> None:
+        """The worker said something, whatever it was."""
+        view = self.workers.get(worker_id)
+        if view is not None:
+            view.quiet_s = 0.0
+
     def overdue(self, now: float) -> list[tuple[str, str]]:
-        """Workers to give up, with the reason: no heartbeat, or work whose step does not move."""
+        """Workers to give up, with the reason: nothing heard of them, or work whose step does not move.
+
+        A process that slept, or gets little of its cores, has what they say unread in its sockets and must not blame
+        them: between two looks no more counts as silence than a look should take, and only the next look judges it.
+        """
         last, self._judged_at = self._judged_at, now
-        if last is None or now - last > self._settings.heartbeat_timeout_s / 2:
-            return []  # this process slept; heartbeats may be waiting to be read
-        verdicts = ((view.worker_id, self._verdict(view, now)) for view in self.workers.values())
+        verdicts = [(view.worker_id, self._verdict(view)) for view in self.workers.values()]
+        if last is not None:
+            listened_s = min(now - last, self._settings.heartbeat_timeout_s / _LEAST_LOOKS)
+            for view in self.workers.values():
+                view.quiet_s += listened_s
         return [(worker_id, reason) for worker_id, reason in verdicts if reason is not None]
 
     def stake(self, worker_id: str, prefill_tokens: int, blocks: int, now: float) -> Stake:
@@ -274,11 +287,10 @@ class Fleet:
         views = self.workers.values()
         return sum(self.recent_work(view, now) for view in views) / len(views) if views else 0.0
 
-    def _verdict(self, view: WorkerView, now: float) -> str | None:
+    def _verdict(self, view: WorkerView) -> str | None:
         settings = self._settings
-        silent_s = now - view.load_at
-        if silent_s > settings.heartbeat_timeout_s:
-            return f"no heartbeat for {silent_s:.1f} s"
+        if view.quiet_s > settings.heartbeat_timeout_s:
+            return f"silent for {view.quiet_s:.1f} s"
         load = view.load
         if load is None:
             return None

@@ -4,6 +4,7 @@ Links (in `cluster/`) call, always on the one thread that also runs the request 
 
     worker_joined(welcome, now)             after each Welcome, also a returning worker's; send RequestSnapshot then
     worker_lost(worker_id, reason, now)     before the link tells its channels `Lost`
+    heard(worker_id)                        each message
     load_arrived(worker_id, load, now)      each heartbeat
     kv_events(worker_id, events) -> bool    True: events are missing, send RequestSnapshot
     kv_snapshot(worker_id, snapshot)        its answer
@@ -83,10 +84,14 @@ class Router:
             self.fleet.expect_back(view, now)
             self._fleet_changed()
 
+    def heard(self, worker_id: str) -> None:
+        """A message of any kind: a sign of life."""
+        self.fleet.heard(worker_id)
+
     def load_arrived(self, worker_id: str, load: Load, now: float) -> None:
         """A heartbeat."""
         before = self.fleet.version
-        self.fleet.load_arrived(worker_id, load, now)
+        self.fleet.load_arrived(worker_id, load)
         if self.fleet.version != before:
             self._fleet_changed()
             self.moves.tick(self._journeys, now)

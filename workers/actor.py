@@ -20,7 +20,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NoReturn
 
 from penstock.workers.assembly import Worker, build_worker
@@ -30,6 +29,7 @@ from penstock.workers.group_assembly import build_follower
 from penstock.workers.logs import configure
 from penstock.workers.parallel.follower import Follower, FollowerParts
 from penstock.workers.parallel.leader import GroupLeader
+from penstock.workers.priority import take_normal_priority
 from penstock.workers.process import EXIT_ENGINE_FAILED, EXIT_ORPHANED, SWITCH_INTERVAL_S
 from penstock.workers.process_limits import take_limits
 from penstock.workers.settings import WorkerSettings
@@ -208,11 +208,3 @@ def release_placement() -> None:
 
 def _why(error: Exception) -> dict[str, object]:
     return {"error": type(error).__name__, "message": str(error), "key": getattr(error, "key", None)}
-
-
-def take_normal_priority() -> None:
-    """Undo the low priority that Ray gives to actors: workers are who serves. Needs the right to; goes on without."""
-    with contextlib.suppress(PermissionError, ProcessLookupError):
-        for thread in Path("/proc/self/task").iterdir():  # Linux keeps a priority per thread
-            if os.getpriority(os.PRIO_PROCESS, int(thread.name)) > 0:
-                os.setpriority(os.PRIO_PROCESS, int(thread.name), 0)

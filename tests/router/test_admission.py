@@ -241,7 +241,7 @@ def test_the_check_checks() -> None:
 def slow_house(places: int = 4, tokens_per_step: int = 512) -> tuple[Fleet, Admission]:
     """A worker whose answers of 10 tokens take a second: the house turns over once a second."""
     fleet = fleet_of(welcome("a", max_num_seqs=places, max_num_batched_tokens=tokens_per_step))
-    fleet.load_arrived("a", load(step_base_s=0.1, step_token_s=0.0), 0.0)
+    fleet.load_arrived("a", load(step_base_s=0.1, step_token_s=0.0))
     return fleet, Admission(AdmissionSettings(ttft_target_s=2.0, admit_ratio=1.0), fleet, lambda: 0.5)
 
 
@@ -274,7 +274,7 @@ def test_a_caller_may_ask_for_less_patience_and_for_no_more() -> None:
 def test_a_long_prompt_may_still_wait_for_half_the_target() -> None:
     """It would be refused for ever if its own computing counted in full."""
     fleet, admission = slow_house()
-    fleet.load_arrived("a", load(step_base_s=0.1, step_token_s=0.001), 1.0)
+    fleet.load_arrived("a", load(step_base_s=0.1, step_token_s=0.001))
     fill(admission, 4, "t")
     admission.arrive(ticket("t", prefill=10_000), 1.0)
     assert admission.waiting == 1
@@ -298,7 +298,7 @@ def test_who_cannot_begin_in_time_any_more_is_shed_the_last_first() -> None:
     waiting = fill(admission, 5, "t")
     admission.shed_late(0.0)
     assert not any(each.shed for each in waiting)
-    fleet.load_arrived("a", load(step_base_s=0.3, step_token_s=0.0), 0.0)
+    fleet.load_arrived("a", load(step_base_s=0.3, step_token_s=0.0))
     admission.shed_late(0.1)
     assert [each.shed is None for each in waiting] == [True, True, False, False, False]
     assert admission.waiting == 2
@@ -318,6 +318,6 @@ def test_a_further_choice_of_a_running_call_is_never_late() -> None:
 
 def test_an_empty_house_takes_what_it_could_never_serve_in_time() -> None:
     fleet, admission = slow_house()
-    fleet.load_arrived("a", load(step_base_s=5.0, step_token_s=1.0), 0.0)
+    fleet.load_arrived("a", load(step_base_s=5.0, step_token_s=1.0))
     admission.arrive(ticket("t", prefill=10_000), 0.0)
     assert admission.inside == 1

@@ -13,7 +13,7 @@ from penstock.workers.totals import WorkerTotals
 
 def measured(role: Role = Role.DECODE, **figures: object) -> Fleet:
     fleet = fleet_of(welcome("w", role, max_num_seqs=64, max_num_batched_tokens=512))
-    fleet.load_arrived("w", load(step_base_s=0.02, step_token_s=0.001, **figures), 0.0)  # type: ignore[arg-type]
+    fleet.load_arrived("w", load(step_base_s=0.02, step_token_s=0.001, **figures))  # type: ignore[arg-type]
     return fleet
 
 

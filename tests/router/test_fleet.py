@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from penstock.router.capacity import prefill_limit
-from penstock.router.fleet import Stake
+from penstock.router.fleet import Fleet, Stake
 from penstock.router.settings import HealthSettings
 from penstock.workers.protocol import Role
 
@@ -49,7 +49,7 @@ class StakesMachine(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(IDS), running=st.integers(0, 50), free=st.integers(0, 1000))
     def report(self, name: str, running: int, free: int) -> None:
-        self.fleet.load_arrived(name, load(running=running, free_blocks=free), self.now)
+        self.fleet.load_arrived(name, load(running=running, free_blocks=free))
 
     @rule(seconds=st.floats(0, 100))
     def wait(self, seconds: float) -> None:
@@ -76,7 +76,7 @@ def test_what_a_heartbeat_has_beyond_our_own_belongs_to_others() -> None:
     fleet = fleet_of(welcome("a"))
     view = fleet.workers["a"]
     stake = fleet.stake("a", 100, 10, 1.0)
-    fleet.load_arrived("a", load(running=3, waiting=1, queued_prefill_tokens=250, free_blocks=900), 1.5)
+    fleet.load_arrived("a", load(running=3, waiting=1, queued_prefill_tokens=250, free_blocks=900))
     assert (view.all_sequences, view.queued_tokens, view.free_blocks) == (4, 250, 900)
     fleet.close(stake)
     assert (view.all_sequences, view.queued_tokens, view.free_blocks) == (3, 150, 910)
@@ -92,17 +92,45 @@ def test_the_check_checks() -> None:
         fleet.check_integrity([stake])
 
 
-def test_silence_is_a_verdict_but_not_after_our_own_sleep() -> None:
-    fleet = fleet_of(welcome("a"), settings=HealthSettings(heartbeat_timeout_s=2.0))
-    for tick in range(8):
-        assert fleet.overdue(tick * 0.25) == []
-    fleet.load_arrived("a", load(), 1.9)
-    for tick in range(8, 16):
-        assert fleet.overdue(tick * 0.25) == []
-    assert fleet.overdue(3.9) == []
-    assert [worker_id for worker_id, _ in fleet.overdue(4.0)] == ["a"]
-    assert fleet.overdue(60.0) == [], "this process slept: its sockets are full of heartbeats"
-    assert [worker_id for worker_id, _ in fleet.overdue(60.25)] == ["a"]
+def looks(fleet: Fleet, first_s: float, every_s: float, count: int) -> list[float]:
+    """When, of so many looks, somebody was to be given up."""
+    return [now for now in (first_s + look * every_s for look in range(count)) if fleet.overdue(now)]
+
+
+def patient_fleet() -> Fleet:
+    return fleet_of(welcome("a"), settings=HealthSettings(heartbeat_timeout_s=2.0))
+
+
+def test_silence_is_a_verdict() -> None:
+    fleet = patient_fleet()
+    assert looks(fleet, 0.0, 0.25, 8) == []
+    fleet.load_arrived("a", load())  # after 1.75 s
+    assert looks(fleet, 2.0, 0.25, 8) == []
+    assert looks(fleet, 4.0, 0.25, 2) == [4.25]
+
+
+def test_whatever_a_worker_says_is_a_sign_of_life() -> None:
+    fleet = patient_fleet()
+    for turn in range(20):
+        assert looks(fleet, turn * 1.5, 0.25, 6) == []
+        fleet.heard("a")
+
+
+def test_our_own_sleep_is_not_the_workers_silence() -> None:
+    """Its heartbeats are in this process's sockets: the loop reads them before the next look."""
+    fleet = patient_fleet()
+    assert looks(fleet, 0.0, 0.25, 8) == []
+    assert fleet.overdue(60.0) == []
+    fleet.heard("a")
+    assert looks(fleet, 60.25, 0.25, 8) == []
+    assert looks(fleet, 62.25, 0.25, 2) == [62.5]
+
+
+def test_a_starved_process_looks_more_than_twice_before_it_gives_up() -> None:
+    """With a look every 0.9 s, two of them would span the 2 s of a worker whose words wait in the sockets."""
+    fleet = patient_fleet()
+    assert looks(fleet, 0.0, 0.9, 8) == []
+    assert fleet.overdue(8 * 0.9), "but it does give up"
 
 
 @pytest.mark.parametrize(
@@ -112,23 +140,23 @@ def test_silence_is_a_verdict_but_not_after_our_own_sleep() -> None:
 def test_a_step_is_judged_by_its_prediction(predicted_s: float, age_s: float, stuck: bool) -> None:
     fleet = fleet_of(welcome("a"))
     fleet.overdue(0.0)
-    fleet.load_arrived("a", load(predicted_step_s=predicted_s, step_age_s=age_s, running=1), 0.1)
+    fleet.load_arrived("a", load(predicted_step_s=predicted_s, step_age_s=age_s, running=1))
     assert bool(fleet.overdue(0.2)) is stuck
 
 
 def test_a_drain_is_for_good() -> None:
     """The engine says it at once; a heartbeat whose figures are from before may be sent after."""
     fleet = fleet_of(welcome("a"), welcome("b"))
-    fleet.load_arrived("a", load(draining=True), 0.0)
+    fleet.load_arrived("a", load(draining=True))
     version = fleet.version
-    fleet.load_arrived("a", load(), 0.1)
+    fleet.load_arrived("a", load())
     assert fleet.workers["a"].draining
     assert fleet.version == version
 
 
 def test_usable_leaves_out_the_draining_the_claimed_and_the_broken() -> None:
     fleet = fleet_of(*(welcome(name) for name in "abcd"), welcome("p", Role.PREFILL))
-    fleet.load_arrived("a", load(draining=True), 0.0)
+    fleet.load_arrived("a", load(draining=True))
     fleet.workers["b"].claimed_by = "r1"
     for _ in range(3):
         fleet.workers["c"].breaker.failed(0.0)

@@ -81,7 +81,7 @@ def test_the_cap_on_local_prefill_can_be_set(cap: int) -> None:
 def test_busy_prefill_workers_push_short_prompts_to_decode() -> None:
     bench = Bench(SPLIT)
     for name in ("p0", "p1"):
-        bench.fleet.load_arrived(name, load(queued_prefill_tokens=5000), 0.0)
+        bench.fleet.load_arrived(name, load(queued_prefill_tokens=5000))
     route = bench.choose(300)
     assert route is not None
     assert route.prefill is None
@@ -91,7 +91,7 @@ def test_a_burst_of_short_prompts_takes_no_more_of_decode_workers_than_their_nex
     bench = Bench(SPLIT)
     budget = bench.fleet.workers["d0"].welcome.max_num_batched_tokens
     for name in ("p0", "p1"):
-        bench.fleet.load_arrived(name, load(queued_prefill_tokens=100_000), 0.0)
+        bench.fleet.load_arrived(name, load(queued_prefill_tokens=100_000))
     local = 0
     for _ in range(50):
         route = bench.choose(100)
@@ -105,7 +105,7 @@ def test_a_burst_of_short_prompts_takes_no_more_of_decode_workers_than_their_nex
 def test_a_cap_of_several_steps_is_meant() -> None:
     bench = Bench(SPLIT, PlacementSettings(local_prefill_tokens=3000))
     for name in ("p0", "p1"):
-        bench.fleet.load_arrived(name, load(queued_prefill_tokens=100_000), 0.0)
+        bench.fleet.load_arrived(name, load(queued_prefill_tokens=100_000))
     assert bench.fleet.workers["d0"].welcome.max_num_batched_tokens < 2000
     route = bench.choose(2000)
     assert route is not None
@@ -116,14 +116,14 @@ def test_a_token_costs_more_where_it_takes_longer() -> None:
     """Decode workers with long steps are no relief for prefill workers that are through their queue in no time."""
     bench = Bench(SPLIT)
     for name in ("p0", "p1"):
-        bench.fleet.load_arrived(name, load(queued_prefill_tokens=5000, step_base_s=0.01), 0.0)
+        bench.fleet.load_arrived(name, load(queued_prefill_tokens=5000, step_base_s=0.01))
     for name in ("d0", "d1"):
-        bench.fleet.load_arrived(name, load(step_base_s=0.012), 0.0)
+        bench.fleet.load_arrived(name, load(step_base_s=0.012))
     route = bench.choose(300)
     assert route is not None
     assert route.prefill is None, "nearly as fast: as before"
     for name in ("d0", "d1"):
-        bench.fleet.load_arrived(name, load(step_base_s=0.3), 0.0)
+        bench.fleet.load_arrived(name, load(step_base_s=0.3))
     route = bench.choose(300)
     assert route is not None
     assert route.split
@@ -135,7 +135,7 @@ def test_prefill_goes_where_the_prefix_is_unless_the_queue_outweighs_it() -> Non
     route = bench.choose(3000)
     assert route is not None
     assert (route.prefill, route.prefill_tokens) == ("p1", 1000)
-    bench.fleet.load_arrived("p1", load(queued_prefill_tokens=21000), 0.0)
+    bench.fleet.load_arrived("p1", load(queued_prefill_tokens=21000))
     route = bench.choose(3000)
     assert route is not None
     assert (route.prefill, route.prefill_tokens) == ("p0", 3000)
@@ -144,7 +144,7 @@ def test_prefill_goes_where_the_prefix_is_unless_the_queue_outweighs_it() -> Non
 def test_a_full_decode_worker_is_left_alone() -> None:
     bench = Bench(SPLIT)
     bench.holds("d0", 900)
-    bench.fleet.load_arrived("d0", load(free_blocks=3), 0.0)
+    bench.fleet.load_arrived("d0", load(free_blocks=3))
     route = bench.choose(1000)
     assert route is not None
     assert route.decode == "d1"
@@ -191,7 +191,7 @@ def test_where_no_prefill_worker_fits_the_others_compute_prompts_themselves(othe
 def test_mixed_workers_do_both_and_stand_in_for_decode() -> None:
     assert Bench({"m0": Role.MIXED}).choose(4000) == Route(None, "m0", 4000, 4000)
     bench = Bench({"p0": Role.PREFILL, "m0": Role.MIXED})
-    bench.fleet.load_arrived("m0", load(queued_prefill_tokens=90_000), 0.0)
+    bench.fleet.load_arrived("m0", load(queued_prefill_tokens=90_000))
     route = bench.choose(4000)
     assert route is not None
     assert (route.prefill, route.decode) == ("p0", "m0")
@@ -220,10 +220,10 @@ def test_room_elsewhere() -> None:
     assert not elsewhere(0), "both have room: it has but to wait for its turn"
     assert not elsewhere(900)
     assert elsewhere(1000)
-    bench.fleet.load_arrived("d0", load(free_blocks=0), 0.0)
+    bench.fleet.load_arrived("d0", load(free_blocks=0))
     assert elsewhere(0)
     assert not elsewhere(0, "d1")
-    bench.fleet.load_arrived("d1", load(free_blocks=10), 0.0)
+    bench.fleet.load_arrived("d1", load(free_blocks=10))
     assert not elsewhere(1000)
 
 

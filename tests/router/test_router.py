@@ -60,8 +60,9 @@ def test_draining_is_a_change_and_a_plain_heartbeat_is_not() -> None:
 def test_overdue_asks_the_fleet() -> None:
     router = Router(RouterSettings())
     router.worker_joined(welcome("a"), 0.0)
-    router.overdue(2.0)
-    assert [worker_id for worker_id, _ in router.overdue(2.5)] == ["a"]
+    found = [router.overdue(look * 0.25) for look in range(11)]
+    assert [worker_id for worker_id, _ in found[-1]] == ["a"]
+    assert not any(found[:-2])
 
 
 @pytest.mark.parametrize(
