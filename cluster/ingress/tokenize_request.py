@@ -14,7 +14,7 @@ from penstock.cluster.ingress.messages import encode_messages
 from penstock.cluster.ingress.sampling_fields import read_model, refuse_unsupported
 from penstock.cluster.ingress.settings import IngressSettings
 from penstock.cluster.ingress.template_variables import read_continuation, read_variables
-from penstock.cluster.ingress.tool_fields import read_tools
+from penstock.cluster.ingress.tool_fields import check_tools, read_tools
 from penstock.cluster.text import TextCodec
 from penstock.workers.errors import RequestError
 
@@ -59,8 +59,7 @@ def _ids(fields: Fields, settings: IngressSettings, text: TextCodec) -> list[int
     if not isinstance(prompt, str):
         raise fields.refuse("prompt", f"must be a string, not {shown(prompt)}", "invalid_type")
     fields.text("prompt", settings.limits.max_tokenize_bytes)
-    (
-        read_variables(fields, settings, text),
-        read_continuation(fields),
-    )  # they say nothing of a prompt, but may not be wrong
+    read_variables(fields, settings, text)  # these three say nothing of a prompt, but may not be wrong
+    read_continuation(fields)
+    check_tools(fields, settings)
     return text.encode(prompt, "prompt", fields.boolean("add_special_tokens", default=True))

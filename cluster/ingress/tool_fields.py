@@ -56,6 +56,12 @@ def read_tools(fields: Fields, settings: IngressSettings, text: TextCodec) -> To
     return ToolPlan(told, asked, form, several, bool(name), grammar)
 
 
+def check_tools(fields: Fields, settings: IngressSettings) -> None:
+    """Of a request that they change nothing of. Raises RequestError naming the field."""
+    fields.boolean("parallel_tool_calls")
+    _choice(fields, {tool["name"]: _schema(tool) for tool in _tools(fields, settings)})
+
+
 def _possible(fields: Fields, settings: IngressSettings, text: TextCodec, plan: ToolPlan, strict: set[str]) -> ToolPlan:
     """The plan with calls that may come, or not."""
     if text.tool_format is None or not settings.auto_tool_choice:

@@ -261,6 +261,32 @@ def test_tokenize_and_back(serve: Any, codec: TextCodec) -> None:
     assert post(server, "/tokenize", prompt="word " * 2000)[1]["count"] > 512  # whole documents, for callers who cut
 
 
+@pytest.mark.parametrize(
+    ("wrong", "field"),
+    [
+        ({"tools": {}}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "a*"}}]}, "tools[0].function.name"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "a", "parameters": []}}]},
+            "tools[0].function.parameters",
+        ),
+        ({"tool_choice": "auto"}, "tool_choice"),
+        ({"parallel_tool_calls": "yes"}, "parallel_tool_calls"),
+        ({"continue_final_message": 7}, "continue_final_message"),
+        ({"chat_template_kwargs": []}, "chat_template_kwargs"),
+    ],
+)
+def test_what_says_nothing_of_a_prompt_may_still_not_be_wrong(serve: Any, wrong: dict[str, Any], field: str) -> None:
+    status, found = post(serve(FakeGenerator()), "/tokenize", prompt="x", **wrong)
+    assert (status, found["error"]["param"]) == (400, field)
+
+
+def test_tools_beside_a_prompt_to_tokenize_change_nothing(serve: Any) -> None:
+    server = serve(FakeGenerator())
+    tools = [{"type": "function", "function": {"name": "a"}}]
+    assert post(server, "/tokenize", prompt="x", tools=tools)[1] == post(server, "/tokenize", prompt="x")[1]
+
+
 def test_tokenizer_info_version_live(serve: Any) -> None:
     server = serve(FakeGenerator(), enable_tokenizer_info=True)
     found = json.loads(server.request("GET", "/tokenizer_info")[2])
