@@ -42,6 +42,7 @@ RAY_SWITCHES = {
 OBJECT_STORE_BYTES = 80 << 20  # Ray's least; no request data passes through it
 CONNECT_TIMEOUT_S = 5.0
 FOLDER_PREFIX = "penstock-"
+RAY_FOLDER = "ray"  # of its own: Ray opens its folder to everybody
 ACCESS_FILE = "access.json"
 END_TIMEOUT_S = 10.0
 
@@ -143,7 +144,7 @@ class RayRuntime:
             object_store_memory=OBJECT_STORE_BYTES,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            _temp_dir=str(self._folder),
+            _temp_dir=str(self._folder / RAY_FOLDER),
         )
         # For commands of the same user on this machine; the folder is readable by nobody else, and goes with the head.
         access = {"address": ray.get_runtime_context().gcs_address, **private_access()}
@@ -153,7 +154,7 @@ class RayRuntime:
     @property
     def log_folder(self) -> Path | None:
         """Where a private head's processes write their logs."""
-        return self._folder / "session_latest" / "logs" if self._folder is not None else None
+        return self._folder / RAY_FOLDER / "session_latest" / "logs" if self._folder is not None else None
 
     def remember_processes(self) -> None:
         """Note what runs below this process now, so that its end can be made sure of, even if we are killed."""

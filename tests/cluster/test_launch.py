@@ -145,8 +145,9 @@ def test_sigterm_ends_everything(cluster: LaunchedCluster) -> None:
         for process in cluster.see()
         for part in process.cmdline()
         if part.startswith("--session-dir=")
-    ).parent
-    assert folder.exists()
+    ).parent.parent
+    assert (folder / "access.json").exists()
+    assert folder.stat().st_mode & 0o077 == 0  # the token in it is nobody else's, and so are Ray's sockets
     assert cluster.terminate() == 0
     assert cluster.survivors(5.0) == []
     assert not folder.exists()

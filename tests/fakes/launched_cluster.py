@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import ssl
 import subprocess
@@ -41,7 +42,7 @@ class LaunchedCluster:
         scheme = "https" if values.get("tls.cert_file") else "http"
         self.url = f"{scheme}://127.0.0.1:{self.port}"
         self.log = folder / "launch.log"
-        self._seen: dict[int, psutil.Process] = {}
+        self._see_nothing_yet()
         stated = {"front.admin": "shared", **values, "front.port": self.port}
         self.admin_url = f"{scheme}://127.0.0.1:{stated.get('front.admin_port', self.port)}"
         command = [sys.executable, "-c", LAUNCH, json.dumps(stated)]
@@ -80,11 +81,16 @@ class LaunchedCluster:
         (found,) = [p for p in self.see() if title in " ".join(_command(p))]
         return found
 
+    def _see_nothing_yet(self) -> None:
+        self._seen: dict[int, psutil.Process] = {}
+        self._folders: set[Path] = set()
+
     def see(self) -> list[psutil.Process]:
         """Live processes below the launcher; all ever seen must be gone at the end."""
         with contextlib.suppress(psutil.NoSuchProcess):
             for process in psutil.Process(self.process.pid).children(recursive=True):
-                self._seen.setdefault(process.pid, process)
+                if self._seen.setdefault(process.pid, process) is process:
+                    self._folders.update(_private_folders(process))
         return [process for process in self._seen.values() if process.is_running() and _command(process)]
 
     def stream(self, **body: Any) -> Iterator[dict[str, Any]]:
@@ -124,6 +130,14 @@ class LaunchedCluster:
         for process in self.see():
             with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
                 os.kill(process.pid, signal.SIGKILL)
+        for folder in self._folders:  # left where a start failed, for its logs, or where the reaper was killed above
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _private_folders(process: psutil.Process) -> set[Path]:
+    """Of a private Ray's process: the folder that goes with it."""
+    sessions = [Path(part.partition("=")[2]) for part in _command(process) if part.startswith("--session-dir=")]
+    return {session.parent.parent for session in sessions if session.parent.parent.name.startswith("penstock-")}
 
 
 def _command(process: psutil.Process) -> list[str]:

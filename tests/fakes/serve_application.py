@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 from fakes.launched_cluster import LaunchedCluster
 from fakes.ports import free_port
 
@@ -67,7 +66,7 @@ class ServeApplication(LaunchedCluster):
         self.url = self.admin_url = f"http://127.0.0.1:{self.port}"
         self.log = self.folder / "driver.log"
         self.facts: dict[str, Any] = {}
-        self._seen: dict[int, psutil.Process] = {}
+        self._see_nothing_yet()
         self.environment = {
             **os.environ,
             "RAY_AUTH_MODE": "token",

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 from fakes.launched_cluster import LaunchedCluster
 from fakes.ports import free_port
 
@@ -26,7 +25,7 @@ class ServedCluster(LaunchedCluster):
         self.port = free_port()
         self.url = self.admin_url = f"http://127.0.0.1:{self.port}"
         self.log = folder / "serve.log"
-        self._seen: dict[int, psutil.Process] = {}
+        self._see_nothing_yet()
         command = [str(PENSTOCK), "serve", *arguments, "--port", str(self.port), "--admin", "shared"]
         if configuration:
             file = folder / "cluster.yaml"
