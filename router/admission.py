@@ -8,7 +8,9 @@ workers do in a few seconds. Requests that were inside before (migrating) go fir
 
 Nobody waits in vain: a newcomer that would not begin within its target (`forecast.py`) is refused on arrival, as the
 tenant's own fault where the tenant has more than its share, and those whose target has become impossible since are
-shed, the last in the fair order first. What was let in is never shed.
+shed, the last in the fair order first. Who is still here after most of a second has been promised to be served: from
+then on it is shed only where it would begin after twice its target, as when workers die. What was let in is never
+shed.
 
 Pure: the caller brings the time. Knows no workers but through `Fleet`.
 
@@ -23,7 +25,7 @@ from collections.abc import Callable
 
 from penstock.router.capacity import Capacity, capacity_of, prefill_limit, prefilling
 from penstock.router.fleet import Fleet
-from penstock.router.forecast import Forecast
+from penstock.router.forecast import Forecast, House
 from penstock.router.settings import AdmissionSettings
 from penstock.router.tenants import TenantCounters
 from penstock.router.ticket import Ticket, Work
@@ -34,8 +36,11 @@ _RETRY_AFTER_S = 1.0
 _LAST = (0, float("inf"))  # rank of a request without a ticket
 _CERTAIN = 0.65  # of the target: who is let wait should also make it when the forecast is somewhat off
 _LAST_CALL = 0.95  # of the target, after which nobody begins: some of it is for the way to the first token
+_DECIDE_S = 0.6  # after which the next look is the last one that sheds: with its interval, within a second
+_PROMISE = 0.7  # of the target: the forecast that this last look asks for
+_HOPELESS = 2.0  # times the target, where a promise is broken
 _LEAST_SHARE = 0.5  # of the target that may be spent waiting, however long the prompt itself takes
-_AHEAD_S = 0.25  # workers get this much turnover to queue, so that no place stays empty
+_AHEAD_S = 0.25  # workers get this much turnover to queue, in whole requests, so that no place stays empty
 _BACKLOG_SHARE = 0.25  # of the target that prompts let in may take to compute
 _CAPACITY_AGE_S = 0.05
 
@@ -99,19 +104,15 @@ class Admission:
     def shed_late(self, now: float) -> None:
         """Send those away who cannot begin in time any more; called a few times a second."""
         self._note(now)
-        capacity, standing, turns_per_s = self._room(), self._held, self._turns_per_s
-        if not capacity.workers:
+        if not self._room().workers:
             return  # how long nobody may be there is another rule's matter
-        placed: list[tuple[Ticket, float]] = []
-        for ticket in self._forecast.order(self._lines):
-            standing += ticket.needs
-            without_own = Work(standing.sequences, standing.kv_tokens, standing.prefill_tokens - ticket.prefill_tokens)
-            placed.append((ticket, self._forecast.wait_s(capacity, without_own, turns_per_s)))
-        for ticket, wait_s in reversed(placed):
+        for ticket, wait_s in reversed(self._forecast.waits_s(self._lines, self._house)):
             if ticket.target_s is None:
                 continue
-            patience_s = _LAST_CALL * self._patience_s(ticket.prefill_tokens, ticket.target_s)
-            late_s = now - ticket.arrived_at + wait_s - patience_s
+            age_s, decides = now - ticket.arrived_at, now - ticket.arrived_at >= _DECIDE_S
+            share = _HOPELESS if ticket.promised else _PROMISE if decides else _LAST_CALL
+            late_s = age_s + wait_s - share * self._patience_s(ticket.prefill_tokens, ticket.target_s)
+            ticket.promised = ticket.promised or decides
             if late_s > 0:
                 ticket.shed = self._refusal(ticket.tenant, late_s)
                 self._drop_from_line(ticket)
@@ -225,9 +226,12 @@ class Admission:
         if not self._inside:
             return True
         more = min(self._settings.admit_ratio - 1.0, self._turns_per_s * _AHEAD_S)
-        needed = self._kv_tokens + ticket.prefill_tokens + ticket.growth
-        fits = len(self._inside) < capacity.places + more * capacity.spare
-        return fits and needed <= (1.0 + more) * capacity.kv_tokens
+        needs = ticket.prefill_tokens + ticket.growth
+        # Less than one for each worker would wait for that one worker's next end; here, for the first end anywhere.
+        sequences = capacity.workers * int(more * capacity.spare / capacity.workers)
+        tokens = capacity.workers * needs * int(more * capacity.kv_tokens / (capacity.workers * needs))
+        fits = len(self._inside) < capacity.places + sequences
+        return fits and self._kv_tokens + needs <= capacity.kv_tokens + tokens
 
     def _prefill_fits(self, ticket: Ticket) -> bool:
         if not self._prefill_tokens:
@@ -239,8 +243,9 @@ class Admission:
     # --- what would come too late ---------------------------------------------------------------------------------
 
     @property
-    def _held(self) -> Work:
-        return Work(len(self._inside), self._kv_tokens, self._prefill_tokens)
+    def _house(self) -> House:
+        held = Work(len(self._inside), self._kv_tokens, self._prefill_tokens)
+        return House(self._room(), held, self._turns_per_s, self._inside_of)
 
     @property
     def _turns_per_s(self) -> float:
@@ -268,9 +273,7 @@ class Admission:
         """Raises RefusedError for a newcomer that would begin too late. An empty house takes anybody."""
         if not self._inside:
             return
-        ahead = self._forecast.ahead(self._lines, tenant, rank)
-        own = Work(needs.sequences, needs.kv_tokens, 0)
-        wait_s = self._forecast.wait_s(self._room(), self._held + ahead + own, self._turns_per_s)
+        wait_s = self._forecast.newcomer_wait_s(self._lines, self._house, tenant, rank, needs)
         late_s = wait_s - _CERTAIN * self._patience_s(needs.prefill_tokens, target_s)
         if late_s > 0:
             raise self._refusal(tenant, late_s)

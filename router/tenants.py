@@ -33,10 +33,11 @@ class TenantCounters:
 
     def joining(self, tenant: str, waiting: Collection[str]) -> float:
         """Its counter as it is, or, where it has nothing waiting, as it would be if it had."""
-        if tenant in waiting:
-            return self.service(tenant)
-        floor = min(map(self.service, waiting), default=self._last_left)
-        return self.service(tenant) if floor is None else max(floor, self.service(tenant))
+        return self.service(tenant) if tenant in waiting else max(self.floor(waiting), self.service(tenant))
+
+    def floor(self, waiting: Collection[str]) -> float:
+        """The least counter of whoever comes to these."""
+        return min(map(self.service, waiting), default=self._last_left or 0.0)
 
     def joined_line(self, tenant: str, waiting: Collection[str]) -> None:
         """`tenant` had nothing waiting and now has; `waiting` are the others that do."""

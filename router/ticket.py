@@ -33,6 +33,7 @@ class Ticket:
     computing: bool = False  # its prefill tokens count
     kv_tokens: int = 0  # counted while inside
     charged: int = 0  # generated tokens charged so far
+    promised: bool = False  # has waited so long that it is served, if it can be
     shed: RefusedError | None = None  # why it waits no longer
 
     def rank(self) -> tuple[int, int]:

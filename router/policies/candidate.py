@@ -41,6 +41,11 @@ class Candidate:
         """True when the request would probably start at once."""
         return self.sequences < self.max_sequences and self.uncached_tokens <= self.free_tokens
 
+    @property
+    def standing(self) -> int:
+        """Sequences that wait there for a place already."""
+        return max(0, self.sequences - self.max_sequences)
+
 
 class Policy(Protocol):
     """How a candidate is scored."""

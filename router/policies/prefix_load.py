@@ -26,7 +26,7 @@ class PrefixLoad:
 
     def cost(self, candidate: Candidate) -> float:
         """In prefill tokens."""
-        wait = 0.0 if candidate.has_room else _FULL_PENALTY * candidate.context_tokens
+        wait = 0.0 if candidate.has_room else _FULL_PENALTY * (1 + candidate.standing) * candidate.context_tokens
         if candidate.phase is Phase.DECODE:
             used = candidate.total_tokens - candidate.free_tokens + candidate.uncached_tokens
             fullness = max(used / candidate.total_tokens, (candidate.sequences + 1) / candidate.max_sequences)

@@ -38,6 +38,7 @@ class Served:
     emission: Emission
     report: RequestReport | None = None
     error: BaseException | None = None
+    begun_at: float = 0.0
     done_at: float = 0.0
 
     @property
@@ -177,7 +178,7 @@ class VirtualCluster:
         return asyncio.ensure_future(self.serve(request, on_progress))
 
     async def serve(self, request: GenerateRequest, on_progress: Callable[[], None] | None = None) -> Served:
-        served = Served(request, Emission.for_request(request, on_progress))
+        served = Served(request, Emission.for_request(request, on_progress), begun_at=self.now())
         try:
             served.report = await serve_request(request, self, self.router, served.emission)
         except Exception as error:  # noqa: BLE001 - whatever it is, the test looks at it

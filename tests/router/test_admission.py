@@ -305,6 +305,55 @@ def test_who_cannot_begin_in_time_any_more_is_shed_the_last_first() -> None:
     admission.check_integrity()
 
 
+def test_whoever_waits_hears_within_a_second_and_is_then_served_unless_all_is_lost() -> None:
+    """The worker becomes slower bit by bit: late is who was kept, gone is only who would wait for ever."""
+    fleet, admission = slow_house()
+    fill(admission, 4, "t")
+    (kept,) = fill(admission, 1, "t")
+    admission.shed_late(0.5)
+    assert not kept.promised
+    admission.shed_late(0.8)
+    assert (kept.shed, kept.promised) == (None, True)
+    fleet.load_arrived("a", load(step_base_s=0.4, step_token_s=0.0))
+    admission.shed_late(1.0)  # it would begin after more than its target
+    assert kept.shed is None
+    fleet.load_arrived("a", load(step_base_s=2.0, step_token_s=0.0))
+    admission.shed_late(1.2)
+    assert kept.shed is not None, "after more than twice its target"
+
+
+def test_the_last_look_asks_for_more_than_those_before() -> None:
+    _, admission = slow_house()
+    fill(admission, 4, "t")
+    waiting = fill(admission, 4, "t")
+    admission.shed_late(0.35)  # the last would begin after 1.8 s of 2
+    assert [each.shed is None for each in waiting] == [True, True, True, True]
+    admission.shed_late(0.65)  # the second after 1.5 s
+    assert [each.shed is None for each in waiting] == [True, False, False, False]
+
+
+def test_those_who_go_on_to_overtake_are_reckoned_with() -> None:
+    """Half of the house is a tenant's who gets all it asks for: the flood's line moves half as fast."""
+    _, admission = slow_house()
+    fill(admission, 2, "modest")
+    fill(admission, 2, "flood")
+    fill(admission, 2, "flood")
+    with pytest.raises(RefusedError):  # alone in the house, five could wait
+        admission.arrive(ticket("flood"), 0.0)
+    assert admission.waiting == 2
+
+
+@pytest.mark.parametrize(("step_base_s", "ahead"), [(0.01, 4), (0.3, 0)])
+def test_workers_get_work_ahead_in_whole_requests_each(step_base_s: float, ahead: int) -> None:
+    """One for each of two workers would wait there for the next of few ends, while the other worker has a place."""
+    fleet = fleet_of(*(welcome(name, max_num_seqs=8) for name in "ab"))
+    for name in "ab":
+        fleet.load_arrived(name, load(step_base_s=step_base_s, step_token_s=0.0))
+    admission = Admission(AdmissionSettings(ttft_target_s=60.0), fleet, lambda: 0.5)
+    fill(admission, 30, "t")
+    assert admission.inside == 16 + ahead
+
+
 def test_a_further_choice_of_a_running_call_is_never_late() -> None:
     _, admission = slow_house()
     fill(admission, 9, "t")

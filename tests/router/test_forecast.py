@@ -6,7 +6,7 @@ import pytest
 from fakes.beliefs import emission_of
 
 from penstock.router.capacity import Capacity
-from penstock.router.forecast import Forecast, Turnover
+from penstock.router.forecast import Forecast, House, Turnover
 from penstock.router.settings import AdmissionSettings
 from penstock.router.tenants import TenantCounters
 from penstock.router.ticket import Ticket, Work
@@ -66,11 +66,12 @@ def test_who_has_received_less_stands_before_a_flood() -> None:
     tenants.charge("flood", 5000)
     lines = {"flood": [ticket("flood", n) for n in range(1, 9)]}
     told = forecast(tenants)
-    assert told.ahead(lines, "flood", (0, 99)).sequences == 8
-    assert told.ahead(lines, "flood", (0, 3)).sequences == 2
+    assert told.ahead(lines, "flood", (0, 99))[0].sequences == 8
+    assert told.ahead(lines, "flood", (0, 3))[0].sequences == 2
     tenants.charge("modest", 100)
     lines["modest"] = [ticket("modest", 9)]
-    assert told.ahead(lines, "modest", (0, 99)) == Work(1, 150, 100), "its own; the flood is far beyond it"
+    ahead, _ = told.ahead(lines, "modest", (0, 99))
+    assert ahead == Work(1, 150, 100), "its own; the flood is far beyond it"
     assert [each.tenant for each in told.order(lines)] == ["modest"] + ["flood"] * 8
 
 
@@ -79,3 +80,28 @@ def test_equal_tenants_take_turns_and_weights_count() -> None:
     assert [each.tenant for each in forecast().order(lines)] == ["a", "b", "a", "b", "a", "a"]
     heavy = forecast(TenantCounters({"b": 10.0}))
     assert [each.tenant for each in heavy.order(lines)] == ["a", "b", "b", "a", "a", "a"]
+
+
+def test_tenants_whose_next_requests_come_first_go_on_to_take_what_they_hold() -> None:
+    """A house of ten that gives back one place per second; the modest tenant holds four of them."""
+    tenants = TenantCounters({})
+    tenants.charge("flood", 5000)
+    tenants.charge("modest", 100)
+    told = forecast(tenants)
+    lines = {"flood": [ticket("flood", n) for n in (1, 2, 3)]}
+    house = House(TEN_PLACES, Work(10, 2000, 0), 0.1, {"flood": 6, "modest": 4})
+    waits = [wait_s for _, wait_s in told.waits_s(lines, house)]
+    assert waits == pytest.approx([1.0, 2 / 0.6, 3 / 0.6]), "the first has its turn before anybody to come"
+    needs = Work(1, 150, 100)
+    assert told.newcomer_wait_s(lines, house, "flood", (0, 99), needs) == pytest.approx(4 / 0.6)
+    assert told.newcomer_wait_s(lines, house, "modest", (0, 99), needs) == pytest.approx(2.0), "nobody overtakes it"
+    assert told.newcomer_wait_s({}, house, "modest", (0, 99), needs) == pytest.approx(1.0)
+
+
+def test_a_fair_share_is_left_to_everybody() -> None:
+    tenants = TenantCounters({"heavy": 3.0})
+    tenants.charge("flood", 5000)
+    told = forecast(tenants)
+    lines = {"flood": [ticket("flood", 1), ticket("flood", 2)]}
+    house = House(TEN_PLACES, Work(10, 2000, 0), 0.1, {"heavy": 10})
+    assert told.waits_s(lines, house)[1][1] == pytest.approx(2 / 0.25)

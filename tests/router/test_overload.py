@@ -28,13 +28,16 @@ def fleet(workers: int) -> dict[str, Role]:
     return {f"m{index}": Role.MIXED for index in range(workers)}
 
 
-async def arrivals(cluster: VirtualCluster, rate: float, seconds: float, first: int = 0) -> list[Served]:
-    """Open loop; everybody's end."""
+async def arrivals(
+    cluster: VirtualCluster, rate: float, seconds: float, first: int = 0, output: int = OUTPUT, tenant: str = ""
+) -> list[Served]:
+    """Open loop; everybody's end. Answers are of half to one and a half times the usual length."""
     rng = random.Random(first)
     tasks: list[asyncio.Task[Served]] = []
     until = cluster.now() + seconds
     while cluster.now() < until:
-        tasks.append(cluster.submit(oracle_request(first + len(tasks), 8, max_tokens=OUTPUT)))
+        tokens = rng.randint(output // 2, output * 3 // 2) if tenant else output
+        tasks.append(cluster.submit(oracle_request(first + len(tasks), 8, max_tokens=tokens, tenant=tenant)))
         await asyncio.sleep(rng.expovariate(rate))
     return [await task for task in tasks]
 
@@ -117,6 +120,50 @@ def test_workers_that_come_and_go_all_the_time_lose_nothing_that_was_let_in() ->
             assert set(ends) <= {"completed", FailureCode.OVERLOADED}, ends
             assert ends["completed"] >= 0.8 * len(served), ends
             assert sum(report.migrations for report in cluster.reports) > 10, "the fault did not fire"
+            await cluster.assert_quiet()
+
+    run_virtual(scenario())
+
+
+@pytest.mark.timeout(100)
+@pytest.mark.parametrize(
+    ("roles", "shape", "output"),
+    [
+        ({"p": Role.PREFILL, "d0": Role.DECODE, "d1": Role.DECODE}, Shape(step_s=0.06, max_num_seqs=16), 48),
+        (fleet(6), Shape(step_s=0.05, max_num_seqs=8, num_blocks=2048), 200),  # an end every 1.3 s at each worker
+    ],
+    ids=["short answers", "long answers"],
+)
+def test_three_times_the_capacity_and_then_a_flood_beside_a_modest_tenant(
+    roles: dict[str, Role], shape: Shape, output: int
+) -> None:
+    """Who is let wait begins in time, all others hear so within a second, and no place stays empty."""
+    decoding = sum(role is not Role.PREFILL for role in roles.values())
+    capacity = decoding * shape.max_num_seqs / (output * (shape.step_s + shape.token_s * shape.max_num_seqs))
+    target_s = 2.0
+
+    async def scenario() -> None:
+        settings = RouterSettings(admission=AdmissionSettings(ttft_target_s=target_s))
+        async with VirtualCluster(roles, shape, settings) as cluster:
+
+            def check(served: list[Served], least_kept: float) -> int:
+                check_ends(served)
+                whole = [each for each in served if each.right and each.report is not None]
+                first_s = [each.report.times["first_token"] for each in whole if each.report is not None]
+                assert sum(seconds <= target_s for seconds in first_s) >= least_kept * len(whole), sorted(first_s)[-20:]
+                refused_s = [each.done_at - each.begun_at for each in served if not each.right]
+                assert max(refused_s, default=0.0) <= 1.0
+                return len(whole)
+
+            seconds = 25.0
+            served = check(await arrivals(cluster, 3 * capacity, seconds, 1, output, "a"), 0.95)
+            assert served >= 0.95 * capacity * seconds
+            both = await asyncio.gather(
+                arrivals(cluster, 2.5 * capacity, seconds, 10_000, output, "flood"),
+                arrivals(cluster, 0.25 * capacity, seconds, 20_000, output, "modest"),
+            )
+            check(both[0], 0.95)
+            assert check(both[1], 0.95) == len(both[1])
             await cluster.assert_quiet()
 
     run_virtual(scenario())

@@ -56,6 +56,15 @@ def test_no_room_costs_more_than_any_cached_prefix_saves(phase: Phase, full: dic
     assert cost(crowded) > cost(replace(PLAIN, phase=phase))
 
 
+@pytest.mark.parametrize("phase", [Phase.LOCAL, Phase.DECODE])
+def test_of_full_workers_the_shorter_line_is_cheaper(phase: Phase) -> None:
+    """Whatever else is cheap about the other: its line is longer by whole answers."""
+    cost = PrefixLoad(PlacementSettings()).cost
+    short = replace(PLAIN, phase=phase, sequences=32, recent_work=9000.0)
+    long = replace(PLAIN, phase=phase, sequences=34, uncached_tokens=1)
+    assert cost(short) < cost(long)
+
+
 def test_a_wait_counts_less_than_the_same_tokens_computed_twice() -> None:
     cost = PrefixLoad(PlacementSettings(queue_weight=0.25)).cost
     owner = replace(PLAIN, uncached_tokens=200, queued_tokens=3000)
