@@ -29,6 +29,8 @@ from penstock.workers.settings import AdapterSettings, WorkerSettings
 NAMES = ("a", "b", "c")
 PROMPTS = [f"Tell me about number {number}." for number in range(4)]
 SECONDS = 6.0
+LEAST = {("tiny", "200"): 20, ("adapter", "200"): 20, ("adapter", "404"): 1}
+LIMIT_S = 60.0
 
 
 class AdaptedApp(EmbeddedApp):
@@ -76,11 +78,16 @@ def test_f38_loads_race_with_unloads_exchanges_and_requests(tmp_path: Path) -> N
                 assert len(truth["a", prompt]) == 2
             outcomes: Counter[tuple[str, str]] = Counter()
             calls: Counter[tuple[str, int]] = Counter()
-            until = time.monotonic() + SECONDS
+            began = time.monotonic()
+
+            def over() -> bool:
+                """A slow machine takes longer to see every outcome."""
+                spent_s = time.monotonic() - began
+                return spent_s > (SECONDS if Counter(LEAST) <= outcomes else LIMIT_S)
 
             async def asks(number: int) -> None:
                 rng = random.Random(number)
-                while time.monotonic() < until:
+                while not over():
                     name, prompt = rng.choice(("tiny", *NAMES)), rng.choice(PROMPTS)
                     status, said = await ask(
                         client, rng.choice((name, f"tiny:{name}")) if name != "tiny" else name, prompt
@@ -94,7 +101,7 @@ def test_f38_loads_race_with_unloads_exchanges_and_requests(tmp_path: Path) -> N
 
             async def changes(number: int) -> None:
                 rng = random.Random(100 + number)
-                while time.monotonic() < until:
+                while not over():
                     name, path = rng.choice(NAMES), rng.choice(("load", "load", "unload"))
                     folder = rng.choice(("a", "a2")) if name == "a" else name
                     body = {"lora_path": folder, "load_inplace": True} if path == "load" else {}
@@ -104,9 +111,7 @@ def test_f38_loads_race_with_unloads_exchanges_and_requests(tmp_path: Path) -> N
             await asyncio.gather(*map(asks, range(12)), *map(changes, range(3)))
             print(f"F38 loads race with unloads and requests | {dict(outcomes)} | {dict(calls)}")
             assert {status for _, status in calls} == {200, 404}  # 404: it had been unloaded already
-            assert outcomes["tiny", "200"] > 20
-            assert outcomes["adapter", "200"] > 20
-            assert outcomes["adapter", "404"] > 0
+            assert Counter(LEAST) <= outcomes
 
     app = AdaptedApp(home)
     with HttpServer(app, graceful=True) as server:

@@ -62,7 +62,10 @@ def test_one_that_gives_way_to_its_successor_on_the_same_port_loses_nobody(codec
 
         askers = [asyncio.create_task(ask()) for _ in range(8)]
         for _ in range(4):
-            await asyncio.sleep(0.1)
+            answered = len(answers)
+            async with asyncio.timeout(10):
+                while len(answers) < answered + 10:  # noqa: ASYNC110 - other tasks fill it
+                    await asyncio.sleep(0.01)
             successor = Listener(app, "127.0.0.1", port, shared=True, drain_s=1)
             successor.start()
             await listener.stop()
@@ -70,7 +73,6 @@ def test_one_that_gives_way_to_its_successor_on_the_same_port_loses_nobody(codec
         over.set()
         await asyncio.gather(*askers)
         await listener.stop()
-        assert len(answers) > 40
         assert set(answers) == {200}
 
     asyncio.run(main())
