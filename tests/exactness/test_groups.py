@@ -174,16 +174,18 @@ def run(plant: Plant, checkpoint: Callable[[CheckpointSpec], Any], log_file: Any
         assert second == first
 
 
-@pytest.mark.parametrize("plant", every(2, IN_CI), ids=str)
+@pytest.mark.parametrize("plant", every(4, IN_CI), ids=str)
 def test_a_group_is_exact(plant: Plant, checkpoint: Any, tmp_path: Any) -> None:
     run(plant, checkpoint, tmp_path / "log", count=12)
 
 
+@pytest.mark.slow
 def test_conversations_go_on_over_context_ranks(checkpoint: Any, tmp_path: Any) -> None:
     """Whole prompts, and then what is new behind a beginning that one rank has in its cache, over both ranks."""
     run(Plant("llama", mixed=(1, 2), chunk=0), checkpoint, tmp_path / "log", count=6, more=60)
 
 
+@pytest.mark.slow
 def test_running_sequences_move_between_groups_of_one_and_two_ranks(checkpoint: Any, tmp_path: Any) -> None:
     """Their KV is cut anew on the way, again and again: 1 to 2 ranks, 2 to 1, and 2 to 2."""
     model = checkpoint(SPECS["llama"])

@@ -36,7 +36,7 @@ AGAIN = 24  # prompts that are sent a second time, when their blocks may be cach
 
 
 @pytest.mark.parametrize(
-    ("spec", "variant"), every(3, zip(SPECS, covering_variants(), strict=True)), ids=lambda v: _id(v)
+    ("spec", "variant"), every(6, zip(SPECS, covering_variants(), strict=True)), ids=lambda v: _id(v)
 )
 def test_every_checkpoint_in_one_variant(
     checkpoint: Callable[[CheckpointSpec], Any], spec: CheckpointSpec, variant: Variant
@@ -44,7 +44,7 @@ def test_every_checkpoint_in_one_variant(
     require_exact(checkpoint(spec), variant)
 
 
-@pytest.mark.parametrize("spec", every(6, ONE_OF_EACH), ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", every(12, ONE_OF_EACH), ids=lambda spec: spec.name)
 def test_newer_families_split_in_small_chunks_with_preemption(
     checkpoint: Callable[[CheckpointSpec], Any], spec: CheckpointSpec
 ) -> None:

@@ -63,6 +63,7 @@ def test_choices_of_a_seed_differ_and_repeat(sampled: Any, variant: Variant) -> 
     assert found["choices"][0] == found["alone"][0]
 
 
+@pytest.mark.slow
 def test_split_and_mixed_choose_alike(sampled: Any) -> None:
     assert sampled(SPLIT) == sampled(MIXED)
 

@@ -144,7 +144,7 @@ ROWS = [
     Row("F1 prefill killed before its first block", (Fault(Point.TRANSFER_SEND, Action.KILL, P),)),
     Row("F2 prefill killed after 7 blocks", (Fault(Point.TRANSFER_SENT, Action.KILL, P, after=7),)),
     Row("F2 the same over TCP", (Fault(Point.TRANSFER_SENT, Action.KILL, P, after=7),), TCP, slow=True),
-    Row("F3 decode killed before its first frame", (Fault(Point.FRAME_OUT, Action.KILL, D),)),
+    Row("F3 decode killed before its first frame", (Fault(Point.FRAME_OUT, Action.KILL, D),), slow=True),
     Row("F3 decode killed after its first frame", (Fault(Point.FRAME_SENT, Action.KILL, D),), slow=True),
     Row("F3 decode killed in the middle", (Fault(Point.FRAME_OUT, Action.KILL, D, after=15),)),
     Row("F6 half of the blocks dropped", (Fault(Point.TRANSFER_SEND, Action.DROP, P, chance=0.5, times=60),)),
@@ -163,6 +163,7 @@ ROWS = [
             Fault(Point.TRANSFER_SEND, Action.DUPLICATE, P, chance=0.5, times=200),
             Fault(Point.TRANSFER_ACK, Action.DUPLICATE, D, times=40),
         ),
+        slow=True,
     ),
     Row(
         "F8 requests, answers and frames doubled",
@@ -177,6 +178,7 @@ ROWS = [
             Fault(Point.KV_PUBLISH, Action.DROP, chance=0.3, times=30),
             Fault(Point.KV_PUBLISH, Action.DUPLICATE, chance=0.3, times=30),
         ),
+        slow=True,
     ),
     Row(
         "F9 read after release",
@@ -232,11 +234,12 @@ ROWS = [
         outside=leave_later,
         output=100,
         may=LEFT,
+        slow=True,
     ),
     Row("F24 partition between P and D for 1 s", (), TCP, 80, partition(1.0), {}),
     Row("F24 answers of D lost for 1 s", (), TCP, 80, partition(1.0, to_target=False), {}, slow=True),
     Row("F24 partition for three leases", (), TCP, 80, partition(3.0), {}, slow=True),
-    Row("F26 10 ms, jitter, 1 MB/s", (), TCP, link={"delay_s": 0.01, "jitter_s": 0.01, "bytes_per_s": 1e6}),
+    Row("F26 10 ms, jitter, 1 MB/s", (), TCP, link={"delay_s": 0.01, "jitter_s": 0.01, "bytes_per_s": 1e6}, slow=True),
     Row("F27 acknowledgement lost after the hand-over", (Fault(Point.TRANSFER_ACK, Action.DROP, D, times=5),)),
     Row(
         "F29 a worker that dies at its start joins",
@@ -248,10 +251,10 @@ ROWS = [
     ),
     Row("F44 scaled to none under a burst, and up", (), outside=none_then_two),
     Row("a clock jumps ahead by five leases", (Fault(Point.CLOCK, Action.JUMP, D, 300, seconds=5.0),)),
-    Row("a clock jumps back by a minute", (Fault(Point.CLOCK, Action.JUMP, D, 300, seconds=-60.0),)),
+    Row("a clock jumps back by a minute", (Fault(Point.CLOCK, Action.JUMP, D, 300, seconds=-60.0),), slow=True),
     Row("F31 a step raises", (Fault(Point.STEP_BEGIN, Action.RAISE, D, after=5, error="MemoryError"),)),
     Row("F32 no memory is left for a decode worker", (), SLOW, outside=out_of_memory, output=100, slow=True),
-    Row("F33 the device fails", (Fault(Point.STEP_BEGIN, Action.RAISE, D, after=10, error="DeviceError"),)),
+    Row("F33 the device fails", (Fault(Point.STEP_BEGIN, Action.RAISE, D, after=10, error="DeviceError"),), slow=True),
 ]
 
 

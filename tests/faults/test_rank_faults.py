@@ -110,8 +110,9 @@ def test_rank_stopped(width: int, rank: int, tmp_path: Path) -> None:
         assert all(line.startswith(f"rank {rank};") for line in blamed(drill.log))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(90)
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("rank", [0, 1])
 def test_rank_slow(rank: int, tmp_path: Path) -> None:
     """Three times as long per step, from the 60th on; it ends with a code of its own, and the others with theirs."""
     command = (sys.executable, str(SLOW_RANK), "60", str(3 * STEP_S))

@@ -135,6 +135,7 @@ def test_stalled_readers_over_http(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.slow  # cluster/test_tracing.py has the quick edition
 @pytest.mark.timeout(90)
 def test_a_dead_and_a_silent_trace_collector(tmp_path: Path) -> None:
     log = tmp_path / "log"

@@ -73,7 +73,7 @@ def test_decode_worker_killed(moment: str, transport: str, tmp_path: Path) -> No
 
 @pytest.mark.timeout(90)
 @pytest.mark.parametrize(
-    ("fragments", "transport"), every(3, [(1, "shared_memory"), (1, "tcp"), (25, "shared_memory"), (25, "tcp")])
+    ("fragments", "transport"), every(4, [(1, "shared_memory"), (1, "tcp"), (25, "shared_memory"), (25, "tcp")])
 )
 def test_prefill_worker_killed_between_two_blocks(fragments: int, transport: str, tmp_path: Path) -> None:
     """The first incarnation of prefill-0 dies by itself once so many blocks have left it."""
@@ -121,6 +121,7 @@ def test_without_survivors_every_stream_ends_typed(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_decode_workers_go_on_without_any_prefill_worker(tmp_path: Path) -> None:
     """A worker is a worker: with the prefill pool gone, prompts are computed where they decode."""

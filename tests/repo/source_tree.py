@@ -14,7 +14,9 @@ def source_files(*rooms: str) -> list[Path]:
     return [path for room in rooms or ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 
 
+@cache
 def parse(path: Path) -> ast.Module:
+    """Read once for all tests of a module; `conftest.py` forgets it after them."""
     return ast.parse(path.read_text(encoding="utf-8"))
 
 

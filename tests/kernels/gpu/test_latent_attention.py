@@ -78,7 +78,7 @@ def test_shapes_and_dtypes(shape, dtype):
     how=st.sampled_from([SPLIT, UNSPLIT, FIXED]),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 def test_any_ragged_batch(rows, heads, rest, value_dim, how, seed):
     case = latent_case(rows, heads, value_dim + rest, seed=seed)
     check(case, run(case, 1, 0.3, value_dim, how), 1, 0.3, value_dim)

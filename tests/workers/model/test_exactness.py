@@ -57,7 +57,7 @@ def require_exact(model, chunk, prefix_caching, preempt, count, prompts=64):
     return prompts, outputs
 
 
-@pytest.mark.parametrize(("spec", "variant"), every(3, zip(SPECS, VARIANTS, strict=True)), ids=_name)
+@pytest.mark.parametrize(("spec", "variant"), every(6, zip(SPECS, VARIANTS, strict=True)), ids=_name)
 def test_every_model_in_one_variant(load_model, spec, variant):
     model = load_model(spec)
     prompts, outputs = require_exact(model, *variant, count=20)
@@ -79,7 +79,7 @@ def test_every_model_in_every_variant(load_model, spec, variant):
     require_exact(load_model(spec), *variant, count=32)
 
 
-@pytest.mark.parametrize("spec", every(3, SPECS + FAMILIES), ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", every(6, SPECS + FAMILIES), ids=lambda spec: spec.name)
 def test_outputs_are_diverse(load_model, spec):
     model = load_model(spec)
     prompt = mixed_prompts(spec.vocab)[5]
@@ -88,7 +88,7 @@ def test_outputs_are_diverse(load_model, spec):
     assert len(set(output.tokens)) >= 64
 
 
-@pytest.mark.parametrize("spec", every(3, SPECS + ONE_OF_EACH), ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", every(6, SPECS + ONE_OF_EACH), ids=lambda spec: spec.name)
 def test_corrupting_any_one_block_changes_the_output(load_model, spec):
     """But for a block outside every layer's window: that one must not matter at all."""
     model, prompt = load_model(spec), mixed_prompts(spec.vocab, longest=150)[20]
