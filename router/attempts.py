@@ -19,11 +19,13 @@ from penstock.router.placement import Ask, Placement, Route, understands
 from penstock.router.prefix_index import PrefixIndex
 from penstock.router.retry_budget import RetryBudget
 from penstock.router.settings import RetrySettings
+from penstock.workers.errors import RefusedError
 from penstock.workers.protocol import EndReason, FailureCode, Role
 
 log = logging.getLogger(__name__)
 
 DECODING = (Role.DECODE, Role.MIXED)
+_RETURN_S = 1.0  # within which a worker that was only out of sight is back
 _UNSENT = frozenset({FailureCode.TRANSFER_FAILED, FailureCode.KV_DAMAGED})
 _UNPACED = frozenset({FailureCode.DRAINING, FailureCode.ADAPTER})  # the next worker is none the worse for it
 _BLAMED = frozenset({FailureCode.INTERNAL, *_UNSENT})
@@ -66,9 +68,15 @@ class Attempts:
         return self._handovers.wait(journey.digests, journey.ticket.wake, journey.clock())
 
     def place(self, journey: Journey) -> Route | None:
-        """Choose workers and begin an attempt there; None: wait. Raises PenstockError when all have refused."""
+        """Choose workers and begin an attempt there; None: wait. Raises PenstockError when all refused, or died."""
         now = journey.clock()
         self._homeless.pop(journey, None)
+        journey.forgive(self._lives)
+        if journey.condemned:
+            if now - journey.deaths[-1].at >= _RETURN_S:
+                raise RefusedError(FailureCode.POISONED, "workers died whenever they computed this request")
+            self._homeless[journey] = None
+            return None
         ask = journey.ask()
         refused = journey.refused.keys()
         if journey.suspect:
@@ -116,7 +124,7 @@ class Attempts:
     def watch(self, journey: Journey) -> None:
         """A suspect that gets past the point where workers died is none: its worker is open to others again."""
         if journey.alone_on is not None and (journey.progressed or journey.emission.ended):
-            journey.deaths = 0
+            journey.deaths.clear()
             self._release_claim(journey)
 
     def interrupted(self, journey: Journey, cause: AttemptError) -> float:
@@ -256,6 +264,10 @@ class Attempts:
         for worker_id in blamed:
             if (view := self._fleet.workers.get(worker_id)) is not None:
                 view.breaker.failed(now)
+
+    def _lives(self, worker_id: str, incarnation: int) -> bool:
+        view = self._fleet.workers.get(worker_id)
+        return view is not None and view.welcome.incarnation == incarnation
 
     def _release_claim(self, journey: Journey) -> None:
         view = self._fleet.workers.get(journey.alone_on or "")

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from fakes.loopback_transfer import LoopbackFabric
-from fakes.virtual_worker import VOCAB, Shape, VirtualWorker
+from fakes.virtual_worker import ROUTER, VOCAB, Shape, VirtualWorker
 
 from penstock.cluster.channel import RequestChannel
 from penstock.router.emission import Emission
@@ -22,6 +22,7 @@ from penstock.router.request_path import serve_request
 from penstock.router.router import Router
 from penstock.router.settings import RouterSettings
 from penstock.workers.engine import Drain
+from penstock.workers.inbox import Attached, Detached
 from penstock.workers.kv.prefix_cache import chain_digests
 from penstock.workers.oracle import expected_tokens
 from penstock.workers.protocol import GenerateRequest, RequestSnapshot, Role, SamplingParams
@@ -133,6 +134,22 @@ class VirtualCluster:
         self.later(self.shape.latency_s, lambda: self._cut(worker, "killed"))
         if restart_s is not None:
             self.later(restart_s, lambda: self.start(worker_id))
+
+    def break_stream(self, worker_id: str, back_s: float) -> None:
+        """The connection breaks: the router loses sight of the worker, which drops its work and goes on living."""
+        worker = self.workers[worker_id]
+        if not (worker.alive and worker.attached):
+            return
+        worker.engine.post(ROUTER, Detached())
+        self._cut(worker, "the stream broke")
+        self.later(back_s, lambda: self._attach_again(worker))
+
+    def _attach_again(self, worker: VirtualWorker) -> None:
+        if worker.alive and not worker.attached:
+            worker.engine.post(ROUTER, Attached(1e9))
+            worker.attached = True
+            self.router.worker_joined(worker.welcome, self.now())
+            worker.post(RequestSnapshot())
 
     def drain(self, worker_id: str) -> None:
         self.workers[worker_id].post(Drain())

@@ -152,18 +152,33 @@ def test_a_defect_that_follows_the_request_is_its_own() -> None:
     assert failed.value.code is FailureCode.INTERNAL
 
 
-def test_two_deaths_in_a_row_make_a_suspect_and_a_third_alone_ends_it() -> None:
+def test_two_deaths_in_a_row_make_a_suspect_and_a_third_alone_condemns_it() -> None:
     journey, workers = make(), fleet()
     for _ in range(2):
         assert not journey.suspect
         on(journey, workers, LOCAL)
         journey.survive(death())
     assert journey.suspect
+    assert not journey.condemned
     on(journey, workers, LOCAL)
     journey.alone_on = "a"
-    with pytest.raises(RefusedError) as poisoned:
+    journey.survive(death())
+    assert journey.condemned
+
+
+def test_workers_that_are_back_as_they_were_had_not_died_though_not_for_ever() -> None:
+    journey, workers = make(), fleet()
+    for _ in range(6):
+        on(journey, workers, LOCAL)
         journey.survive(death())
-    assert poisoned.value.code is FailureCode.POISONED
+        journey.forgive(lambda worker_id, incarnation: (worker_id, incarnation) == ("a", 1))
+    assert journey.suspect
+    assert not journey.condemned
+    other = make()
+    on(other, workers, LOCAL)
+    other.survive(death())
+    other.forgive(lambda worker_id, incarnation: (worker_id, incarnation) == ("a", 2))
+    assert len(other.deaths) == 1, "its successor lives"
 
 
 def test_progress_clears_the_suspicion() -> None:
@@ -172,7 +187,7 @@ def test_progress_clears_the_suspicion() -> None:
         on(journey, workers, LOCAL)
         journey.emission.apply(0, 4 * index, [1, 2, 3, 4])
         journey.survive(death())
-        assert journey.deaths == 1
+        assert len(journey.deaths) == 1
     assert not journey.suspect
 
 
@@ -180,18 +195,18 @@ def test_who_was_not_computed_is_not_suspected() -> None:
     journey, workers = make(), fleet()
     on(journey, workers, SPLIT)
     journey.survive(death("a"))
-    assert journey.deaths == 0, "decode only waited for the KV"
+    assert len(journey.deaths) == 0, "decode only waited for the KV"
     workers.stake("p", 2000, 0, 0.0)
     on(journey, workers, SPLIT)
     journey.survive(death("p"))
-    assert journey.deaths == 0, "it stood far back in the prefill queue"
+    assert len(journey.deaths) == 0, "it stood far back in the prefill queue"
     on(journey, fleet(), SPLIT)
     journey.survive(death("p"))
-    assert journey.deaths == 1, "at the front it may have been started"
+    assert len(journey.deaths) == 1, "at the front it may have been started"
     on(journey, workers, SPLIT)
     journey.stakes["a"].started = True
     journey.survive(death("a"))
-    assert journey.deaths == 2
+    assert len(journey.deaths) == 2
 
 
 def test_waits_end() -> None:

@@ -202,6 +202,30 @@ def test_a_poisonous_request_fails_alone() -> None:
     run_virtual(scenario())
 
 
+@pytest.mark.parametrize("back_s", [0.1, 0.7])
+def test_a_network_that_breaks_at_every_start_poisons_nobody(back_s: float) -> None:
+    """Whoever computes a request is lost from sight before its fourth token, again and again, and comes back."""
+
+    async def scenario() -> None:
+        async with VirtualCluster({"a": Role.MIXED, "b": Role.MIXED}, Shape(step_s=0.05)) as cluster:
+            served = cluster.submit(oracle_request(1, 30))
+            breaks = 0
+            while breaks < 4 and not served.done():
+                await asyncio.sleep(0.12)
+                for worker_id, worker in cluster.workers.items():
+                    if worker.scheduler.stats().running and worker.attached:
+                        cluster.break_stream(worker_id, back_s)
+                        breaks += 1
+            result = await served
+            assert result.right, result.error
+            assert result.report is not None
+            assert result.report.migrations == breaks, "the fault did not fire"
+            assert cluster.kills == []
+            await cluster.assert_quiet()
+
+    run_virtual(scenario())
+
+
 def test_the_innocent_survive_two_nodes_lost_in_a_row() -> None:
     async def scenario() -> None:
         roles = {"p0": Role.PREFILL, "d0": Role.DECODE, "d1": Role.DECODE, "d2": Role.DECODE}
