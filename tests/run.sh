@@ -18,5 +18,7 @@ MYPYPATH=.types mypy -p penstock.kernels -p penstock.workers -p penstock.router 
 echo "== tests"
 # threads that wait for each other in a matrix product sleep, and leave the cores to the other half of the tests
 export OMP_WAIT_POLICY=PASSIVE
+# hundreds of processes are started; without it each of them would compile Penstock anew
+unset PYTHONDONTWRITEBYTECODE
 # two at a time, whole files together: most tests wait for processes, and one core is left idle by them
 exec pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" "${@:-tests}"

@@ -44,6 +44,7 @@ def worker(index: int, model_dir: Path, width: int = 1) -> WorkerSettings:
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.slow
 def test_a_restarted_worker_of_two_ranks_takes_its_weights_from_one_of_one(tmp_path: Path) -> None:
     directory = make_checkpoint(tmp_path / "model", CheckpointSpec(heads=6, kv_heads=2))
 

@@ -82,13 +82,16 @@ def test_groups_dims_and_pages(heads, group, dim, slots):
 
 @pytest.mark.parametrize(
     ("how", "window", "soft_cap"),
-    [
-        *((SPLIT, window, 0.0) for window in (1, 5, 16, 1000)),
-        *((UNSPLIT, window, 0.0) for window in (1, 30)),
-        (SPLIT, 5, 1.5),
-        (UNSPLIT, 30, 1.5),
-        (SPLIT, 0, 1.5),
-    ],
+    every(
+        2,
+        [
+            *((SPLIT, window, 0.0) for window in (1, 5, 16, 1000)),
+            *((UNSPLIT, window, 0.0) for window in (1, 30)),
+            (SPLIT, 5, 1.5),
+            (UNSPLIT, 30, 1.5),
+            (SPLIT, 0, 1.5),
+        ],
+    ),
 )
 def test_windows_and_caps(how, window, soft_cap):
     case = PagedCase([(9, 1), (0, 7), (50, 1), (6, 6), (0, 12), (15, 2), (3, 20)], heads=1)
