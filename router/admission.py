@@ -226,7 +226,7 @@ class Admission:
         if not self._inside:
             return True
         more = min(self._settings.admit_ratio - 1.0, self._turns_per_s * _AHEAD_S)
-        needs = ticket.prefill_tokens + ticket.growth
+        needs = max(1, ticket.prefill_tokens + ticket.growth)
         # Less than one for each worker would wait for that one worker's next end; here, for the first end anywhere.
         sequences = capacity.workers * int(more * capacity.spare / capacity.workers)
         tokens = capacity.workers * needs * int(more * capacity.kv_tokens / (capacity.workers * needs))

@@ -71,15 +71,15 @@ class Attempts:
         """Choose workers and begin an attempt there; None: wait. Raises PenstockError when all refused, or died."""
         now = journey.clock()
         self._homeless.pop(journey, None)
-        journey.forgive(self._lives)
-        if journey.condemned:
-            if now - journey.deaths[-1].at >= _RETURN_S:
+        journey.suspicion.forgive(self._lives)
+        if journey.suspicion.condemned:
+            if now - journey.suspicion.deaths[-1].at >= _RETURN_S:
                 raise RefusedError(FailureCode.POISONED, "workers died whenever they computed this request")
             self._homeless[journey] = None
             return None
         ask = journey.ask()
         refused = journey.refused.keys()
-        if journey.suspect:
+        if journey.suspicion.suspect:
             route = self._alone(journey)
         else:
             route = self._placement.choose(ask, now, journey.avoid | refused)
@@ -124,7 +124,7 @@ class Attempts:
     def watch(self, journey: Journey) -> None:
         """A suspect that gets past the point where workers died is none: its worker is open to others again."""
         if journey.alone_on is not None and (journey.progressed or journey.emission.ended):
-            journey.deaths.clear()
+            journey.suspicion.acquit()
             self._release_claim(journey)
 
     def interrupted(self, journey: Journey, cause: AttemptError) -> float:
@@ -284,7 +284,7 @@ class Attempts:
 
 def _kind_of_choice(journey: Journey, route: Route, ask: Ask) -> str:
     """What the choice came to; a closed set, fit for a metric's label."""
-    if journey.suspect:
+    if journey.suspicion.suspect:
         return "alone"
     where = "split" if route.split else "local" if route.decode is not None else "first_token"
     return where if route.prefill_tokens >= ask.context_tokens else f"{where}_cached"

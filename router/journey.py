@@ -22,6 +22,7 @@ from penstock.router.placement import Ask, Route
 from penstock.router.port import Event, Lost
 from penstock.router.prefix_index import short_digests
 from penstock.router.settings import RetrySettings
+from penstock.router.suspicion import Death, Suspicion
 from penstock.router.ticket import Ticket, growth_of
 from penstock.router.trail import AttemptTrail, Trail, attempt_context, route_context
 from penstock.workers.errors import PenstockError, RefusedError, RequestError
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 _REFUSALS = frozenset({FailureCode.QUEUE_FULL, FailureCode.DRAINING, FailureCode.TOO_LARGE, FailureCode.ADAPTER})
 _HOPELESS = frozenset({FailureCode.TOO_LARGE, FailureCode.ADAPTER})  # asking the same worker again would not help
 _MOST_UNLOADED = 3  # workers without a request's adapter that are tried: files that are gone are gone for most
-_MOST_FORGIVEN = 4  # losses of workers that came back as they were
 _FINAL = frozenset({FailureCode.BAD_REQUEST, FailureCode.GRAMMAR, FailureCode.DEADLINE})
 _RETRY_AFTER_S = 1.0
 COMPLETED = "completed"
@@ -90,15 +90,6 @@ class RequestReport:
     moves_failed: int = 0  # such moves in which it was lost, and computed again
 
 
-@dataclass(frozen=True, slots=True)
-class Death:
-    """A worker that was lost while it computed the request."""
-
-    worker_id: str
-    incarnation: int
-    at: float
-
-
 @dataclass(slots=True, eq=False)
 class Journey:
     """One request's way through the fleet."""
@@ -115,8 +106,7 @@ class Journey:
     stakes: dict[str, Stake] = field(default_factory=dict)
     refused: dict[str, AttemptError] = field(default_factory=dict)  # workers that said no in this round
     avoid: set[str] = field(default_factory=set)  # workers that failed this request; soft
-    deaths: list[Death] = field(default_factory=list)  # in a row, without progress
-    forgiven: int = 0  # deaths that were none
+    suspicion: Suspicion = field(init=False)
     alone_on: str | None = None  # worker claimed for a suspect
     alone_until: float = 0.0  # when it no longer waits for that worker to run empty
     internal_failures: int = 0
@@ -143,6 +133,7 @@ class Journey:
 
     def __post_init__(self) -> None:
         self.arrived = self.clock()
+        self.suspicion = Suspicion(self.settings.poison_deaths)
         self.trail = self.emission.trail
         self.trail.arrived = self.arrived
         request = self.request
@@ -164,16 +155,6 @@ class Journey:
     def progressed(self) -> bool:
         """True when the current attempt got past the point where the last one ended."""
         return self.emission.count - self.attempt_base >= self.settings.poison_clear_tokens
-
-    @property
-    def suspect(self) -> bool:
-        """True when the next attempt must run alone."""
-        return len(self.deaths) >= self.settings.poison_deaths
-
-    @property
-    def condemned(self) -> bool:
-        """True when a worker died of it though it ran alone."""
-        return len(self.deaths) > self.settings.poison_deaths
 
     def patience(self, now: float) -> float:
         """Seconds until the caller's patience ends, zero or less when it has."""
@@ -297,24 +278,14 @@ class Journey:
         """
         stake = self.stakes.get(worker_id)
         if self.progressed:
-            self.deaths.clear()
+            self.suspicion.acquit()
         if stake is None or self.route is None:
             return
         if not stake.started:
             receives = self.route.split and worker_id == self.route.decode
             if receives or stake.tokens_ahead > 2 * stake.view.welcome.max_num_batched_tokens:
                 return
-        self.deaths.append(Death(worker_id, stake.view.welcome.incarnation, self.clock()))
-
-    def forgive(self, lives: Callable[[str, int], bool]) -> None:
-        """Strike out deaths that were none: the worker `lives` in the same incarnation, and had only been out of sight.
-
-        A few at most: what makes workers fall silent for a while, each in turn, is to be stopped, too.
-        """
-        for death in list(self.deaths):
-            if self.forgiven < _MOST_FORGIVEN and lives(death.worker_id, death.incarnation):
-                self.deaths.remove(death)
-                self.forgiven += 1
+        self.suspicion.note(Death(worker_id, stake.view.welcome.incarnation, self.clock()))
 
     def next_backoff(self, draw: float) -> float:
         """Exponential, jittered pause before the next attempt; none after a mere refusal while others are left."""

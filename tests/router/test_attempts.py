@@ -6,10 +6,11 @@ import pytest
 from fakes.beliefs import load, welcome
 
 from penstock.router.emission import Emission
-from penstock.router.journey import AttemptError, Death, Journey
+from penstock.router.journey import AttemptError, Journey
 from penstock.router.placement import Route
 from penstock.router.router import Router
 from penstock.router.settings import PlacementSettings, RouterSettings
+from penstock.router.suspicion import Death
 from penstock.workers.errors import RefusedError
 from penstock.workers.protocol import EndReason, FailureCode, GenerateRequest, KVSnapshot, Role, SamplingParams
 
@@ -236,7 +237,7 @@ def test_the_homeless_are_woken_by_a_newcomer() -> None:
 def test_a_suspect_waits_for_an_empty_worker_and_gets_it_alone() -> None:
     bench = Bench()
     neighbour, suspect = bench.begin("neighbour", 64), bench.begin("suspect")
-    suspect.deaths = [Death("d0", 0, 0.0)] * 2
+    suspect.suspicion.deaths = [Death("d0", 0, 0.0)] * 2
     other = bench.place(neighbour).decode
     claimed = "d1" if other == "d0" else "d0"
     route = bench.place(suspect)
@@ -245,7 +246,7 @@ def test_a_suspect_waits_for_an_empty_worker_and_gets_it_alone() -> None:
     for index in range(4):
         suspect.emission.apply(1, index, [1])
         bench.attempts.watch(suspect)
-    assert suspect.deaths == []
+    assert suspect.suspicion.deaths == []
     assert bench.router.fleet.workers[claimed].claimed_by is None
     bench.router.check_integrity()
 
@@ -253,7 +254,7 @@ def test_a_suspect_waits_for_an_empty_worker_and_gets_it_alone() -> None:
 def test_a_suspect_does_not_wait_for_ever() -> None:
     bench = Bench({"d0": Role.DECODE})
     neighbour, suspect = bench.begin("neighbour"), bench.begin("suspect")
-    suspect.deaths = [Death("d0", 0, 0.0)] * 2
+    suspect.suspicion.deaths = [Death("d0", 0, 0.0)] * 2
     bench.place(neighbour)
     assert bench.attempts.place(suspect) is None
     assert bench.attempts.place(bench.begin("next")) is None, "the worker runs empty for the suspect"

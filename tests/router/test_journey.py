@@ -155,15 +155,15 @@ def test_a_defect_that_follows_the_request_is_its_own() -> None:
 def test_two_deaths_in_a_row_make_a_suspect_and_a_third_alone_condemns_it() -> None:
     journey, workers = make(), fleet()
     for _ in range(2):
-        assert not journey.suspect
+        assert not journey.suspicion.suspect
         on(journey, workers, LOCAL)
         journey.survive(death())
-    assert journey.suspect
-    assert not journey.condemned
+    assert journey.suspicion.suspect
+    assert not journey.suspicion.condemned
     on(journey, workers, LOCAL)
     journey.alone_on = "a"
     journey.survive(death())
-    assert journey.condemned
+    assert journey.suspicion.condemned
 
 
 def test_workers_that_are_back_as_they_were_had_not_died_though_not_for_ever() -> None:
@@ -171,14 +171,14 @@ def test_workers_that_are_back_as_they_were_had_not_died_though_not_for_ever() -
     for _ in range(6):
         on(journey, workers, LOCAL)
         journey.survive(death())
-        journey.forgive(lambda worker_id, incarnation: (worker_id, incarnation) == ("a", 1))
-    assert journey.suspect
-    assert not journey.condemned
+        journey.suspicion.forgive(lambda worker_id, incarnation: (worker_id, incarnation) == ("a", 1))
+    assert journey.suspicion.suspect
+    assert not journey.suspicion.condemned
     other = make()
     on(other, workers, LOCAL)
     other.survive(death())
-    other.forgive(lambda worker_id, incarnation: (worker_id, incarnation) == ("a", 2))
-    assert len(other.deaths) == 1, "its successor lives"
+    other.suspicion.forgive(lambda worker_id, incarnation: (worker_id, incarnation) == ("a", 2))
+    assert len(other.suspicion.deaths) == 1, "its successor lives"
 
 
 def test_progress_clears_the_suspicion() -> None:
@@ -187,26 +187,26 @@ def test_progress_clears_the_suspicion() -> None:
         on(journey, workers, LOCAL)
         journey.emission.apply(0, 4 * index, [1, 2, 3, 4])
         journey.survive(death())
-        assert len(journey.deaths) == 1
-    assert not journey.suspect
+        assert len(journey.suspicion.deaths) == 1
+    assert not journey.suspicion.suspect
 
 
 def test_who_was_not_computed_is_not_suspected() -> None:
     journey, workers = make(), fleet()
     on(journey, workers, SPLIT)
     journey.survive(death("a"))
-    assert len(journey.deaths) == 0, "decode only waited for the KV"
+    assert len(journey.suspicion.deaths) == 0, "decode only waited for the KV"
     workers.stake("p", 2000, 0, 0.0)
     on(journey, workers, SPLIT)
     journey.survive(death("p"))
-    assert len(journey.deaths) == 0, "it stood far back in the prefill queue"
+    assert len(journey.suspicion.deaths) == 0, "it stood far back in the prefill queue"
     on(journey, fleet(), SPLIT)
     journey.survive(death("p"))
-    assert len(journey.deaths) == 1, "at the front it may have been started"
+    assert len(journey.suspicion.deaths) == 1, "at the front it may have been started"
     on(journey, workers, SPLIT)
     journey.stakes["a"].started = True
     journey.survive(death("a"))
-    assert len(journey.deaths) == 2
+    assert len(journey.suspicion.deaths) == 2
 
 
 def test_waits_end() -> None:
