@@ -109,7 +109,8 @@ class Admission:
         for ticket, wait_s in reversed(self._forecast.waits_s(self._lines, self._house)):
             if ticket.target_s is None:
                 continue
-            age_s, decides = now - ticket.arrived_at, now - ticket.arrived_at >= _DECIDE_S
+            age_s = now - ticket.arrived_at
+            decides = age_s >= _DECIDE_S
             share = _HOPELESS if ticket.promised else _PROMISE if decides else _LAST_CALL
             late_s = age_s + wait_s - share * self._patience_s(ticket.prefill_tokens, ticket.target_s)
             ticket.promised = ticket.promised or decides

@@ -103,7 +103,7 @@ class Forecast:
         """Everybody who waits, in the order in which they would come in, and the seconds until then."""
         standing, overtaking, waits, weight = house.held, 0, [], self._weight(house)
         nexts = sorted(self._nexts(lines, house), reverse=True)
-        for begins, ticket in self._ordered(lines):
+        for begins, ticket in self.order(lines):
             standing += ticket.needs
             without_own = Work(standing.sequences, standing.kv_tokens, standing.prefill_tokens - ticket.prefill_tokens)
             while nexts and nexts[-1][0] < begins:
@@ -132,12 +132,8 @@ class Forecast:
                 begins += self._price(ticket)
         return ahead, start
 
-    def order(self, lines: Lines) -> list[Ticket]:
-        """Everybody who waits, in the order in which they would come in if nobody else came."""
-        return [ticket for _, ticket in self._ordered(lines)]
-
-    def _ordered(self, lines: Lines) -> list[tuple[float, Ticket]]:
-        """With the counters at which their turns come."""
+    def order(self, lines: Lines) -> list[tuple[float, Ticket]]:
+        """Everybody who waits, as they would come in if nobody else came, each behind the counter of its turn."""
         keyed: list[tuple[float, int, Ticket]] = []
         for tenant, line in lines.items():
             begins = self._tenants.service(tenant)

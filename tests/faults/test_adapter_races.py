@@ -29,7 +29,7 @@ from penstock.workers.settings import AdapterSettings, WorkerSettings
 NAMES = ("a", "b", "c")
 PROMPTS = [f"Tell me about number {number}." for number in range(4)]
 SECONDS = 6.0
-LEAST = {("tiny", "200"): 20, ("adapter", "200"): 20, ("adapter", "404"): 1}
+LEAST = {("tiny", "200"): 21, ("adapter", "200"): 21, ("adapter", "404"): 1}
 LIMIT_S = 60.0
 
 

@@ -72,14 +72,14 @@ def test_who_has_received_less_stands_before_a_flood() -> None:
     lines["modest"] = [ticket("modest", 9)]
     ahead, _ = told.ahead(lines, "modest", (0, 99))
     assert ahead == Work(1, 150, 100), "its own; the flood is far beyond it"
-    assert [each.tenant for each in told.order(lines)] == ["modest"] + ["flood"] * 8
+    assert [each.tenant for _, each in told.order(lines)] == ["modest"] + ["flood"] * 8
 
 
 def test_equal_tenants_take_turns_and_weights_count() -> None:
     lines = {"a": [ticket("a", n) for n in (1, 2, 3, 4)], "b": [ticket("b", n) for n in (5, 6)]}
-    assert [each.tenant for each in forecast().order(lines)] == ["a", "b", "a", "b", "a", "a"]
+    assert [each.tenant for _, each in forecast().order(lines)] == ["a", "b", "a", "b", "a", "a"]
     heavy = forecast(TenantCounters({"b": 10.0}))
-    assert [each.tenant for each in heavy.order(lines)] == ["a", "b", "b", "a", "a", "a"]
+    assert [each.tenant for _, each in heavy.order(lines)] == ["a", "b", "b", "a", "a", "a"]
 
 
 def test_tenants_whose_next_requests_come_first_go_on_to_take_what_they_hold() -> None:

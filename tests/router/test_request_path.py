@@ -219,7 +219,7 @@ def test_a_network_that_breaks_at_every_start_poisons_nobody(back_s: float) -> N
             result = await served
             assert result.right, result.error
             assert result.report is not None
-            assert result.report.migrations == breaks, "the fault did not fire"
+            assert result.report.migrations == breaks >= 4, "the fault did not fire"
             assert cluster.kills == []
             await cluster.assert_quiet()
 
