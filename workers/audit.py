@@ -3,12 +3,14 @@
 The engine keeps an `AuditLog` while `ledger.share` is above 0 and answers `Engine.inspect` on its own thread, so that
 the figures fit each other; `service.py` sends them as the answer to the `Audit` call; `cluster/ledger/` judges them.
 Nothing of it is looked at by whoever serves a request: it is a second account. Bounded; no cost per token, and none at
-all for requests that are not sampled.
+all for requests that are not sampled. Ends are numbered and told a page at a time: who looks again and again hears what
+is new, and asks for the next page while `EngineAccount.next_end` is below `ended_in_all`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +21,8 @@ from penstock.workers.protocol import EndReason, FailureCode
 from penstock.workers.scheduler.events import EndedEvent, RefusedEvent, SchedulerEvent, SequenceKey, StepOutcome
 from penstock.workers.scheduler.scheduler import Scheduler
 
-MAX_ENDED = 1 << 14
+MAX_ENDED = 1 << 14  # that are kept
+PAGE = 1 << 10  # ends of one answer
 _MAX_OPEN = 1 << 16
 
 
@@ -42,8 +45,14 @@ class EngineAccount:
     sequences: int = 0  # that wait or run
     sessions: int = 0  # transfers that the engine waits for
     lingering: int = 0  # ended sequences whose blocks a transfer may still touch
-    ended: tuple[EndedAttempt, ...] = ()  # the newest
-    forgotten: int = 0  # ended attempts that made room for newer ones
+    ended: tuple[EndedAttempt, ...] = ()  # in their order, from the one that was asked for, or the oldest kept
+    ended_before: int = 0  # attempts that ended before these; more than was asked for: so many were forgotten
+    ended_in_all: int = 0
+
+    @property
+    def next_end(self) -> int:
+        """What to ask for next."""
+        return self.ended_before + len(self.ended)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,22 +76,24 @@ class WorkerAudit:
             raise WireError(f"no account of a worker: {error}") from error
 
 
-def account_of(scheduler: Scheduler, sessions: int, log: AuditLog | None) -> EngineAccount:
-    """Engine thread only."""
+def account_of(scheduler: Scheduler, sessions: int, log: AuditLog | None, after: int = 0) -> EngineAccount:
+    """With the ends that followed the first `after` ones. Engine thread only."""
     fault = ""
     try:
         scheduler.check_integrity()
     except IntegrityError as error:
         fault = str(error)
     stats = scheduler.stats()
+    first, ended = (0, ()) if log is None else log.page(after)
     return EngineAccount(
         blocks=scheduler.account(),
         fault=fault,
         sequences=stats.running + stats.waiting,
         sessions=sessions,
         lingering=scheduler.lingering,
-        ended=() if log is None else log.ended,
-        forgotten=0 if log is None else log.forgotten,
+        ended=ended,
+        ended_before=first,
+        ended_in_all=0 if log is None else log.count,
     )
 
 
@@ -101,12 +112,13 @@ class AuditLog:
         self._share = share
         self._open: dict[SequenceKey, str] = {}
         self._ended: deque[EndedAttempt] = deque(maxlen=MAX_ENDED)
-        self.forgotten = 0
+        self.count = 0  # ends so far, those that are no longer kept included
 
-    @property
-    def ended(self) -> tuple[EndedAttempt, ...]:
-        """The newest ends, oldest first."""
-        return tuple(self._ended)
+    def page(self, after: int) -> tuple[int, tuple[EndedAttempt, ...]]:
+        """How many ended before these, and up to `PAGE` ends that followed the first `after` ones, oldest first."""
+        oldest = self.count - len(self._ended)
+        first = min(max(after, oldest), self.count)
+        return first, tuple(itertools.islice(self._ended, first - oldest, first - oldest + PAGE))
 
     def received(self, key: SequenceKey, request_id: str) -> None:
         """A router asks for this attempt."""
@@ -136,5 +148,5 @@ class AuditLog:
     def _end(self, key: SequenceKey, tokens: int, end: str) -> None:
         request_id = self._open.pop(key, None)
         if request_id is not None:
-            self.forgotten += len(self._ended) == MAX_ENDED
+            self.count += 1
             self._ended.append(EndedAttempt(request_id, key.attempt, tokens, end))

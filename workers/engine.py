@@ -124,10 +124,10 @@ class Engine:
         """Hand in a message; False when the inbox is full (a stuck step), which holds for requests only."""
         return self._inbox.put(router_id, message, self._clock())
 
-    def inspect(self) -> Future[EngineAccount]:
-        """What the engine has and holds, between two steps."""
+    def inspect(self, ended_after: int = 0) -> Future[EngineAccount]:
+        """What the engine has and holds, between two steps, with a page of ends (`AuditLog.page`)."""
         answer: Future[EngineAccount] = Future()
-        self._inbox.put("", Inspect(answer), self._clock())
+        self._inbox.put("", Inspect(answer, ended_after), self._clock())
         return answer
 
     def stop(self) -> None:
@@ -254,7 +254,7 @@ class Engine:
             self._stats = self._scheduler.stats()
             return self._reporter.broadcast(self.load())  # routers need not wait for a beat to move what runs here
         if isinstance(message, Inspect):
-            return message.answer.set_result(self._account())
+            return message.answer.set_result(self._account(message.ended_after))
         if router_id not in self._leases:
             return  # its stream ended before this was read
         self._leases.renew(router_id, now)
@@ -275,8 +275,8 @@ class Engine:
             case _:
                 log.warning("router %s sent %s in the middle of its stream", router_id, type(message).__name__)
 
-    def _account(self) -> EngineAccount:
-        return account_of(self._scheduler, len(self._handover), self._observation.audit)
+    def _account(self, ended_after: int) -> EngineAccount:
+        return account_of(self._scheduler, len(self._handover), self._observation.audit, ended_after)
 
     def _submit(self, key: SequenceKey, message: Reserve | Prefill | Generate, now: float) -> None:
         request, work = message.request, _WORK[type(message)]

@@ -39,6 +39,7 @@ class Inspect:
     """Answer with what the engine has and holds."""
 
     answer: Future[EngineAccount]
+    ended_after: int = 0
 
 
 Post = ToWorker | Attached | Detached | Drain | Inspect

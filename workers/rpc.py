@@ -116,7 +116,7 @@ class RpcServer:
         on_status: Callable[[], dict[str, Any]],
         cluster_key: str = "",
         name: WorkerName = UNNAMED,
-        on_audit: Callable[[], Awaitable[dict[str, Any]]] | None = None,
+        on_audit: Callable[[int], Awaitable[dict[str, Any]]] | None = None,
         tls: PeerTls | None = None,
     ) -> None:
         self._tls = tls
@@ -164,12 +164,14 @@ class RpcServer:
         await self._authenticate(context, _STATUS)
         return json.dumps(self._on_status()).encode()
 
-    async def _audit(self, _: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+    async def _audit(self, ended_after: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
         await self._authenticate(context, _AUDIT)
         if self._on_audit is None:
             await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this worker gives no account")
         try:
-            return json.dumps(await self._on_audit()).encode()
+            return json.dumps(await self._on_audit(int(ended_after or b"0"))).encode()
+        except ValueError:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not a number of ended attempts")
         except TimeoutError:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the engine does not answer")
 
@@ -245,14 +247,16 @@ class WorkerClient:
         """What the worker says about itself, as plain JSON values. RefusedError when it does not answer."""
         return await self._ask(_STATUS, timeout_s)
 
-    async def audit(self, timeout_s: float = 10.0) -> dict[str, Any]:
-        """Its account (`audit.WorkerAudit.from_plain`). RefusedError when it does not answer."""
-        return await self._ask(_AUDIT, timeout_s)
+    async def audit(self, ended_after: int = 0, timeout_s: float = 10.0) -> dict[str, Any]:
+        """Its account (`audit.WorkerAudit.from_plain`), with a page of the attempts that ended after the first
+        `ended_after` ones. RefusedError when it does not answer.
+        """
+        return await self._ask(_AUDIT, timeout_s, b"%d" % ended_after)
 
-    async def _ask(self, method: str, timeout_s: float) -> dict[str, Any]:
+    async def _ask(self, method: str, timeout_s: float, what: bytes = b"") -> dict[str, Any]:
         shown, _ = await self._prove(method, timeout_s)
         try:
-            data = await self._unary[method](b"", timeout=timeout_s, metadata=shown)
+            data = await self._unary[method](what, timeout=timeout_s, metadata=shown)
         except grpc.aio.AioRpcError as error:
             raise _refusal(error.code(), error.details(), self.address) from error
         return dict(json.loads(data))

@@ -256,9 +256,9 @@ class WorkerService:
         state = "draining" if load["draining"] else "ready"
         return {"state": state, "routers": len(self._streams), **about, "load": load}
 
-    async def _audit(self) -> dict[str, Any]:
+    async def _audit(self, ended_after: int) -> dict[str, Any]:
         """See `audit.WorkerAudit`. Raises TimeoutError when a step is stuck."""
-        account = await asyncio.wait_for(asyncio.wrap_future(self._engine.inspect()), _AUDIT_WITHIN_S)
+        account = await asyncio.wait_for(asyncio.wrap_future(self._engine.inspect(ended_after)), _AUDIT_WITHIN_S)
         about = self._welcome
         return dataclasses.asdict(
             WorkerAudit(about.worker_id, about.incarnation, account, dataclasses.asdict(self._transfers()))

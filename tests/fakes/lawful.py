@@ -30,7 +30,7 @@ from penstock.cluster.subprocess_host import SubprocessHost
 from penstock.cluster.supervision import Backoff
 from penstock.router.journey import RequestReport
 from penstock.router.settings import RouterSettings
-from penstock.workers.audit import WorkerAudit
+from penstock.workers.audit import EndedAttempt, WorkerAudit
 from penstock.workers.errors import RefusedError
 from penstock.workers.protocol import FailureCode, GenerateRequest, Tokens
 from penstock.workers.rpc import Conversation, RpcServer, WorkerClient
@@ -38,7 +38,27 @@ from penstock.workers.settings import WorkerSettings
 
 REST_S = 20.0
 _POLLERS = ("anon_inode:[eventpoll]", "anon_inode:[eventfd]")
-MEMORY_SHARE = 0.25  # of a test process, whose own collections and caches grow; the soak holds it to 1 %
+MEMORY_SHARE = 0.25  # of a test process, whose own collections and caches grow; the soak holds it to 2 %
+
+
+@dataclasses.dataclass
+class Auditor:
+    """Asks one incarnation of a worker again and again, each time for what is new."""
+
+    client: WorkerClient
+    ends: list[EndedAttempt] = dataclasses.field(default_factory=list)  # that are not judged yet
+    next_end: int = 0
+
+    async def ask(self) -> WorkerAudit:
+        """Its account, with all ends that are not judged yet."""
+        while True:
+            audit = WorkerAudit.from_plain(await self.client.audit(self.next_end))
+            account = audit.account
+            assert account.ended_before == self.next_end, "ends were forgotten before they were judged"
+            self.ends += account.ended
+            self.next_end = account.next_end
+            if account.next_end == account.ended_in_all:
+                return dataclasses.replace(audit, account=dataclasses.replace(account, ended=tuple(self.ends)))
 
 
 class Court:
@@ -55,7 +75,7 @@ class Court:
         self.audits: list[WorkerAudit] = []
         self.left = 0  # processes, after the end
         self._requests: dict[str, GenerateRequest] = {}
-        self._auditors: dict[str, WorkerClient] = {}  # by address; a channel for every question would cost memory
+        self._auditors: dict[str, Auditor] = {}  # by address; a channel for every question would cost memory
 
     def observe(self, report: RequestReport) -> None:
         self.reports.append(report)
@@ -96,14 +116,14 @@ class Court:
     async def _audit(self, worker_id: str) -> WorkerAudit:
         address = self.cluster.process(worker_id).address
         if address not in self._auditors:
-            self._auditors[address] = WorkerClient(address, KEY)
-        return WorkerAudit.from_plain(await self._auditors[address].audit())
+            self._auditors[address] = Auditor(WorkerClient(address, KEY))
+        return await self._auditors[address].ask()
 
     async def hang_up(self, *, on_all: bool = True) -> None:
         """Close the channels to the workers that were asked, or to those of them that are gone."""
         alive = set() if on_all else {entry.address for entry in self.cluster.supervisor.roster.entries}
         for address in self._auditors.keys() - alive:
-            await self._auditors.pop(address).close()
+            await self._auditors.pop(address).client.close()
 
     def judge(self) -> None:
         """L1 to L7."""
@@ -134,6 +154,8 @@ class Court:
         self.entries.clear()
         self.reports.clear()
         self._requests.clear()
+        for auditor in self._auditors.values():
+            auditor.ends.clear()
         self.metrics = Metrics()
 
     def require(self) -> None:

@@ -41,6 +41,11 @@ class LoopbackFabric:
         for port in self.ports.values():
             port.push()
 
+    def lose(self, address: str, session_id: bytes) -> None:
+        """An incoming session fails there, where that worker still lives."""
+        if address in self.ports:
+            self.ports[address].lose(session_id)
+
 
 class LoopbackTransfer:
     def __init__(self, fabric: LoopbackFabric, name: str, storage: KVStorage) -> None:
@@ -86,7 +91,7 @@ class LoopbackTransfer:
         sending = self.outgoing.pop(session_id, None)
         if sending is not None:
             self._events.append(OutgoingFailed(session_id, reason))
-            self._fabric.ports[sending.grant.address].lose(session_id)
+            self._fabric.lose(sending.grant.address, session_id)
 
     def poll(self) -> list[TransferEvent]:
         events, self._events = self._events, []
@@ -99,8 +104,8 @@ class LoopbackTransfer:
 
     def push(self) -> None:
         for session_id, sending in list(self.outgoing.items()):
-            peer = self._fabric.ports[sending.grant.address]
-            if session_id not in peer.incoming:
+            peer = self._fabric.ports.get(sending.grant.address)
+            if peer is None or session_id not in peer.incoming:
                 del self.outgoing[session_id]
                 self._events.append(OutgoingFailed(session_id, "refused"))
             elif sending.tail is None:

@@ -127,9 +127,11 @@ class VirtualCluster:
             if task is not asyncio.current_task():
                 task.cancel()
         for session_id, sending in worker.transfer.outgoing.items():
-            self.fabric.ports[sending.grant.address].lose(session_id)
+            self.fabric.lose(sending.grant.address, session_id)
         worker.transfer.outgoing.clear()
         worker.transfer.incoming.clear()
+        del self.fabric.ports[worker.transfer.address]
+        worker.storage.close()
         self.pump_later()
         self.later(self.shape.latency_s, lambda: self._cut(worker, "killed"))
         if restart_s is not None:

@@ -209,3 +209,25 @@ async def test_a_taken_port_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="cannot listen"):
         await RpcServer(echo, dict).start(host, int(port))
     await server.stop()
+
+
+async def test_an_account_is_asked_for_from_a_number_on() -> None:
+    asked: list[int] = []
+
+    async def account(ended_after: int) -> dict[str, Any]:
+        asked.append(ended_after)
+        return {"after": ended_after}
+
+    server = RpcServer(echo, dict, on_audit=account)
+    address = await server.start("127.0.0.1", 0)
+    client = WorkerClient(address)
+    assert [await client.audit(), await client.audit(70_000)] == [{"after": 0}, {"after": 70_000}]
+    async with grpc.aio.insecure_channel(address) as channel:
+        ask = channel.unary_unary(rpc._AUDIT, bytes, bytes)
+        for nonsense in (b"x", b"\xff", b"9" * 5000):
+            with pytest.raises(grpc.aio.AioRpcError) as refusal:
+                await ask(nonsense, timeout=5)
+            assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert asked == [0, 70_000]
+    await client.close()
+    await server.stop()
