@@ -4,9 +4,8 @@ Rounds of twenty seconds. In each, blocks are dropped, damaged, doubled and late
 break besides: workers are killed or stopped, the network between prefill and decode is cut, readers leave, the load
 doubles, a worker is drained and replaced. After each round everything comes to rest and is judged by laws L1 to L7; at
 the end by L8 too. Memory of this process, where router, client and ledger are, must stay what it was: what is alive of
-Python's since the third round (the least of the last rounds: it rises and falls with what the router's index knows of
-workers that come and go, and a leak lifts the floor), and what the system counts since it had filled up, for the C
-library keeps what was freed in between. `-s` prints a line for each round.
+Python's since the third round, and what the system counts since it had filled up, for the C library keeps what was
+freed in between. `-s` prints a line for each round.
 
 `PENSTOCK_SOAK_SEED` draws another one.
 """
@@ -22,7 +21,7 @@ import random
 import signal
 import sys
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,7 +43,6 @@ PREFILL, DECODE = 2, 3
 LOAD = 0.8
 MEMORY_SHARE = 0.02
 WARM_ROUNDS = 3  # until memory counts
-LAST_ROUNDS = 5  # whose least is what stays alive
 FULL_ROUNDS = 30  # until resident memory counts: it fills up more and more slowly
 FILLING_SHARE = 0.06  # what it may take on in three minutes, all of which it fills up
 PACE = Pace(
@@ -181,7 +179,6 @@ async def soak(seconds: float, full_rounds: int, resident_share: float, folder: 
     ends = time.monotonic() + seconds
     rounds = 0
     warm = full = now = Memory.now()
-    last: deque[int] = deque(maxlen=LAST_ROUNDS)
     async with lawful(workers, ROUTER, plan=plan, log_file=folder / "log") as court:
         with hostile_network() as network:
             unrest = Unrest(court, network, workers)
@@ -201,7 +198,6 @@ async def soak(seconds: float, full_rounds: int, resident_share: float, folder: 
                 court.require()
                 court.begin_anew()
                 rounds, now = rounds + 1, Memory.now()
-                last.append(now.blocks)
                 warm = now if rounds <= WARM_ROUNDS else warm
                 full = now if rounds <= full_rounds else full
                 alive, resident = now.blocks / warm.blocks - 1, now.resident / full.resident - 1
@@ -209,7 +205,7 @@ async def soak(seconds: float, full_rounds: int, resident_share: float, folder: 
     print(f"{sum(totals.values())} requests: {dict(totals)}; broken {dict(unrest.done)}; {dict(plan.fired())}")
     assert totals["failed"] == 0
     assert totals["completed"] > 0.9 * sum(totals.values())
-    assert min(last) <= warm.blocks * (1 + MEMORY_SHARE), "what is alive grew"
+    assert now.blocks <= warm.blocks * (1 + MEMORY_SHARE), "what is alive grew"
     assert now.resident <= full.resident * (1 + resident_share), "memory grew"
 
 
