@@ -76,7 +76,7 @@ class WorkerAudit:
             raise WireError(f"no account of a worker: {error}") from error
 
 
-def account_of(scheduler: Scheduler, sessions: int, log: AuditLog | None, after: int = 0) -> EngineAccount:
+def account_of(scheduler: Scheduler, sessions: int, log: AuditLog | None, after: int) -> EngineAccount:
     """With the ends that followed the first `after` ones. Engine thread only."""
     fault = ""
     try:

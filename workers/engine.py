@@ -124,7 +124,7 @@ class Engine:
         """Hand in a message; False when the inbox is full (a stuck step), which holds for requests only."""
         return self._inbox.put(router_id, message, self._clock())
 
-    def inspect(self, ended_after: int = 0) -> Future[EngineAccount]:
+    def inspect(self, ended_after: int) -> Future[EngineAccount]:
         """What the engine has and holds, between two steps, with a page of ends (`AuditLog.page`)."""
         answer: Future[EngineAccount] = Future()
         self._inbox.put("", Inspect(answer, ended_after), self._clock())

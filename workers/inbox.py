@@ -39,7 +39,7 @@ class Inspect:
     """Answer with what the engine has and holds."""
 
     answer: Future[EngineAccount]
-    ended_after: int = 0
+    ended_after: int  # see `AuditLog.page`
 
 
 Post = ToWorker | Attached | Detached | Drain | Inspect

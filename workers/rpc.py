@@ -169,9 +169,11 @@ class RpcServer:
         if self._on_audit is None:
             await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this worker gives no account")
         try:
-            return json.dumps(await self._on_audit(int(ended_after or b"0"))).encode()
+            after = int(ended_after or b"0")
         except ValueError:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not a number of ended attempts")
+        try:
+            return json.dumps(await self._on_audit(after)).encode()
         except TimeoutError:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the engine does not answer")
 
